@@ -1,0 +1,5 @@
+/**
+ * `qcow2/block`: the block-driver core.
+ * @packageDocumentation
+ */
+export * from './block/device.ts'
