@@ -1,1 +1,10 @@
-export {}
+/**
+ * `qcow2/migration`: the QEMU migration stream, taken apart and put together.
+ * @packageDocumentation
+ */
+export type { ByteSource } from './migration/byte-source.ts'
+export { commandNumber, ramFlag } from './migration/format.ts'
+export * from './migration/parser.ts'
+export * from './migration/read.ts'
+export * from './migration/records.ts'
+export * from './migration/writer.ts'

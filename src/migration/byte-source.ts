@@ -1,0 +1,61 @@
+/** The ways bytes can be handed to this layer, made one: an async iteration over chunks. */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+
+/**
+ * Where a stream's bytes come from: a Node stream or socket, a web `ReadableStream`, any (async)
+ * iterable of chunks, bytes in memory, or a `BlockDevice`.
+ */
+export type ByteSource =
+  | AsyncIterable<Uint8Array>
+  | Iterable<Uint8Array>
+  | ReadableStream<Uint8Array>
+  | Uint8Array
+  | BlockDevice
+
+const readSize = 1 << 20
+
+/** The chunks of a source, in order. A chunk of a `BlockDevice` is valid until the next is asked for. */
+export async function* chunksOf(source: ByteSource, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
+  const { signal } = options
+  signal?.throwIfAborted()
+  if (source instanceof Uint8Array) return yield source
+  if ('readInto' in source) return yield* deviceChunks(source, options)
+  const iterable = 'getReader' in source && !(Symbol.asyncIterator in source) ? readerChunks(source) : (source as AsyncIterable<Uint8Array>)
+  for await (const chunk of iterable) {
+    signal?.throwIfAborted()
+    if (!(chunk instanceof Uint8Array)) throw new TypeError(`a byte source gave ${typeof chunk}; it must give Uint8Array chunks`)
+    yield chunk
+  }
+}
+
+async function* readerChunks(stream: ReadableStream<Uint8Array>): AsyncGenerator<Uint8Array, void, undefined> {
+  const reader = stream.getReader()
+  try {
+    for (;;) {
+      const { done, value } = await reader.read()
+      if (done) return
+      yield value
+    }
+  } finally {
+    await reader.cancel()
+    reader.releaseLock()
+  }
+}
+
+/** Two buffers in turn: the next read runs while the chunk before is worked on. */
+async function* deviceChunks(device: BlockDevice, options: CallOptions): AsyncGenerator<Uint8Array, void, undefined> {
+  const { size } = device
+  const spare = [new Uint8Array(readSize), new Uint8Array(readSize)]
+  const start = (offset: number): Promise<Uint8Array> => {
+    const target = spare[(offset / readSize) % 2]!.subarray(0, Math.min(readSize, size - offset))
+    const reading = device.readInto(offset, target, options).then(() => target)
+    reading.catch(() => undefined) // reported where it is awaited
+    return reading
+  }
+  let next = size > 0 ? start(0) : undefined
+  for (let offset = readSize; next !== undefined; offset += readSize) {
+    const chunk: Uint8Array = await next
+    next = offset < size ? start(offset) : undefined
+    yield chunk
+  }
+}
