@@ -1,7 +1,7 @@
 import { defineConfig } from 'tsup'
 
 export default defineConfig({
-  entry: ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/snapshot.ts'],
+  entry: ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/nbd.ts', 'src/snapshot.ts'],
   format: ['esm', 'cjs'],
   target: 'node20',
   platform: 'node',
