@@ -5,6 +5,7 @@
  */
 import { Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
+import { isMemoryAligned, zeroes } from './slab.ts'
 
 /** What every asynchronous call takes. */
 export interface CallOptions {
@@ -34,9 +35,15 @@ export interface MapOptions extends CallOptions {
 
 /** What a device asks of its callers, and what suits it. All in bytes. */
 export interface BlockLimits {
-  /** Offsets and lengths must be multiples of this power of two; 1 takes anything. */
+  /**
+   * Offsets and lengths must be multiples of this power of two; 1 takes anything. The last read of a
+   * device whose size is no multiple may end at its size.
+   */
   readonly requestAlignment: number
-  /** Buffers must start at a multiple of this power of two in memory; 1 takes anything. */
+  /**
+   * Buffers must start at a multiple of this power of two in memory; 1 takes anything. Memory with a
+   * known alignment comes from `allocateAligned()`.
+   */
   readonly memoryAlignment: number
   /** Request size at which sequential transfer is near its best. */
   readonly optimalTransfer: number
@@ -153,16 +160,17 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     const problem = this.#problem(offset, source.length, source, true, options)
     if (problem !== undefined) return Promise.reject(problem)
     if (source.length === 0) return done
-    const written = this.onWrite(offset, source, options)
-    return options?.fua === true ? written.then(() => this.flush(options)) : written
+    if (options?.fua !== true) return this.onWrite(offset, source, options)
+    return this.onWrite(offset, source, { signal: options.signal }).then(() => this.flush(options))
   }
 
   writeZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
     const problem = this.#problem(offset, length, undefined, true, options)
     if (problem !== undefined) return Promise.reject(problem)
     if (length === 0) return done
-    const written = this.onWriteZeroes(offset, length, options)
-    return options?.fua === true ? written.then(() => this.flush(options)) : written
+    if (options?.fua !== true) return this.onWriteZeroes(offset, length, options)
+    const { signal, unmap } = options
+    return this.onWriteZeroes(offset, length, { signal, unmap }).then(() => this.flush(options))
   }
 
   discard(offset: number, length: number, options?: CallOptions): Promise<void> {
@@ -202,10 +210,10 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
 
   /** Default: writes zeroes in bounded pieces. */
   protected async onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
-    const piece = Math.min(length, 1 << 20)
-    const zeroes = this.zeroBuffer(piece)
+    const piece = 1 << 20
     for (let at = 0; at < length; at += piece) {
-      await this.onWrite(offset + at, zeroes.subarray(0, Math.min(piece, length - at)), options)
+      options?.signal?.throwIfAborted()
+      await this.onWrite(offset + at, zeroes(Math.min(piece, length - at)), options)
     }
   }
 
@@ -224,11 +232,6 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     yield extent({ start: offset, length, depth: 0, present: true, zero: false, data: true, compressed: false, offset })
   }
 
-  /** Zeroes that satisfy `limits.memoryAlignment`; a driver with a demand on memory overrides it. */
-  protected zeroBuffer(length: number): Uint8Array {
-    return new Uint8Array(length)
-  }
-
   #problem(
     offset: number,
     length: number,
@@ -244,16 +247,21 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     const range = rangeProblem(offset, length, end)
     if (range !== undefined) return range
     const { requestAlignment, memoryAlignment } = this.limits
-    if (aligned && requestAlignment > 1 && (offset % requestAlignment !== 0 || length % requestAlignment !== 0)) {
+    const last = !writes && offset + length === this.size
+    if (
+      aligned &&
+      requestAlignment > 1 &&
+      (offset % requestAlignment !== 0 || (length % requestAlignment !== 0 && !last))
+    ) {
       return new Qcow2Error(
         'ERR_ALIGNMENT',
         `request of ${length} bytes at offset ${offset}: both must be multiples of ${requestAlignment}; wrap the device in pad() to send any request`,
       )
     }
-    if (memory !== undefined && memoryAlignment > 1 && memory.byteOffset % memoryAlignment !== 0) {
+    if (memory !== undefined && !isMemoryAligned(memory, memoryAlignment)) {
       return new Qcow2Error(
         'ERR_ALIGNMENT',
-        `buffer at memory offset ${memory.byteOffset} must start at a multiple of ${memoryAlignment}; take it from allocateAligned()`,
+        `buffer must start at a multiple of ${memoryAlignment} in memory; take it from allocateAligned(), or wrap the device in pad()`,
       )
     }
     return undefined

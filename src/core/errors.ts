@@ -29,12 +29,12 @@ const mark = Symbol.for('qcow2.error')
 export class Qcow2Error extends Error {
   /** Stable, for programs; the message is for people and may change. */
   readonly code: ErrorCode
-  readonly [mark] = true
 
   constructor(code: ErrorCode, message: string, options?: ErrorOptions) {
     super(message, options)
     this.name = new.target.name
     this.code = code
+    Object.defineProperty(this, mark, { value: true })
   }
 
   /** True for an error of this library, of either build; with `code`, only for that code. */

@@ -1,0 +1,180 @@
+import { constants, existsSync, readdirSync, readFileSync, readlinkSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import { open } from 'node:fs/promises'
+import { join } from 'node:path'
+import fc from 'fast-check'
+import { describe, expect, test } from 'vitest'
+import { allocateAligned, IoError, openFile, pad, UnsupportedError } from '../../src/block.ts'
+import { pattern } from '../suites/block-device.ts'
+import { expectBytes } from '../support/bytes.ts'
+import { tempFolder } from '../support/temp.ts'
+
+describe('opening', () => {
+  test('a missing file', async () => {
+    await expect(openFile(join(tempFolder(), 'none'))).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+  })
+
+  test("create: 'wx' makes a new file and refuses an existing one", async () => {
+    const path = join(tempFolder(), 'new')
+    await using device = await openFile(path, { create: 'wx' })
+    await device.write(0, pattern(1000))
+    await expect(openFile(path, { create: 'wx' })).rejects.toMatchObject({ code: 'ERR_EXISTS' })
+    expect(device.path).toBe(path)
+    expect(readFileSync(path)).toEqual(Buffer.from(pattern(1000)))
+  })
+
+  test("create: 'w' empties an existing file", async () => {
+    const path = join(tempFolder(), 'old')
+    writeFileSync(path, 'old')
+    await using device = await openFile(path, { create: 'w' })
+    expect(device.size).toBe(0)
+  })
+
+  test('neither a file nor a device', async () => {
+    await expect(openFile(tempFolder(), { readOnly: true })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
+    await expect(openFile('/dev/null', { readOnly: true })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
+  })
+
+  test('options that contradict each other', async () => {
+    const path = join(tempFolder(), 'x')
+    await expect(openFile(path, { create: 'w', readOnly: true })).rejects.toThrow(TypeError)
+    await using handle = await open(path, 'w')
+    await expect(openFile(handle, { direct: true })).rejects.toThrow(TypeError)
+  })
+
+  test('a filesystem without direct I/O is a typed error', async () => {
+    // files of /proc never take O_DIRECT
+    const opening = openFile('/proc/self/status', { readOnly: true, direct: true })
+    await expect(opening).rejects.toBeInstanceOf(UnsupportedError)
+    await expect(opening).rejects.toMatchObject({ features: ['O_DIRECT'] })
+  })
+})
+
+describe('direct I/O', () => {
+  test('really passes O_DIRECT to the system', async () => {
+    const path = join(tempFolder(), 'direct')
+    writeFileSync(path, pattern(65_536))
+    await using device = await openFile(path, { direct: true })
+    const flags = systemFlags(path)
+    expect(flags & constants.O_DIRECT).toBe(constants.O_DIRECT)
+    expect(device.limits.requestAlignment).toBeGreaterThanOrEqual(512)
+    expect(device.limits.memoryAlignment).toBeGreaterThanOrEqual(1)
+  })
+
+  test('a file too short to try out gets page alignment', async () => {
+    await using device = await openFile(join(tempFolder(), 'empty'), { direct: true, create: 'wx' })
+    expect(device.limits).toMatchObject({ requestAlignment: 4096, memoryAlignment: 4096 })
+  })
+
+  test('reads the last, partial sector', async () => {
+    const path = join(tempFolder(), 'odd')
+    const content = pattern(10_000)
+    writeFileSync(path, content)
+    await using device = await openFile(path, { direct: true, readOnly: true })
+    const whole = allocateAligned(10_000)
+    await device.readInto(0, whole)
+    expectBytes(whole, content)
+    const tail = allocateAligned(10_000 - 8192)
+    await device.readInto(8192, tail)
+    expectBytes(tail, content.subarray(8192))
+  })
+
+  test('padded, a file keeps its exact size', async () => {
+    const path = join(tempFolder(), 'padded')
+    await fc.assert(
+      fc.asyncProperty(
+        fc.array(fc.record({ offset: fc.nat(20_000), length: fc.nat(9000) }), { maxLength: 6 }),
+        fc.boolean(),
+        async (writes, concurrent) => {
+          const model = new Uint8Array(32_768)
+          let end = 0
+          const device = pad(await openFile(path, { direct: true, create: 'w' }))
+          const running: Promise<void>[] = []
+          for (const [index, { offset, length }] of writes.entries()) {
+            const at = concurrent ? index * 4999 : offset
+            const bytes = pattern(concurrent ? Math.min(length, 4999) : length, index)
+            if (bytes.length === 0) continue
+            model.set(bytes, at)
+            end = Math.max(end, at + bytes.length)
+            running.push(device.write(at, bytes))
+            if (!concurrent) await running.at(-1)
+          }
+          await Promise.all(running)
+          expect(device.size).toBe(end)
+          expectBytes(await device.read(0, end), model.subarray(0, end))
+          await device.close()
+          expect(statSync(path).size).toBe(end)
+          expectBytes(readFileSync(path), model.subarray(0, end))
+        },
+      ),
+      { numRuns: 60 },
+    )
+  })
+})
+
+describe('failures', () => {
+  test('a full filesystem is ERR_NO_SPACE', async () => {
+    if (!existsSync('/dev/full')) return
+    // /dev/full is no file, so the error is provoked through a handle whose type was a file's
+    const { fileError } = await import('../../src/block/file-error.ts')
+    const full = await open('/dev/full', 'w')
+    const cause = await full.write('x').then(
+      () => undefined,
+      (error: unknown) => error,
+    )
+    await full.close()
+    const error = fileError('write', cause, { offset: 4096, length: 1, name: 'disk.qcow2' })
+    expect(error).toBeInstanceOf(IoError)
+    expect(error).toMatchObject({ code: 'ERR_NO_SPACE', operation: 'write', offset: 4096, length: 1, cause })
+    expect(error.message).toMatch(/^disk.qcow2: write of 1 bytes at offset 4096 failed: ENOSPC/)
+  })
+
+  test.each([0, 1 << 20])('a file truncated under the device (syncLimit %i)', async (syncLimit) => {
+    const path = join(tempFolder(), 'cut')
+    writeFileSync(path, pattern(8192))
+    await using device = await openFile(path, { syncLimit })
+    truncateSync(path, 5000)
+    await expect(device.read(0, 8192)).rejects.toMatchObject({ code: 'ERR_IO', operation: 'read', offset: 0, length: 8192 })
+    expectBytes(await device.read(0, 5000), pattern(8192).subarray(0, 5000))
+  })
+
+  test.each([0, 1 << 20])('a descriptor that does not write (syncLimit %i)', async (syncLimit) => {
+    const path = join(tempFolder(), 'ro')
+    writeFileSync(path, pattern(8192))
+    await using device = await openFile(await open(path, 'r'), { syncLimit })
+    await expect(device.write(0, pattern(10))).rejects.toMatchObject({ code: 'ERR_IO', operation: 'write' })
+    await expect(device.resize(0)).rejects.toMatchObject({ code: 'ERR_IO', operation: 'resize' })
+  })
+})
+
+test('zeroes past the end take no space', async () => {
+  const path = join(tempFolder(), 'sparse')
+  await using device = await openFile(path, { create: 'wx' })
+  await device.write(0, pattern(4096))
+  await device.writeZeroes(2048, 64 << 20)
+  expect(device.size).toBe(2048 + (64 << 20))
+  expect(statSync(path).blocks * 512).toBeLessThan(1 << 20)
+  expectBytes(await device.read(2048, 4096), new Uint8Array(4096))
+})
+
+test('a synchronous limit does not change what is stored', async () => {
+  const path = join(tempFolder(), 'sync')
+  await using device = await openFile(path, { create: 'wx', syncLimit: 4096 })
+  await device.write(0, pattern(4096))
+  await device.write(4096, pattern(100_000, 2))
+  expectBytes(await device.read(0, 4096), pattern(4096))
+  expectBytes(await device.read(4096, 100_000), pattern(100_000, 2))
+})
+
+/** The flags of this process's descriptor for `path`, as the system has them. */
+function systemFlags(path: string): number {
+  const fd = readdirSync('/proc/self/fd').find((name) => linkTarget(`/proc/self/fd/${name}`) === path)
+  return Number.parseInt(/flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${fd}`, 'utf8'))![1]!, 8)
+}
+
+function linkTarget(link: string): string | undefined {
+  try {
+    return readlinkSync(link)
+  } catch {
+    return undefined // the descriptor that listed the folder is closed by now
+  }
+}
