@@ -43,7 +43,7 @@ export class Qcow2Error extends Error {
       typeof error === 'object' &&
       error !== null &&
       mark in error &&
-      (code === undefined || (error as Qcow2Error).code === code)
+      (code === undefined || (error as { code?: unknown }).code === code)
     )
   }
 }
