@@ -27,7 +27,7 @@ export class LineSplitter {
       if (line !== '') lines.push(line)
       start = end + 1
     }
-    if (start < chunk.length) this.#keep(chunk.slice(start))
+    if (start < chunk.length) this.#keep(new Uint8Array(chunk.subarray(start)))
     return lines
   }
 

@@ -1,0 +1,45 @@
+/**
+ * What a saved VM is to those who start it again: the bytes QEMU needs before the guest runs, and RAM
+ * blocks that can be read anywhere. Owns no format: a qcow2 snapshot, a stream file, a mapped-ram file
+ * and a RAM image each give one of these.
+ */
+import type { BlockDevice } from '../block/device.ts'
+
+/** One RAM block of a saved VM. */
+export interface SavedRamBlock {
+  /** As in the stream, for example `pc.ram`. */
+  readonly name: string
+  /** Bytes, a multiple of the target page size. */
+  readonly length: number
+  /**
+   * The block's content: as long as the block, read-only. Zero pages and absent pages read as zeroes. Its
+   * `map()` tells which parts may hold something else: only those have to be sent.
+   */
+  readonly content: BlockDevice
+}
+
+/**
+ * A saved VM. Opening one reads its ends only; nothing in it costs time for each page, so that a guest of
+ * any size starts at once. Closing it closes the contents of its RAM blocks.
+ */
+export interface PageSource extends AsyncDisposable {
+  /** Machine type, for example `pc-i440fx-7.2`; empty for machines that write no configuration. */
+  readonly machine: string
+  /** Target page size in bytes. */
+  readonly pageSize: number
+  /** Header and configuration section, byte for byte as saved. */
+  readonly head: Uint8Array
+  /** The id of the `ram` section. */
+  readonly ramSectionId: number
+  /** True if sections end with footers; machine types up to 2.3 write none. */
+  readonly footers: boolean
+  /** In the order of the stream. */
+  readonly blocks: readonly SavedRamBlock[]
+  /** Device sections that stand before the pages (virtio-mem); often empty. */
+  readonly earlyDevices: Uint8Array
+  /** All other device sections, from after the last RAM footer to before the EOF byte. */
+  readonly devices: Uint8Array
+  /** What stands behind the EOF byte: the VM description with its head, or nothing. */
+  readonly vmDescription: Uint8Array
+  close(): Promise<void>
+}
