@@ -1,0 +1,156 @@
+/**
+ * Results as a text table, as JSON with every run, and as one HTML page that needs nothing else. Owns
+ * presentation; computes nothing but rates.
+ */
+import { escape } from './chart.ts'
+import type { GroupResult, RatioResult, Summary, VariantResult } from './harness.ts'
+import type { Report } from './scenario.ts'
+
+/** MB/s (1 MB = 1e6 bytes) of `bytes` in `seconds`. */
+export function rate(bytes: number, seconds: number): number {
+  return bytes / seconds / 1e6
+}
+
+/** Three significant digits, never an exponent. */
+export function digits(value: number): string {
+  if (value >= 100) return value.toFixed(0)
+  if (value >= 10) return value.toFixed(1)
+  return value.toFixed(value >= 0.1 ? 2 : 3)
+}
+
+function range(summary: Summary, shown: (value: number) => string): string {
+  const [from, to] = [shown(summary.q1), shown(summary.q3)].sort((a, b) => Number(a) - Number(b))
+  return `${from}–${to}`
+}
+
+function goalText(ratio: RatioResult): string {
+  if (ratio.goal === undefined) return ''
+  return ratio.median >= ratio.goal ? `goal ${ratio.goal}x met` : `goal ${ratio.goal}x MISSED`
+}
+
+interface Row {
+  readonly cells: readonly string[]
+}
+
+function variantRow(group: GroupResult, variant: VariantResult): Row {
+  const perSecond = (seconds: number): string => digits(rate(group.bytes, seconds))
+  const single = variant.runs.length === 1
+  return {
+    cells: [
+      variant.title,
+      `${digits(variant.seconds.median)} s`,
+      single ? '' : range(variant.seconds, digits),
+      perSecond(variant.seconds.median),
+      variant.cpuSeconds === undefined || group.clock === 'virtual' ? '' : `${digits(variant.cpuSeconds.median)} s`,
+      String(variant.runs.length),
+    ],
+  }
+}
+
+const variantHead = ['variant', 'median', 'quartiles', 'MB/s', 'CPU', 'runs']
+
+function ratioRow(group: GroupResult, ratio: RatioResult): Row {
+  const titleOf = (id: string): string => group.variants.find((variant) => variant.id === id)?.title ?? id
+  const quartiles = ratio.perRound.length === 1 ? '' : range(ratio, digits)
+  return { cells: [`${titleOf(ratio.fast)} / ${titleOf(ratio.slow)}`, `${digits(ratio.median)}x`, quartiles, goalText(ratio)] }
+}
+
+/** The result for a terminal. */
+export function textReport(report: Report): string {
+  const lines = [`\n${report.title}`, '='.repeat(report.title.length)]
+  for (const group of report.groups) {
+    lines.push('', `${group.title} (${digits(group.bytes / 1e6)} MB${group.clock === 'virtual' ? ', virtual time' : ''})`)
+    lines.push(...table([variantHead, ...group.variants.map((variant) => variantRow(group, variant).cells)]))
+    for (const ratio of group.ratios) lines.push(`  ${ratioRow(group, ratio).cells.filter((cell) => cell !== '').join('  ')}`)
+  }
+  for (const note of report.notes) lines.push('', `note: ${note}`)
+  return `${lines.join('\n')}\n`
+}
+
+/** Columns padded with spaces; the first to the left, the others to the right. */
+export function table(rows: readonly (readonly string[])[]): string[] {
+  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((row) => (row[column] ?? '').length)))
+  return rows.map((row) =>
+    `  ${row.map((cell, column) => (column === 0 ? cell.padEnd(widths[column]!) : cell.padStart(widths[column]!))).join('  ')}`.trimEnd(),
+  )
+}
+
+/** Everything, for programs; figures stay in files of their own. */
+export function jsonReport(report: Report): string {
+  return `${JSON.stringify({ ...report, figures: report.figures.map(({ name, title }) => ({ name, title })) }, undefined, 1)}\n`
+}
+
+/** One page with all results, charts included: nothing is loaded from elsewhere. */
+export function htmlReport(reports: readonly Report[]): string {
+  const head = `<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark"><title>qcow2: measured</title><style>${pageStyle}</style>`
+  const contents = reports.length < 2 ? '' : `<nav>${reports.map((report) => `<a href="#${report.name}">${escape(report.title)}</a>`).join('')}</nav>`
+  return `<!doctype html><html lang="en"><head>${head}</head><body><main><h1>qcow2: measured</h1>${contents}${reports.map(reportSection).join('')}</main></body></html>\n`
+}
+
+function reportSection(report: Report): string {
+  const quick = report.quick ? '<p class="warning">Quick mode: a check that everything runs. The figures mean nothing.</p>' : ''
+  return `<section id="${escape(report.name)}"><h2>${escape(report.title)}</h2>${quick}<p>${escape(report.about)}</p>
+${goals(report)}
+${report.figures.map((figure) => `<figure>${figure.svg}</figure>`).join('\n')}
+${report.groups.map(groupSection).join('\n')}
+${report.notes.map((note) => `<p class="note">${escape(note)}</p>`).join('')}
+${machineTable(report)}</section>`
+}
+
+function goals(report: Report): string {
+  const rows = report.groups.flatMap((group) =>
+    group.ratios.filter((ratio) => ratio.goal !== undefined).map((ratio) => ({ group, ratio, met: ratio.median >= ratio.goal! })),
+  )
+  if (rows.length === 0 || report.quick) return ''
+  const cells = rows.map(({ group, ratio, met }) => {
+    const [what = '', median = '', quartiles = ''] = ratioRow(group, ratio).cells
+    return `<tr><td>${escape(group.title)}<br><small>${escape(what)}</small></td><td class="number"><b>${median}</b><br><small>${quartiles}</small></td><td class="number">${ratio.goal}x ${met ? '<span class="good">✓ met</span>' : '<span class="bad">✗ missed</span>'}</td></tr>`
+  })
+  return `<div class="scroll"><table><thead><tr><th>Ratio (median of the rounds)</th><th>measured</th><th>goal</th></tr></thead><tbody>${cells.join('')}</tbody></table></div>`
+}
+
+function groupSection(group: GroupResult): string {
+  const clock = group.clock === 'virtual' ? ', virtual time' : ''
+  const note = group.note === undefined ? '' : `<p class="note">${escape(group.note)}</p>`
+  const rows = group.variants.map((variant) => htmlRow(variantRow(group, variant).cells))
+  const ratios = group.ratios.map((ratio) => htmlRow(ratioRow(group, ratio).cells))
+  const ratioTable = ratios.length === 0 ? '' : `<div class="scroll"><table><thead>${headRow(['times faster', 'median', 'quartiles', ''])}</thead><tbody>${ratios.join('')}</tbody></table></div>`
+  return `<h3>${escape(group.title)} <small>${digits(group.bytes / 1e6)} MB${clock}</small></h3>${note}
+<div class="scroll"><table><thead>${headRow(variantHead)}</thead><tbody>${rows.join('')}</tbody></table></div>${ratioTable}${everyRun(group)}`
+}
+
+function everyRun(group: GroupResult): string {
+  if (group.clock === 'virtual') return ''
+  const rows = group.variants.map((variant) => htmlRow([variant.title, variant.runs.map((run) => digits(run.seconds)).join(' ')], ''))
+  return `<details><summary>every run, in seconds, in the order of rounds</summary><div class="scroll"><table><tbody>${rows.join('')}</tbody></table></div></details>`
+}
+
+function headRow(cells: readonly string[]): string {
+  return `<tr>${cells.map((cell, n) => `<th${n === 0 ? '' : ' class="number"'}>${escape(cell)}</th>`).join('')}</tr>`
+}
+
+function htmlRow(cells: readonly string[], kind = 'number'): string {
+  return `<tr>${cells.map((cell, n) => `<td${n === 0 || kind === '' ? '' : ` class="${kind}"`}>${escape(cell)}</td>`).join('')}</tr>`
+}
+
+function machineTable(report: Report): string {
+  const { machine } = report
+  const facts: [string, string][] = [
+    ['Measured', `${report.date}, ${report.rounds} rounds, seed ${report.seed}, ${digits(report.seconds)} s in all`],
+    ['Machine', `${machine.cpu}, ${machine.cores} cores, ${digits(machine.memory / 2 ** 30)} GiB, ${machine.kernel}, ${machine.filesystem}`],
+    ['Versions', Object.entries(machine.versions).map(([name, version]) => `${name} ${version}`).join(', ')],
+  ]
+  return `<dl>${facts.map(([name, text]) => `<dt>${name}</dt><dd>${escape(text)}</dd>`).join('')}</dl>`
+}
+
+const pageStyle = `
+:root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--ground:#fff;--panel:#f6f8fa;--link:#0969da;--good:#116329;--bad:#a40e26}
+@media (prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9da7b3;--line:#3d444d;--ground:#0d1117;--panel:#151b23;--link:#58a6ff;--good:#56d364;--bad:#ff7b72}}
+*{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:46rem;margin:0 auto;padding:1.25rem 1rem 4rem}h1{font-size:1.6rem;line-height:1.2;margin:.2rem 0 1rem}h2{font-size:1.3rem;margin:2.5rem 0 .5rem;border-top:1px solid var(--line);padding-top:1.5rem}
+h3{font-size:1.05rem;margin:2rem 0 .25rem}small{color:var(--soft);font-weight:400}a{color:var(--link)}nav{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem}
+figure{margin:1.5rem 0;max-width:38rem}.chart{display:block;width:100%;height:auto}.note{color:var(--soft);margin:.25rem 0 .75rem;font-size:.92rem}
+.warning{background:var(--panel);border-left:4px solid var(--bad);padding:.6rem .9rem}.scroll{overflow-x:auto;margin:.5rem 0}
+table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:500;white-space:nowrap}
+.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.number:last-child,th.number:last-child{padding-right:0}.good{color:var(--good)}.bad{color:var(--bad)}
+details{margin:.25rem 0 1rem;color:var(--soft)}summary{cursor:pointer;padding:.4rem 0}dl{font-size:.88rem;color:var(--soft);margin-top:2rem}dt{font-weight:600}dd{margin:0 0 .4rem}`
