@@ -117,11 +117,12 @@ export function serve(
 
 function serveRead(disk: DiskParameters, state: DiskState, request: DiskRequest): ReturnType<typeof serve> {
   const missing = afterCached(state.segments, request)
-  const fromAhead = state.ahead !== undefined && missing.start >= state.ahead.start && missing.end <= state.ahead.end
-  if (missing.start === missing.end || fromAhead) return serveCachedRead(disk, state, request, missing)
+  const ready = readyTime(disk, state, request)
+  const arrives = missing.start === missing.end ? ready : arrivalByReadAhead(disk, state, missing)
+  if (arrives <= ready + revolution(disk)) return serveCachedRead(disk, state, request, arrives)
 
-  const stopped = stopReadAhead(disk, state, Math.max(request.issued + disk.commandOverhead, state.free))
-  const started = reach(disk, stopped, missing.start, readyTime(disk, stopped, request))
+  const stopped = stopReadAhead(disk, state, ready)
+  const started = reach(disk, stopped, missing.start, ready)
   const completed = started + (missing.end - missing.start) * sectorTime(disk)
   const segments = remember(disk, stopped.segments, request)
   const readAhead = Math.floor(disk.readAhead / disk.sectorSize)
@@ -132,17 +133,16 @@ function serveRead(disk: DiskParameters, state: DiskState, request: DiskRequest)
   }
 }
 
-/** From the cache at once, or, where the read-ahead has not come that far yet, when it has. */
-function serveCachedRead(
-  disk: DiskParameters,
-  state: DiskState,
-  request: DiskRequest,
-  missing: SectorRange,
-): ReturnType<typeof serve> {
-  const started = Math.max(request.issued, state.free)
+/** When the read-ahead under way will have all of `range`; never, where it will not. */
+function arrivalByReadAhead(disk: DiskParameters, state: DiskState, range: SectorRange): number {
   const { ahead } = state
-  const arrives =
-    ahead === undefined || missing.start === missing.end ? 0 : ahead.since + (missing.end - ahead.start) * sectorTime(disk)
+  if (ahead === undefined || range.start < ahead.start || range.end > ahead.end) return Number.POSITIVE_INFINITY
+  return ahead.since + (range.end - ahead.start) * sectorTime(disk)
+}
+
+/** From the cache at once, or when the read-ahead has come that far. */
+function serveCachedRead(disk: DiskParameters, state: DiskState, request: DiskRequest, arrives: number): ReturnType<typeof serve> {
+  const started = Math.max(request.issued, state.free)
   const completed = Math.max(started + disk.commandOverhead, arrives)
   return {
     state: { ...state, free: completed, segments: remember(disk, state.segments, request) },
@@ -151,10 +151,11 @@ function serveCachedRead(
 }
 
 function serveWrite(disk: DiskParameters, state: DiskState, request: DiskRequest): ReturnType<typeof serve> {
-  const stopped = stopReadAhead(disk, state, Math.max(request.issued + disk.commandOverhead, state.free))
+  const ready = readyTime(disk, state, request)
+  const stopped = stopReadAhead(disk, state, ready)
   // a physical sector that is not cached must be read before a part of it is written: the write follows a turn later
   const penalty = partialPhysicalSector(disk, stopped.segments, request) ? revolution(disk) : 0
-  const started = reach(disk, stopped, request.start, readyTime(disk, stopped, request)) + penalty
+  const started = reach(disk, stopped, request.start, ready) + penalty
   const completed = started + (request.end - request.start) * sectorTime(disk)
   const segments = remember(disk, stopped.segments, request)
   return {

@@ -13,8 +13,9 @@
  * caller that waits for something else in between (a file, a timer) finds the queue run dry, as a host
  * too slow for its disk would; feed from memory, or say with {@link SimulatedDisk.idle} how long it takes.
  */
-import { BaseDevice, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions, type WriteOptions, type WriteZeroesOptions } from './device.ts'
+import type { BlockDevice, CallOptions, WriteOptions, WriteZeroesOptions } from './device.ts'
 import { disk15k, diskAtRest, mediaRate, serve, type DiskParameters, type DiskState, type SectorRange } from './disk-model.ts'
+import { FilterDevice } from './filter.ts'
 
 /** One command as the disk saw it, in the way a block trace shows it. Times in microseconds of virtual time. */
 export interface DiskCommand {
@@ -51,10 +52,9 @@ interface Pending {
 /**
  * A {@link BlockDevice} whose time is simulated; see {@link simulatedDisk}.
  */
-export class SimulatedDisk extends BaseDevice {
+export class SimulatedDisk extends FilterDevice {
   /** The disk that is simulated. */
   readonly parameters: DiskParameters
-  readonly #inner: BlockDevice
   readonly #hostGap: number
   readonly #onCommand: ((command: DiskCommand) => void) | undefined
   #state: DiskState = diskAtRest
@@ -63,29 +63,12 @@ export class SimulatedDisk extends BaseDevice {
   #running = false
 
   constructor(inner: BlockDevice, options: SimulatedDiskOptions = {}) {
-    super()
+    super(inner)
     const { hostGap = 100, onCommand, ...parameters } = options
     this.parameters = { ...disk15k, ...parameters }
     checkParameters(this.parameters, hostGap)
-    this.#inner = inner
     this.#hostGap = hostGap
     this.#onCommand = onCommand
-  }
-
-  get size(): number {
-    return this.#inner.size
-  }
-
-  get readOnly(): boolean {
-    return this.#inner.readOnly
-  }
-
-  override get growable(): boolean {
-    return this.#inner.growable
-  }
-
-  get limits(): BlockLimits {
-    return this.#inner.limits
   }
 
   /** Microseconds of virtual time since the disk was made. */
@@ -104,42 +87,30 @@ export class SimulatedDisk extends BaseDevice {
     this.#clock += microseconds
   }
 
-  protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
-    const moved = this.#inner.readInto(offset, target, options)
+  protected override onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    const moved = this.inner.readInto(offset, target, options)
     return this.#after(moved, (end) => this.#send('read', this.#sectors(offset, target.length), end))
   }
 
-  protected onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
-    const moved = this.#inner.write(offset, source, options)
+  protected override onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+    const moved = this.inner.write(offset, source, options)
     return this.#after(moved, (end) => this.#sendWrite(offset, source.length, end))
   }
 
   /** A disk without a command for zeroes: they are written. */
   protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
-    const moved = this.#inner.writeZeroes(offset, length, options)
+    const moved = this.inner.writeZeroes(offset, length, options)
     return this.#after(moved, (end) => this.#sendWrite(offset, length, end))
   }
 
   /** Costs no time: nothing moves. */
   protected override onDiscard(offset: number, length: number, options?: CallOptions): Promise<void> {
-    return this.#inner.discard(offset, length, options)
+    return this.inner.discard(offset, length, options)
   }
 
   /** Costs no time: the disk has no write cache. */
-  protected onFlush(options?: CallOptions): Promise<void> {
-    return this.#inner.flush(options)
-  }
-
-  protected override onResize(size: number, options?: CallOptions): Promise<void> {
-    return this.#inner.resize(size, options)
-  }
-
-  protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
-    yield* this.#inner.map({ ...options, offset, length })
-  }
-
-  protected async onClose(): Promise<void> {
-    await this.#inner.close()
+  protected override onFlush(options?: CallOptions): Promise<void> {
+    return this.inner.flush(options)
   }
 
   /** Settles when the bytes have moved and the simulated time has come, whichever happens later in real time. */

@@ -2,9 +2,14 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { anyRequest, BaseDevice, type BlockLimits } from '../../src/block/device.ts'
+import { MemoryDevice } from '../../src/block/memory.ts'
 import { simulatedDisk, type DiskCommand, type SimulatedDisk } from '../../src/block/simulated-disk.ts'
 
+import { blockDeviceSuite } from '../suites/block-device.ts'
+
 const MiB = 1 << 20
+
+blockDeviceSuite('simulatedDisk', (content) => simulatedDisk(new MemoryDevice(content)), { resizable: true })
 
 /** A device that takes anything and keeps what it is given if `bytes` is given. */
 class Store extends BaseDevice {
