@@ -3,8 +3,13 @@
  * @packageDocumentation
  */
 export type { ByteSource } from './migration/byte-source.ts'
+export * from './migration/commands.ts'
 export { commandNumber, ramFlag } from './migration/format.ts'
 export * from './migration/parser.ts'
+export * from './migration/postcopy.ts'
+export * from './migration/ram-part.ts'
 export * from './migration/read.ts'
 export * from './migration/records.ts'
+export * from './migration/return-path.ts'
+export * from './migration/vm-description.ts'
 export * from './migration/writer.ts'

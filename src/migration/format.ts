@@ -83,12 +83,12 @@ export const limits = {
   machineName: 1024,
   capabilities: 64,
   ramBlocks: 65_536,
-  ramBlockLength: 2 ** 48,
+  ramBlockLength: 281_474_976_710_656,
   sections: 65_536,
-  vmDescription: 256 << 20,
+  vmDescription: 268_435_456,
   vmDescriptionDepth: 64,
   pageSizeMin: 256,
-  pageSizeMax: 1 << 20,
+  pageSizeMax: 1_048_576,
 } as const
 
 /** Longest zlib stream accepted for one compressed page of `pageSize` bytes. */

@@ -64,7 +64,8 @@ export class ParserInput {
   /** Appends a chunk. The one before must be exhausted. */
   push(chunk: Uint8Array): void {
     this.#chunkBase += this.#chunk.length
-    this.#chunk = chunk
+    // A Node Buffer's slice() does not copy; a plain array behaves as its type says.
+    this.#chunk = new Uint8Array(chunk.buffer, chunk.byteOffset, chunk.byteLength)
     this.#chunkAt = 0
     if (!this.#carrying) this.#useChunk(0)
   }

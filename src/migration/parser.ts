@@ -8,12 +8,13 @@
  * is passed through as `tail`.
  */
 import { UnsupportedError } from '../core/errors.ts'
+import { readCommand } from './commands.ts'
 import { capabilitiesOf, pageSizeOf, readConfiguration } from './configuration.ts'
-import { describeMagic } from './magic.ts'
 import { DirtyBitmapSection, dirtyBitmapFlag } from './dirty-bitmap.ts'
-import { commandNumber, hex, limits, sectionByte, streamError, streamMagic, streamVersion } from './format.ts'
+import { hex, limits, sectionByte, streamError, streamMagic, streamVersion } from './format.ts'
 import { findFooter } from './footer-scan.ts'
 import { ParserInput, underrun } from './input.ts'
+import { describeMagic } from './magic.ts'
 import { bytesRecord, passThrough, type Passage } from './pass-through.ts'
 import { RamSection } from './ram-section.ts'
 import type { ConfigurationRecord, MigrationRecord, RamBlock, SectionRecord, SectionType } from './records.ts'
@@ -370,23 +371,16 @@ export class MigrationParser {
     return undefined
   }
 
-  /** `08 be16 command, be16 length, payload` */
   #command(): MigrationRecord {
     const input = this.#input
     const offset = input.offset
-    input.u8()
-    const command = input.u16()
-    if (command < commandNumber.openReturnPath || command > commandNumber.switchoverStart) {
-      throw streamError('command', 'command', `command is ${command}, allowed 1 to 11`, offset + 1)
-    }
-    const payload = input.take(input.u16())
-    if (command === commandNumber.packaged) {
-      if (payload.length !== 4) throw streamError('command PACKAGED', 'length', `length is ${payload.length}, expected 4`, offset + 3)
-      this.#passages.push({ of: 'package', length: new DataView(payload.buffer, payload.byteOffset).getUint32(0) })
+    const command = readCommand(input)
+    if (command.name === 'packaged') {
+      this.#passages.push({ of: 'package', length: command.packageLength })
       this.#iterating = true
       this.#state = this.#package
     }
-    return { kind: 'command', offset, length: input.offset - offset, command, payload }
+    return { kind: 'command', offset, length: input.offset - offset, command }
   }
 
   #package(): MigrationRecord | undefined {

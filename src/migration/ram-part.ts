@@ -12,6 +12,8 @@ import { viewOf } from '../bytes/view.ts'
 import { ramFlag, sectionByte } from './format.ts'
 import { countedString } from './postcopy.ts'
 
+export { isZero } from './zero.ts'
+
 const two32 = 0x1_0000_0000
 /** Section head, EOS, footer. */
 const framing = 5 + 8 + 5
@@ -98,14 +100,4 @@ export class RamPart {
     this.#at += this.#name.length
     this.#continue = ramFlag.continue
   }
-}
-
-/** True if all `length` bytes (a multiple of 8) from `at` (a multiple of 8 in memory) are zero. */
-export function isZero(bytes: Uint8Array, at: number, length: number): boolean {
-  if (bytes[at] !== 0 || bytes[at + length - 1] !== 0) return false
-  const start = bytes.byteOffset + at
-  if (start % 8 !== 0 || length % 8 !== 0) return bytes.subarray(at, at + length).every((byte) => byte === 0)
-  const words = new Int32Array(bytes.buffer, start, length / 4)
-  for (let index = 0; index < words.length; index++) if (words[index] !== 0) return false
-  return true
 }

@@ -5,6 +5,7 @@
  * **Lifetime.** A record refers to the parser's input and (for pages) to arrays that the parser uses
  * again: it is valid until the next record is asked for. Keep pages with {@link retainPages}.
  */
+import type { Command } from './commands.ts'
 
 /** Where a record lies in the stream. */
 export interface RecordSpan {
@@ -141,8 +142,7 @@ export interface DirtyBitmapRecord extends RecordSpan {
 /** A command; of PACKAGED, the package follows as {@link BytesRecord}s. */
 export interface CommandRecord extends RecordSpan {
   readonly kind: 'command'
-  readonly command: number
-  readonly payload: Uint8Array
+  readonly command: Command
 }
 
 /** Ends the part of the stream that QEMU loads. */

@@ -2,8 +2,10 @@
  * Records to bytes. Every record is encoded from its fields, not copied from where it was parsed, so
  * what the parser understood is what is written; parsed records written in order give the same bytes.
  */
-import { commandNumber, ramFlag, sectionByte, streamMagic } from './format.ts'
 import { ByteWriter } from './byte-writer.ts'
+import { encodeCommand } from './commands.ts'
+import { dirtyBitmapFlag } from './dirty-bitmap.ts'
+import { ramFlag, sectionByte, streamMagic } from './format.ts'
 import type {
   ConfigurationRecord,
   DirtyBitmapRecord,
@@ -12,7 +14,6 @@ import type {
   RamPagesRecord,
   SectionRecord,
 } from './records.ts'
-import { dirtyBitmapFlag } from './dirty-bitmap.ts'
 
 /** A record without its place in a stream: what the writer needs. */
 export type WritableRecord = MigrationRecord extends infer R ? (R extends MigrationRecord ? Omit<R, 'offset' | 'length'> : never) : never
@@ -57,7 +58,7 @@ export function encodeRecord(record: WritableRecord): Uint8Array {
     case 'dirty-bitmap':
       return encodeDirtyBitmap(out, record)
     case 'command':
-      return out.u8(sectionByte.command).u16(record.command).u16(record.payload.length).raw(record.payload).bytes
+      return encodeCommand(record.command)
     case 'eof':
       return out.u8(sectionByte.eof).bytes
     case 'vm-description':
@@ -137,9 +138,4 @@ function encodePages(record: Omit<RamPagesRecord, 'offset' | 'length'>): Uint8Ar
 function headLength(flags: number): number {
   if ((flags & ramFlag.xbzrle) !== 0) return 3
   return (flags & ramFlag.compressPage) !== 0 ? 4 : 0
-}
-
-/** A command by its number, with its payload. */
-export function commandRecord(command: keyof typeof commandNumber, payload: Uint8Array = new Uint8Array(0)): WritableRecord {
-  return { kind: 'command', command: commandNumber[command], payload }
 }

@@ -4,7 +4,7 @@ import { Qcow2Error } from '../../src/core/errors.ts'
 import { MigrationParser, type ParserOptions } from '../../src/migration/parser.ts'
 import { readMigration } from '../../src/migration/read.ts'
 import type { MigrationRecord } from '../../src/migration/records.ts'
-import { ramFlag } from '../../src/migration/format.ts'
+import { commandNumber, ramFlag } from '../../src/migration/format.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription } from '../../src/migration/vm-description.ts'
 import { encodeRecord } from '../../src/migration/writer.ts'
 import { capture, captureNames, expected, sha256, wholeStreams } from './captures.ts'
@@ -13,8 +13,14 @@ const runs = process.env['QCOW2_LONG'] === '1' ? 2000 : 30
 
 /** A record without what depends on how the input was cut: batches as pages, bytes joined by the caller. */
 function* normalised(record: MigrationRecord): Generator {
-  if (record.kind === 'bytes') return yield { kind: 'bytes', of: record.of, offset: record.offset, hex: Buffer.from(record.bytes).toString('hex') }
-  if (record.kind !== 'ram-pages') return yield structuredClone(record)
+  if (record.kind === 'bytes') {
+    yield { kind: 'bytes', of: record.of, offset: record.offset, hex: Buffer.from(record.bytes).toString('hex') }
+    return
+  }
+  if (record.kind !== 'ram-pages') {
+    yield structuredClone(record)
+    return
+  }
   for (let i = 0; i < record.count; i++) {
     const position = record.positions[i]!
     yield {
@@ -80,7 +86,7 @@ function summary(bytes: Uint8Array, options: ParserOptions): Record<string, unkn
     if (record.kind === 'section' && record.type !== 'part') {
       sections.push([record.type.toUpperCase(), record.id, record.idstr, record.type === 'end' ? record.offset : record.instanceId])
     }
-    if (record.kind === 'command') sections.push(['COMMAND', record.command, '', record.offset])
+    if (record.kind === 'command') sections.push(['COMMAND', commandNumber[record.command.name], '', record.offset])
     if (record.kind === 'ram-block' && record.block.gpa !== undefined) Object.assign(result['gpa'] as object, { [record.block.name]: record.block.gpa })
     if (record.kind === 'ram-mark') counts[record.mark === 'eos' ? 'eos' : 'multifd_flush']++
     if (record.kind !== 'ram-pages') continue
