@@ -7,8 +7,11 @@
 export interface DuplexStream {
   on(event: string, listener: (...values: never[]) => void): unknown
   removeListener(event: string, listener: (...values: never[]) => void): unknown
-  /** False: the buffer is above its mark, wait for `drain` before writing more. */
-  write(bytes: Uint8Array | string): boolean
+  /**
+   * False: the buffer is above its mark, wait for `drain` before writing more. `done` is called when the
+   * bytes were handed on and their memory may be used again.
+   */
+  write(bytes: Uint8Array | string, done?: (error?: Error | null) => void): boolean
   /** Half-closes: everything written is delivered, then the peer reads the end. */
   end(): unknown
   /** Drops the connection at once. */

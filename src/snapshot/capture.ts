@@ -1,0 +1,57 @@
+/**
+ * Receives whatever a QEMU migrates, stores it, and says whether it was whole. Owns the loop between a
+ * byte source and a {@link SaveSink}; talks to no monitor.
+ */
+import type { CallOptions } from '../block/device.ts'
+import { chunksOf, type ByteSource } from '../migration/byte-source.ts'
+import type { SaveSink } from './save-sink.ts'
+import { StreamCheck, type StreamSummary } from './stream-check.ts'
+
+/** Options of {@link capture}. */
+export interface CaptureOptions extends CallOptions {
+  /**
+   * `optional` also takes streams of machines with `suppress-vmdesc=on`. Default `required`: without the
+   * VM description nothing tells a complete stream from one that was cut between two sections.
+   */
+  readonly vmDescription?: 'required' | 'optional' | undefined
+  /** Called once, when the first page section begins. */
+  readonly onFirstPages?: (() => void | Promise<void>) | undefined
+  /** Bytes received so far. */
+  readonly onProgress?: ((bytes: number) => void) | undefined
+  /** Asked when the stream was whole, before it is kept: throw to reject it. */
+  readonly accept?: ((summary: StreamSummary) => Promise<void>) | undefined
+}
+
+/**
+ * Stores a migration stream: a socket that QEMU connects to, a pipe, a file, any source of bytes.
+ * Resolves when the stream ended as it should and the sink has made it durable.
+ *
+ * @throws FormatError (`ERR_STREAM`) if the stream is malformed or incomplete; the sink is told to
+ *   abort, as it is for every other failure.
+ */
+export async function capture(source: ByteSource, sink: SaveSink, options: CaptureOptions = {}): Promise<StreamSummary> {
+  const check = new StreamCheck(sink.record === undefined ? undefined : (record) => sink.record?.(record))
+  try {
+    let started = false
+    for await (const chunk of chunksOf(source, options)) {
+      check.push(chunk)
+      const writing = sink.write?.(chunk)
+      if (!started && check.partSeen) {
+        started = true
+        await options.onFirstPages?.()
+      }
+      if (writing !== undefined) await writing
+      const settling = sink.settle?.()
+      if (settling !== undefined) await settling
+      options.onProgress?.(check.length)
+    }
+    options.signal?.throwIfAborted()
+    const summary = check.end({ vmDescription: options.vmDescription ?? 'required' })
+    await options.accept?.(summary)
+    await sink.finish(summary)
+    return summary
+  } catch (error) {
+    await sink.abort(error)
+    throw error
+  }
+}

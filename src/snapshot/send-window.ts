@@ -1,0 +1,60 @@
+/**
+ * Bounds how much background data can stand between an urgent page and the destination. A socket's own
+ * buffers cannot be bounded from here, so each background chunk ends with a PING: its PONG tells that the
+ * destination has read that far.
+ */
+import { ping } from '../migration/postcopy.ts'
+
+/** Values of the first PING; smaller ones belong to the conversation. */
+const firstValue = 0x100
+
+/** Background bytes under way, at most `limit`. */
+export class SendWindow {
+  readonly #limit: number
+  readonly #chunks: { readonly value: number; readonly length: number }[] = []
+  #used = 0
+  #value = firstValue
+  #wake: (() => void) | undefined
+  #failure: unknown
+
+  /** `limit` in bytes; a larger chunk goes alone. */
+  constructor(limit: number) {
+    this.#limit = limit
+  }
+
+  /** Resolves when a chunk of `length` bytes may go. One caller at a time. */
+  async room(length: number): Promise<void> {
+    while (this.#failure === undefined && this.#used > 0 && this.#used + length > this.#limit) {
+      await new Promise<void>((resolve) => (this.#wake = resolve))
+    }
+    if (this.#failure !== undefined) throw this.#failure as Error
+  }
+
+  /** Counts a chunk as sent and gives the PING to send behind it. */
+  sent(length: number): Uint8Array {
+    const value = this.#value
+    this.#value = value === 0xffff_ffff ? firstValue : value + 1
+    this.#chunks.push({ value, length })
+    this.#used += length
+    return ping(value)
+  }
+
+  /** The destination has read up to the PING with this value. */
+  pong(value: number): void {
+    const index = this.#chunks.findIndex((chunk) => chunk.value === value)
+    if (index < 0) return // a PONG of the conversation
+    for (const { length } of this.#chunks.splice(0, index + 1)) this.#used -= length
+    this.#signal()
+  }
+
+  /** Rejects whoever waits, now and later. */
+  fail(reason: unknown): void {
+    this.#failure ??= reason
+    this.#signal()
+  }
+
+  #signal(): void {
+    this.#wake?.()
+    this.#wake = undefined
+  }
+}

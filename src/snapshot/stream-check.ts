@@ -1,0 +1,141 @@
+/**
+ * Watches a migration stream as it comes in and tells at its end whether it is whole: a stream has no
+ * checksum, so its structure is all there is. Owns what has to agree; stores nothing but what stands
+ * behind the pages.
+ */
+import { Qcow2Error } from '../core/errors.ts'
+import { ramFlag } from '../migration/format.ts'
+import { MigrationParser } from '../migration/parser.ts'
+import type { MigrationRecord } from '../migration/records.ts'
+import { deviceLengths, locateVmDescription, parseVmDescription } from '../migration/vm-description.ts'
+
+/** What a complete stream holds. */
+export interface StreamSummary {
+  /** Bytes of the stream. */
+  readonly length: number
+  /** Machine type, empty if the stream names none. */
+  readonly machine: string
+  /** Target page size in bytes. */
+  readonly pageSize: number
+  readonly blocks: readonly { readonly name: string; readonly length: number }[]
+  /** Page records with content and with zeroes; a live precopy sends pages more than once. */
+  readonly pages: { readonly data: number; readonly zero: number }
+  /** Device sections, as the VM description counts them. */
+  readonly devices: number
+}
+
+/** Device state kept until the end, in bytes; far above what machines have (some MiB). */
+const tailLimit = 1 << 30
+
+/** Push all chunks, then {@link StreamCheck.end}. */
+export class StreamCheck {
+  readonly #parser: MigrationParser
+  readonly #onRecord: ((record: MigrationRecord) => void) | undefined
+  readonly #tail: Uint8Array[] = []
+  #tailLength = 0
+  #tailOffset = 0
+  #length = 0
+  #data = 0
+  #zero = 0
+  #earlyDevices = 0
+  #partSeen = false
+
+  /** `onRecord` sees each record; it is valid during the call. */
+  constructor(onRecord?: (record: MigrationRecord) => void) {
+    this.#parser = new MigrationParser()
+    this.#onRecord = onRecord
+  }
+
+  /** True once the first RAM PART section has begun: of a background snapshot, memory is write-protected by then. */
+  get partSeen(): boolean {
+    return this.#partSeen
+  }
+
+  /** Bytes so far. */
+  get length(): number {
+    return this.#length
+  }
+
+  /** @throws FormatError (`ERR_STREAM`) as soon as the stream is malformed. */
+  push(chunk: Uint8Array): void {
+    this.#length += chunk.length
+    for (const record of this.#parser.push(chunk)) {
+      this.#watch(record)
+      this.#onRecord?.(record)
+    }
+  }
+
+  /**
+   * The stream has ended.
+   * @throws FormatError (`ERR_STREAM`) if it is cut short, has no VM description (unless
+   *   `vmDescription: 'optional'`), or its device sections are not those of the description.
+   */
+  end(options: { readonly vmDescription?: 'required' | 'optional' } = {}): StreamSummary {
+    this.#parser.end()
+    const devices = this.#checkTail(options.vmDescription === 'optional')
+    const { blocks, configuration, pageSize } = this.#parser
+    return {
+      length: this.#length,
+      machine: configuration?.machine ?? '',
+      pageSize,
+      blocks: blocks.map(({ name, length }) => ({ name, length })),
+      pages: { data: this.#data, zero: this.#zero },
+      devices,
+    }
+  }
+
+  #watch(record: MigrationRecord): void {
+    switch (record.kind) {
+      case 'section':
+        if (record.type === 'part' && record.idstr === 'ram') this.#partSeen = true
+        if (record.type === 'full') this.#earlyDevices++
+        break
+      case 'ram-pages':
+        for (let i = 0; i < record.count; i++) {
+          if ((record.flags[i]! & ramFlag.zero) !== 0) this.#zero++
+          else this.#data++
+        }
+        break
+      case 'bytes':
+        if (record.of === 'tail') this.#keep(record.bytes, record.offset)
+    }
+  }
+
+  #keep(bytes: Uint8Array, offset: number): void {
+    if (this.#tail.length === 0) this.#tailOffset = offset
+    this.#tailLength += bytes.length
+    if (this.#tailLength > tailLimit) {
+      throw new Qcow2Error('ERR_STREAM', `more than ${tailLimit} bytes behind the RAM pages; is this one migration stream?`)
+    }
+    this.#tail.push(new Uint8Array(bytes))
+  }
+
+  /** Takes the device sections apart by the description's lengths; gives their number. */
+  #checkTail(optional: boolean): number {
+    const tail = new Uint8Array(this.#tailLength)
+    let at = 0
+    for (const piece of this.#tail) {
+      tail.set(piece, at)
+      at += piece.length
+    }
+    const location = locateVmDescription(tail)
+    if (location === undefined) {
+      if (optional) return 0
+      throw new Qcow2Error('ERR_STREAM', `the stream of ${this.#length} bytes ends without a VM description: it is incomplete`)
+    }
+    const json = tail.subarray(location.start, location.start + location.length)
+    const lengths = deviceLengths(parseVmDescription(json, this.#tailOffset + location.start))
+    const parser = new MigrationParser({
+      offset: this.#tailOffset,
+      devices: lengths.slice(this.#earlyDevices),
+      continues: { sections: [], blocks: this.#parser.blocks },
+    })
+    let devices = this.#earlyDevices
+    for (const record of parser.push(tail)) if (record.kind === 'section') devices++
+    parser.end()
+    if (devices !== lengths.length) {
+      throw new Qcow2Error('ERR_STREAM', `the stream has ${devices} device sections, its VM description lists ${lengths.length}`)
+    }
+    return devices
+  }
+}
