@@ -1,19 +1,30 @@
-import { defineConfig } from 'tsup'
+import { rmSync } from 'node:fs'
+import { defineConfig, type Options } from 'tsup'
 
-export default defineConfig({
-  entry: ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/nbd.ts', 'src/snapshot.ts'],
-  format: ['esm', 'cjs'],
+const doors = ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/nbd.ts', 'src/snapshot.ts']
+
+// both builds write to the same folder, so neither may clear it
+rmSync('dist', { recursive: true, force: true })
+
+const shared: Options = {
   target: 'node20',
   platform: 'node',
   splitting: true,
   sourcemap: true,
-  clean: true,
+  clean: false,
   shims: true,
   // fzstd is the only library that ships: bundled, with its licence in THIRD_PARTY_NOTICES.md
   noExternal: ['fzstd'],
   dts: {
+    entry: doors,
     compilerOptions: { ignoreDeprecations: '6.0' },
     // users without @types/node need the Disposable types; tsup drops reference comments from sources
     banner: '/// <reference lib="esnext.disposable" />',
   },
-})
+}
+
+export default defineConfig([
+  // the program is a module only: nobody requires it
+  { ...shared, format: 'esm', entry: [...doors, 'src/cli.ts'] },
+  { ...shared, format: 'cjs', entry: doors },
+])

@@ -1,0 +1,58 @@
+/** The real terminal: this process's streams and signals. */
+import { basename } from 'node:path'
+import process from 'node:process'
+import type { Sink, Terminal } from './terminal.ts'
+
+/** A reader of our output that has gone is no error: the shell's own code for it. */
+const brokenPipe = 141
+
+/** The terminal of this process. SIGINT and SIGTERM abort its signal once; a second one ends the process. */
+export function processTerminal(): Terminal {
+  const interrupt = new AbortController()
+  for (const name of ['SIGINT', 'SIGTERM'] as const) {
+    process.on(name, () => {
+      if (interrupt.signal.aborted) process.exit(name === 'SIGINT' ? 130 : 143)
+      interrupt.abort(new Interrupted(name))
+    })
+  }
+  const called = basename(process.argv[1] ?? '')
+  return {
+    stdin: process.stdin,
+    stdout: sinkOf(process.stdout),
+    stderr: sinkOf(process.stderr),
+    env: process.env,
+    signal: interrupt.signal,
+    program: called === 'qemu-img' ? called : 'qcow2',
+  }
+}
+
+/** The reason of an interrupt. */
+export class Interrupted extends Error {
+  /** As a shell gives it: 128 and the signal's number. */
+  readonly exitCode: number
+
+  constructor(name: 'SIGINT' | 'SIGTERM') {
+    super('interrupted')
+    this.exitCode = name === 'SIGINT' ? 130 : 143
+  }
+}
+
+function sinkOf(stream: NodeJS.WriteStream): Sink {
+  stream.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code === 'EPIPE') process.exit(brokenPipe)
+    throw error
+  })
+  return {
+    write: (data) =>
+      new Promise((resolve) => {
+        if (stream.write(data)) resolve()
+        else stream.once('drain', resolve)
+      }),
+    get isTty() {
+      return stream.isTTY
+    },
+    get columns() {
+      return stream.isTTY ? stream.columns : undefined
+    },
+  }
+}
