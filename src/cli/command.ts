@@ -106,17 +106,3 @@ export function command<const O extends OptionDefinitions>(definition: CommandDe
 export function group(definition: Omit<CommandDefinition, 'run' | 'options' | 'arguments'>): CommandDefinition {
   return { ...definition, options: {}, arguments: [], run: () => Promise.resolve(1) }
 }
-
-/** Exits with a code after everything was said, for example a comparison that found a difference. */
-export class ExitError extends Error {
-  readonly exitCode: number
-
-  /** @param message for stderr; empty says nothing */
-  constructor(exitCode: number, message: string, options?: ErrorOptions) {
-    super(message, options)
-    this.exitCode = exitCode
-  }
-}
-
-/** The user's command line makes no sense. */
-export class UsageError extends Error {}

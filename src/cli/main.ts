@@ -3,7 +3,8 @@
  * line on stderr, never a stack unless `QCOW2_DEBUG` is set.
  */
 import { commands } from './commands.ts'
-import { ExitError, UsageError, type CommandDefinition, type Context } from './command.ts'
+import type { CommandDefinition, Context } from './command.ts'
+import { ExitError, UsageError } from './errors.ts'
 import { commandHelp, programHelp } from './help.ts'
 import { didYouMean } from './nearest.ts'
 import { parse, type ParsedLine } from './parse.ts'

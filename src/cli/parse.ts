@@ -3,7 +3,8 @@
  * `-fqcow2`, `--output=json`, unique prefixes of long names, options after arguments, `--`. Owns the
  * grammar; knows nothing of what the options mean.
  */
-import { UsageError, type CommandDefinition, type OptionDefinition } from './command.ts'
+import type { CommandDefinition, OptionDefinition } from './command.ts'
+import { UsageError } from './errors.ts'
 import { didYouMean } from './nearest.ts'
 
 /** A parsed command line. */

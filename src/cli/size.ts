@@ -1,5 +1,5 @@
 /** Sizes as people write and read them. Owns the suffixes; 1 KiB is 1024 bytes throughout. */
-import { UsageError } from './command.ts'
+import { UsageError } from './errors.ts'
 
 const suffixes = 'BKMGTPE'
 

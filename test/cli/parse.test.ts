@@ -1,6 +1,7 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { command, UsageError } from '../../src/cli/command.ts'
+import { command } from '../../src/cli/command.ts'
+import { UsageError } from '../../src/cli/errors.ts'
 import { edits, nearest } from '../../src/cli/nearest.ts'
 import { parse } from '../../src/cli/parse.ts'
 import { formatSize, parseSize } from '../../src/cli/size.ts'

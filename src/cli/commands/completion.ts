@@ -1,4 +1,5 @@
-import { command, UsageError, type CommandDefinition } from '../command.ts'
+import { command, type CommandDefinition } from '../command.ts'
+import { UsageError } from '../errors.ts'
 import { completion, shells } from '../completion.ts'
 import { didYouMean } from '../nearest.ts'
 
