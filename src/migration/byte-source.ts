@@ -19,7 +19,7 @@ export async function* chunksOf(source: ByteSource, options: CallOptions = {}): 
   const { signal } = options
   signal?.throwIfAborted()
   if (source instanceof Uint8Array) return yield source
-  if ('readInto' in source) return yield* deviceChunks(source, options)
+  if ('readInto' in source) return yield* deviceChunks(source, 0, options)
   const iterable = 'getReader' in source && !(Symbol.asyncIterator in source) ? readerChunks(source) : (source as AsyncIterable<Uint8Array>)
   for await (const chunk of iterable) {
     signal?.throwIfAborted()
@@ -42,18 +42,19 @@ async function* readerChunks(stream: ReadableStream<Uint8Array>): AsyncGenerator
   }
 }
 
-/** Two buffers in turn: the next read runs while the chunk before is worked on. */
-async function* deviceChunks(device: BlockDevice, options: CallOptions): AsyncGenerator<Uint8Array, void, undefined> {
+/** The bytes of a device from `from` on, by large sequential reads; the next runs while a chunk is worked on. */
+export async function* deviceChunks(device: BlockDevice, from: number, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   const { size } = device
   const spare = [new Uint8Array(readSize), new Uint8Array(readSize)]
+  let turn = 0
   const start = (offset: number): Promise<Uint8Array> => {
-    const target = spare[(offset / readSize) % 2]!.subarray(0, Math.min(readSize, size - offset))
+    const target = spare[turn++ % 2]!.subarray(0, Math.min(readSize, size - offset))
     const reading = device.readInto(offset, target, options).then(() => target)
     reading.catch(() => undefined) // reported where it is awaited
     return reading
   }
-  let next = size > 0 ? start(0) : undefined
-  for (let offset = readSize; next !== undefined; offset += readSize) {
+  let next = from < size ? start(from) : undefined
+  for (let offset = from + readSize; next !== undefined; offset += readSize) {
     const chunk: Uint8Array = await next
     next = offset < size ? start(offset) : undefined
     yield chunk

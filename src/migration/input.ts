@@ -70,6 +70,15 @@ export class ParserInput {
     if (!this.#carrying) this.#useChunk(0)
   }
 
+  /** Passes over `length` bytes that will not be pushed. Everything pushed must be consumed. */
+  skip(length: number): void {
+    this.#chunkBase += this.#chunk.length + length
+    this.#chunk = nothing
+    this.#chunkAt = 0
+    this.#useChunk(0)
+    this.#start = 0
+  }
+
   /** Begins a structure at the read position. */
   begin(): void {
     if (this.#carrying && this.end - this.at <= this.#chunkAt) this.#useChunk(this.#chunkAt - (this.end - this.at))

@@ -131,6 +131,25 @@ export class MigrationParser {
     return this.#records()
   }
 
+  /**
+   * Bytes from `offset` on that are pages or padding of a mapped-ram block; 0 unless all input was
+   * consumed. Whoever can seek and does not want them may `skip` them.
+   */
+  get skippable(): number {
+    if (!this.#input.exhausted || this.#input.pending > 0) return 0
+    const passage = this.#ram?.passages[0]
+    return passage === undefined || passage.of === 'mapped-ram-bitmap' ? 0 : passage.length
+  }
+
+  /** Passes over `length` of the {@link skippable} bytes; no record covers them. */
+  skip(length: number): void {
+    const { skippable } = this
+    if (length > skippable) throw new RangeError(`only ${skippable} bytes can be skipped, not ${length}`)
+    if (length === 0) return
+    this.#ram!.passages[0]!.length -= length
+    this.#input.skip(length)
+  }
+
   /** The next record, or undefined when more input is needed. */
   next(): MigrationRecord | undefined {
     if (this.#failure !== undefined) throw this.#failure as Error

@@ -45,7 +45,8 @@ export class RamSection {
   #current: RamBlock | undefined
   /** Bytes of blocks still to be listed; undefined outside the list. */
   #unlisted: number | undefined
-  #passages: Passage[] = []
+  /** Parts of a mapped-ram block that are passed through next. */
+  passages: Passage[] = []
 
   constructor(options: RamSectionOptions) {
     this.#options = options
@@ -58,7 +59,7 @@ export class RamSection {
 
   /** The next record of a body. A `ram-mark` record with mark `eos` is its last. */
   next(input: ParserInput): MigrationRecord {
-    const passed = passThrough(input, this.#passages)
+    const passed = passThrough(input, this.passages)
     if (passed !== undefined) return passed
     return this.#unlisted === undefined || this.#unlisted === 0 ? this.#record(input) : this.#listEntry(input)
   }
@@ -295,7 +296,7 @@ export class RamSection {
     if (pagesOffset < bitmapOffset + bitmapLength || pagesOffset % pageSize !== 0) {
       throw streamError(where, 'pages offset', `pages at ${pagesOffset}, expected a multiple of ${pageSize} behind the bitmap`, start + 20)
     }
-    this.#passages = [
+    this.passages = [
       { of: 'mapped-ram-padding', length: bitmapOffset - input.offset },
       { of: 'mapped-ram-bitmap', length: bitmapLength },
       { of: 'mapped-ram-padding', length: pagesOffset - bitmapOffset - bitmapLength },

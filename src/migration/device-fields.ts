@@ -1,0 +1,80 @@
+/**
+ * Device state as JSON: the bytes of a device section read by the VM description, as QEMU's
+ * `analyze-migration.py` does. Fields of types this file does not know come as hexadecimal text, so
+ * nothing is lost.
+ */
+import { viewOf } from '../bytes/view.ts'
+import { bodyLength, subsectionHeadLength, type FieldDescription, type StructDescription } from './vm-description.ts'
+
+/** A decoded field: a structure, an array, or a plain value. 64-bit integers beyond 2^53 and bytes are `0x…` text. */
+export type DeviceValue = null | boolean | number | string | DeviceValue[] | { [name: string]: DeviceValue }
+
+/**
+ * Decodes a structure that begins at `bytes[at]`.
+ * @throws RangeError if the description reaches past `bytes`.
+ */
+export function decodeStruct(struct: StructDescription, bytes: Uint8Array, at = 0): { [name: string]: DeviceValue } {
+  const values = Object.create(null) as { [name: string]: DeviceValue }
+  for (const field of struct.fields) {
+    const count = field.array_len ?? 1
+    const length = field.size * count
+    if (at + length > bytes.length) throw new RangeError(`field '${field.name}' reaches past its section of ${bytes.length} bytes`)
+    if (field.array_len === undefined && field.index === undefined) values[field.name] = decodeField(field, bytes, at)
+    else decodeElements(values, field, bytes, at)
+    at += length
+  }
+  for (const part of struct.subsections ?? []) {
+    at += subsectionHeadLength(part.vmsd_name)
+    values[part.vmsd_name] = decodeStruct(part, bytes, at)
+    at += bodyLength(part)
+  }
+  return values
+}
+
+/** Elements of an array; an array may be described by several entries, each from an index on. */
+function decodeElements(values: { [name: string]: DeviceValue }, field: FieldDescription, bytes: Uint8Array, at: number): void {
+  const known = values[field.name]
+  const elements = Array.isArray(known) ? known : []
+  values[field.name] = elements
+  if (field.size === 0) return
+  for (let i = 0; i < (field.array_len ?? 1); i++) elements.push(decodeField(field, bytes, at + i * field.size))
+}
+
+function decodeField(field: FieldDescription, bytes: Uint8Array, at: number): DeviceValue {
+  const { size, type } = field
+  const struct = field.struct ?? inlineStruct(field)
+  if (struct !== undefined && bodyLength(struct) === size) return decodeStruct(struct, bytes.subarray(at, at + size))
+  const view = viewOf(bytes)
+  const integer = /^(u?)int(8|16|32|64)\b/.exec(type)
+  if (integer !== null && Number(integer[2]) === size * 8) return readInteger(view, at, size, integer[1] !== 'u')
+  if (type === 'bool' && size === 1) return bytes[at] !== 0
+  if (type === 'nullptr') return null
+  if (type === 'timer' && size === 8) return readTimer(view, at)
+  return hexText(bytes.subarray(at, at + size))
+}
+
+function inlineStruct(field: FieldDescription): StructDescription | undefined {
+  if (field.fields === undefined || (field.type !== 'vstruct' && field.type !== 'tmp')) return undefined
+  return { vmsd_name: field.vmsd_name ?? field.name, version: field.version ?? 0, fields: field.fields }
+}
+
+function readInteger(view: DataView, at: number, size: number, signed: boolean): DeviceValue {
+  if (size === 1) return signed ? view.getInt8(at) : view.getUint8(at)
+  if (size === 2) return signed ? view.getInt16(at) : view.getUint16(at)
+  if (size === 4) return signed ? view.getInt32(at) : view.getUint32(at)
+  const value = signed ? view.getBigInt64(at) : view.getBigUint64(at)
+  const number = Number(value)
+  return Number.isSafeInteger(number) ? number : `0x${BigInt.asUintN(64, value).toString(16)}`
+}
+
+/** Nanoseconds at which the timer fires, or null if it is not armed (all ones). */
+function readTimer(view: DataView, at: number): DeviceValue {
+  const value = view.getBigUint64(at)
+  return value === 0xffff_ffff_ffff_ffffn ? null : readInteger(view, at, 8, false)
+}
+
+function hexText(bytes: Uint8Array): string {
+  let text = '0x'
+  for (const byte of bytes) text += byte.toString(16).padStart(2, '0')
+  return text
+}

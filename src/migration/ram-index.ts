@@ -1,0 +1,125 @@
+/**
+ * Where each guest page lies in a stored stream: for each RAM block one array with an entry for each
+ * page. Owns the rule that the last copy of a page counts, and the side table of pages that are not
+ * stored raw (XBZRLE deltas on an earlier copy, zlib streams); does no I/O.
+ *
+ * Entry of a page: 0 absent, 1 zero, greater: file offset of the raw page (none begins before byte
+ * 8), negative: -(1 + number in the side table).
+ */
+import { streamError, ramFlag } from './format.ts'
+import type { RamBlock, RamPagesRecord } from './records.ts'
+
+/** The entry of a page that the stream does not contain. */
+export const absentPage = 0
+/** The entry of a zero page. */
+export const zeroPage = 1
+
+/** How many page records of each sort a stream has. */
+export interface PageCounts {
+  /** Raw pages. */
+  normal: number
+  /** Zero pages. */
+  zero: number
+  xbzrle: number
+  /** zlib pages of QEMU up to 9.0. */
+  compressed: number
+  /** Records for a page that came before. */
+  duplicate: number
+}
+
+/** A page that is not stored raw. */
+export interface EncodedPage {
+  readonly kind: 'xbzrle' | 'compressed'
+  /** File offset of the delta or zlib stream. */
+  readonly position: number
+  /** Its length in bytes. */
+  readonly length: number
+  /** For a delta: the entry of the copy it applies to. */
+  readonly base: number
+}
+
+/** The index of all RAM blocks of one stream. */
+export class RamIndex {
+  readonly counts: PageCounts = { normal: 0, zero: 0, xbzrle: 0, compressed: 0, duplicate: 0 }
+  readonly pageSize: number
+  /** Entries by block index, then by page. */
+  readonly entries: Float64Array[] = []
+  readonly #encoded: EncodedPage[] = []
+
+  constructor(pageSize: number) {
+    this.pageSize = pageSize
+  }
+
+  /** Adds a block whose pages are all absent so far. */
+  addBlock(block: RamBlock): void {
+    this.entries[block.index] = new Float64Array(block.length / this.pageSize)
+  }
+
+  /** Takes in a batch of pages of a stream that lies in the file as it was parsed. */
+  addPages(record: RamPagesRecord): void {
+    const entries = this.entries[record.block.index]!
+    const { count, flags, pageOffsets, positions, bytesOffset, pageSize } = record
+    const { counts } = this
+    for (let i = 0; i < count; i++) {
+      const page = pageOffsets[i]! / pageSize
+      const flag = flags[i]!
+      const before = entries[page]!
+      if (before !== absentPage) counts.duplicate++
+      if ((flag & ramFlag.page) !== 0) {
+        counts.normal++
+        entries[page] = bytesOffset + positions[i]!
+      } else if ((flag & ramFlag.zero) !== 0) {
+        counts.zero++
+        entries[page] = zeroPage
+      } else {
+        entries[page] = this.#addEncoded(record, i, before)
+      }
+    }
+  }
+
+  /**
+   * Marks the pages whose bits are set in a mapped-ram bitmap as raw, the others as zero.
+   * @throws FormatError (`ERR_STREAM`) for bits beyond the last page
+   */
+  addMapped(block: RamBlock, bitmap: Uint8Array): void {
+    const entries = this.entries[block.index]!
+    const { pagesOffset, bitmapOffset } = block.mapped!
+    for (let bit = entries.length; bit < bitmap.length * 8; bit++) {
+      if ((bitmap[bit >>> 3]! & (1 << (bit & 7))) === 0) continue
+      throw streamError('mapped-ram bitmap', 'bitmap', `bit ${bit} of RAM block '${block.name}' is set; it has ${entries.length} pages`, bitmapOffset)
+    }
+    for (let page = 0; page < entries.length; page++) {
+      const set = (bitmap[page >>> 3]! & (1 << (page & 7))) !== 0
+      entries[page] = set ? pagesOffset + page * this.pageSize : zeroPage
+      if (set) this.counts.normal++
+      else this.counts.zero++
+    }
+  }
+
+  /** Takes every page of a mapped-ram block as raw, whatever its bitmap says. */
+  markAllMapped(block: RamBlock): void {
+    const entries = this.entries[block.index]!
+    for (let page = 0; page < entries.length; page++) entries[page] = block.mapped!.pagesOffset + page * this.pageSize
+    this.counts.normal += entries.length
+    this.counts.zero -= entries.length
+  }
+
+  /** The page that a negative entry stands for. */
+  encoded(entry: number): EncodedPage {
+    return this.#encoded[-1 - entry]!
+  }
+
+  #addEncoded(record: RamPagesRecord, i: number, before: number): number {
+    const position = record.bytesOffset + record.positions[i]!
+    const length = record.lengths[i]!
+    const delta = (record.flags[i]! & ramFlag.xbzrle) !== 0
+    if (delta && before === absentPage) {
+      const page = `page at ${record.pageOffsets[i]} of RAM block '${record.block.name}'`
+      throw streamError('RAM section', 'XBZRLE', `a delta for the ${page}, which did not come before`, position)
+    }
+    if (delta) this.counts.xbzrle++
+    else this.counts.compressed++
+    const kind = delta ? 'xbzrle' : 'compressed'
+    return -this.#encoded.push({ kind, position, length, base: delta ? before : absentPage })
+  }
+}

@@ -1,0 +1,230 @@
+/**
+ * Guest RAM of a stored stream, page by page in any order. Owns turning index entries into reads:
+ * neighbouring pages are read in one request, deltas applied to their base.
+ */
+import { anyRequest, BaseDevice, checkRange, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import { inflateZlib } from '../codec/inflate-stream.ts'
+import { Qcow2Error } from '../core/errors.ts'
+import { streamError } from './format.ts'
+import { absentPage, zeroPage, type PageCounts, type RamIndex } from './ram-index.ts'
+import type { RamBlock } from './records.ts'
+import { applyXbzrle } from './xbzrle.ts'
+
+/** Largest read for a run of neighbouring pages, in bytes. */
+const maxRead = 1 << 20
+/** Bytes between two pages' contents that are read along rather than skipped. */
+const maxGap = 4096
+
+/** The RAM blocks of a saved VM. */
+export class RamState {
+  /** In the order of the stream. */
+  readonly blocks: readonly RamBlock[]
+  /** Target page size in bytes. */
+  readonly pageSize: number
+  /** Page records in the stream, by sort. */
+  readonly counts: Readonly<PageCounts>
+  readonly #index: RamIndex
+  readonly #device: BlockDevice
+
+  constructor(device: BlockDevice, blocks: readonly RamBlock[], index: RamIndex) {
+    this.#device = device
+    this.#index = index
+    this.blocks = blocks
+    this.pageSize = index.pageSize
+    this.counts = index.counts
+  }
+
+  /** The block of that name or index. @throws Qcow2Error `ERR_NOT_FOUND` */
+  block(which: string | number): RamBlock {
+    const found = typeof which === 'number' ? this.blocks[which] : this.blocks.find(({ name }) => name === which)
+    if (found !== undefined) return found
+    const names = this.blocks.map(({ name }) => `'${name}'`).join(', ')
+    throw new Qcow2Error('ERR_NOT_FOUND', `no RAM block ${typeof which === 'number' ? which : `'${which}'`}; there are ${names || 'none'}`)
+  }
+
+  /**
+   * `length` bytes from byte `offset` of a block. Absent pages read as zeroes, as in a fresh VM.
+   * @throws RangeError if the range reaches past the block
+   */
+  async read(which: string | number, offset: number, length: number, options?: CallOptions): Promise<Uint8Array> {
+    const block = this.block(which)
+    checkRange(offset, length, block.length)
+    const target = new Uint8Array(length)
+    await this.readInto(block, offset, target, options)
+    return target
+  }
+
+  /**
+   * `length` bytes at guest physical address `address`.
+   * @throws Qcow2Error `ERR_NOT_FOUND` where the stream tells no addresses (it does only with the
+   * capability `x-ignore-shared`) or no block covers the range
+   */
+  async readPhysical(address: number, length: number, options?: CallOptions): Promise<Uint8Array> {
+    const covers = ({ gpa, length: size }: RamBlock): boolean => gpa !== undefined && gpa <= address && address + length <= gpa + size
+    // ROM helpers that are not mapped have address 0 too; the largest block comes first.
+    const block = [...this.blocks].sort((a, b) => b.length - a.length).find(covers)
+    if (block === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `no RAM block is known to hold ${length} bytes at guest physical address ${address}`)
+    return this.read(block.index, address - block.gpa!, length, options)
+  }
+
+  /** What the stream has for the page at byte `offset` of a block. */
+  pageKind(which: string | number, offset: number): 'absent' | 'zero' | 'data' {
+    const entry = this.#index.entries[this.block(which).index]![Math.floor(offset / this.pageSize)]
+    if (entry === undefined) throw new RangeError(`offset ${offset} is outside RAM block '${this.block(which).name}'`)
+    return entry === absentPage ? 'absent' : entry === zeroPage ? 'zero' : 'data'
+  }
+
+  /** A RAM block as a read-only device; its extents tell zero and absent (unallocated) pages. */
+  device(which: string | number): BlockDevice {
+    return new RamBlockDevice(this, this.block(which))
+  }
+
+  /** Fills `target` from byte `offset` of a block. */
+  async readInto(block: RamBlock, offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    const { pageSize } = this
+    const entries = this.#index.entries[block.index]!
+    for (let at = 0; at < target.length; ) {
+      const page = Math.floor((offset + at) / pageSize)
+      const skip = (offset + at) % pageSize
+      const entry = entries[page]!
+      if (entry <= zeroPage) {
+        const part = target.subarray(at, at + pageSize - skip)
+        if (entry < 0) part.set((await this.#decode(entry, options)).subarray(skip, skip + part.length))
+        else part.fill(0)
+        at += part.length
+        continue
+      }
+      const last = this.#runEnd(entries, page, Math.ceil((offset + target.length) / pageSize))
+      at += await this.#readRun(entries, page, last, offset, target, options)
+    }
+  }
+
+  /** One past the last page of a run of raw pages that follow each other closely in the file. */
+  #runEnd(entries: Float64Array, first: number, limit: number): number {
+    const { pageSize } = this
+    const start = entries[first]!
+    let page = first + 1
+    while (page < limit) {
+      const gap = entries[page]! - entries[page - 1]! - pageSize
+      if (entries[page]! <= zeroPage || gap < 0 || gap > maxGap || entries[page]! + pageSize - start > maxRead) break
+      page++
+    }
+    return page
+  }
+
+  /** Reads pages `first` to `last - 1` with one request; the number of bytes of `target` that it filled. */
+  async #readRun(entries: Float64Array, first: number, last: number, offset: number, target: Uint8Array, options?: CallOptions): Promise<number> {
+    const { pageSize } = this
+    const from = Math.max(offset, first * pageSize)
+    const to = Math.min(offset + target.length, last * pageSize)
+    const start = entries[first]! + (from - first * pageSize)
+    const end = entries[last - 1]! + (to - (last - 1) * pageSize)
+    if (end - start === to - from) {
+      await this.#device.readInto(start, target.subarray(from - offset, to - offset), options)
+      return to - from
+    }
+    const span = await this.#device.read(start, end - start, options)
+    for (let page = first; page < last; page++) {
+      const begin = Math.max(from, page * pageSize)
+      const position = entries[page]! + (begin - page * pageSize) - start
+      const length = Math.min(to, (page + 1) * pageSize) - begin
+      target.set(span.subarray(position, position + length), begin - offset)
+    }
+    return to - from
+  }
+
+  /** A page stored as delta or zlib stream: follows the deltas to a whole copy, then applies them. */
+  async #decode(entry: number, options?: CallOptions): Promise<Uint8Array> {
+    const page = new Uint8Array(this.pageSize)
+    const deltas = []
+    for (; entry < 0; ) {
+      const encoded = this.#index.encoded(entry)
+      if (encoded.kind === 'compressed') {
+        const problem = inflateZlib(await this.#device.read(encoded.position, encoded.length, options), page)
+        if (problem !== undefined) throw streamError('compressed page', 'zlib stream', problem, encoded.position)
+        break
+      }
+      deltas.push(encoded)
+      entry = encoded.base
+    }
+    if (entry > zeroPage) await this.#device.readInto(entry, page, options)
+    for (const { position, length } of deltas.reverse()) {
+      applyXbzrle(await this.#device.read(position, length, options), page, position)
+    }
+    return page
+  }
+
+  /** @internal The extents of a range of a block, in pages. */
+  *extents(block: RamBlock, offset: number, length: number): Generator<Extent, void, undefined> {
+    const { pageSize } = this
+    const entries = this.#index.entries[block.index]!
+    const end = offset + length
+    for (let start = offset; start < end; ) {
+      const first = Math.floor(start / pageSize)
+      const sort = sortOf(entries[first]!)
+      const raw = sort === 3
+      let page = first + 1
+      while (page * pageSize < end && sortOf(entries[page]!) === sort && (!raw || entries[page] === entries[page - 1]! + pageSize)) page++
+      const stop = Math.min(end, page * pageSize)
+      yield extent({
+        start,
+        length: stop - start,
+        depth: 0,
+        present: sort > 0,
+        zero: sort < 2,
+        data: sort > 1,
+        compressed: sort === 2,
+        ...(raw && { offset: entries[first]! + (start - first * pageSize) }),
+      })
+      start = stop
+    }
+  }
+}
+
+/** 0 absent, 1 zero, 2 encoded, 3 raw. */
+function sortOf(entry: number): 0 | 1 | 2 | 3 {
+  if (entry < 0) return 2
+  return entry > zeroPage ? 3 : (entry as 0 | 1)
+}
+
+/** One RAM block as a device. It does not own the file: closing it closes nothing. */
+class RamBlockDevice extends BaseDevice {
+  readonly readOnly = true
+  readonly limits: BlockLimits = anyRequest
+  readonly #ram: RamState
+  readonly #block: RamBlock
+
+  constructor(ram: RamState, block: RamBlock) {
+    super()
+    this.#ram = ram
+    this.#block = block
+  }
+
+  get size(): number {
+    return this.#block.length
+  }
+
+  protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    return this.#ram.readInto(this.#block, offset, target, options)
+  }
+
+  protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
+    for (const found of this.#ram.extents(this.#block, offset, length)) {
+      options?.signal?.throwIfAborted()
+      await Promise.resolve()
+      yield found
+    }
+  }
+
+  protected onWrite(): Promise<void> {
+    return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'the RAM of a saved VM is read-only'))
+  }
+
+  protected onFlush(): Promise<void> {
+    return Promise.resolve()
+  }
+
+  protected onClose(): Promise<void> {
+    return Promise.resolve()
+  }
+}

@@ -1,0 +1,225 @@
+/**
+ * Builds the index of a stored stream: one pass of large sequential reads, nothing kept but positions.
+ * Owns finding the VM description (from the end, or within the tail of a padded file) and walking the
+ * stream with it; reading what was indexed is next door.
+ */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { deviceChunks } from './byte-source.ts'
+import { streamError } from './format.ts'
+import { MigrationParser, type ParserOptions } from './parser.ts'
+import { RamIndex } from './ram-index.ts'
+import { mappedRamBitmapLength } from './ram-section.ts'
+import type { BytesRecord, ConfigurationRecord, MigrationRecord, RamBlock, SectionRecord } from './records.ts'
+import { deviceLengths, locateVmDescription, parseVmDescription, type VmDescription } from './vm-description.ts'
+
+/** A FULL section and where its body is. */
+export interface IndexedDevice {
+  readonly section: SectionRecord
+  /** File offset of the body. */
+  readonly offset: number
+  length: number
+}
+
+/** Everything one pass over a stream finds. */
+export interface StreamIndex {
+  readonly ram: RamIndex
+  readonly blocks: readonly RamBlock[]
+  readonly configuration: ConfigurationRecord | undefined
+  readonly devices: readonly IndexedDevice[]
+  readonly description: VmDescription | undefined
+  /** File offset of the part that no VM description explains, if there is one. */
+  readonly tailOffset: number | undefined
+  /** File offset one past the stream, without padding. */
+  readonly end: number
+}
+
+/** Options of the pass. */
+export interface IndexOptions extends CallOptions {
+  /** Target page size in bytes where the stream does not tell. */
+  readonly pageSize?: number | undefined
+  /** Called now and then with the file offset reached and the file's size. */
+  readonly onProgress?: ((done: number, total: number) => void) | undefined
+  /** Take every page of a mapped-ram file whose bitmaps were never written as present. */
+  readonly repairMappedRam?: boolean | undefined
+}
+
+/** Least jump over passed-through bytes that is worth a new sequence of reads. */
+const worthSkipping = 1 << 20
+/** First guess of how far from the end the VM description begins. */
+const firstTail = 256 << 10
+const tailLimit = 256 << 20
+
+/** Indexes the stream that begins at `streamOffset` of `device`. */
+export async function indexStream(device: BlockDevice, streamOffset: number, options: IndexOptions): Promise<StreamIndex> {
+  const described = await findDescription(device, streamOffset, options)
+  const pageSize = options.pageSize ?? described?.description.page_size
+  const walk = new Walk(device, options)
+  const devices = described === undefined ? undefined : deviceLengths(described.description)
+  await walk.run({ offset: streamOffset, pageSize, devices }, streamOffset)
+  if (described !== undefined || walk.tailOffset === undefined) return walk.result(described?.description)
+  // Padding behind the description, or none at all: look within the tail, now that its start is known.
+  const description = await searchTail(device, walk.tailOffset, options)
+  if (description === undefined) return walk.result(undefined)
+  await walk.runTail(deviceLengths(description))
+  return walk.result(description)
+}
+
+/** Looks for a description that ends the file (zeroes may follow), in ever longer pieces of its end. */
+async function findDescription(
+  device: BlockDevice,
+  from: number,
+  options: CallOptions,
+): Promise<{ description: VmDescription } | undefined> {
+  const longest = Math.min(device.size - from, tailLimit)
+  for (let length = Math.min(firstTail, longest); ; length = Math.min(length * 8, longest)) {
+    const start = device.size - length
+    const tail = await device.read(start, length, options)
+    const found = locateVmDescription(tail)
+    if (found !== undefined) {
+      return { description: parseVmDescription(tail.subarray(found.start, found.start + found.length), start + found.start) }
+    }
+    if (length === longest || !mayBeDescription(tail)) return undefined
+  }
+}
+
+/** The bytes could be the end of a description that begins before them: they end in `}` and zeroes. */
+function mayBeDescription(tail: Uint8Array): boolean {
+  let end = tail.length
+  while (end > 0 && tail[end - 1] === 0) end--
+  return end === 0 || tail[end - 1] === 0x7d
+}
+
+/** Looks for a description anywhere behind the start of the device sections. */
+async function searchTail(device: BlockDevice, from: number, options: CallOptions): Promise<VmDescription | undefined> {
+  const tail = await device.read(from, Math.min(device.size - from, tailLimit), options)
+  const view = new DataView(tail.buffer, tail.byteOffset, tail.length)
+  for (let at = tail.indexOf(6); at !== -1 && at + 5 < tail.length; at = tail.indexOf(6, at + 1)) {
+    if (tail[at - 1] !== 0 || tail[at + 5] !== 0x7b) continue
+    const end = at + 5 + view.getUint32(at + 1)
+    if (end > tail.length || tail[end - 1] !== 0x7d) continue
+    return parseVmDescription(tail.subarray(at + 5, end), from + at + 5)
+  }
+  return undefined
+}
+
+/** One walk over the stream; a second covers the tail if its description was found only after the first. */
+class Walk {
+  readonly #device: BlockDevice
+  readonly #options: IndexOptions
+  readonly #devices: IndexedDevice[] = []
+  #ram: RamIndex | undefined
+  #bitmap: Uint8Array[] = []
+  #block: RamBlock | undefined
+  #blocks: readonly RamBlock[] = []
+  #configuration: ConfigurationRecord | undefined
+  readonly #sections = new Map<number, string>()
+  #end = 0
+  tailOffset: number | undefined
+
+  constructor(device: BlockDevice, options: IndexOptions) {
+    this.#device = device
+    this.#options = options
+  }
+
+  async run(parserOptions: ParserOptions, from: number): Promise<void> {
+    const parser = new MigrationParser(parserOptions)
+    for (let at: number | undefined = from; at !== undefined; ) at = await this.#feed(parser, at)
+    parser.end()
+    this.#configuration ??= parser.configuration
+    if (this.#blocks.length === 0) this.#blocks = parser.blocks
+    this.#ram ??= new RamIndex(parser.pageSize)
+    if (this.#blocks.some(({ mapped }) => mapped !== undefined) && this.#ram.counts.normal === 0) this.#emptyBitmaps(this.#ram)
+  }
+
+  /** Takes the tail apart, now that the lengths of its sections are known. */
+  async runTail(devices: ParserOptions['devices']): Promise<void> {
+    const from = this.tailOffset!
+    this.tailOffset = undefined
+    const sections = [...this.#sections].map(([id, idstr]) => ({ id, idstr }))
+    const early = this.#devices.length
+    await this.run({ offset: from, pageSize: this.#ram!.pageSize, devices: devices!.slice(early), continues: { sections, blocks: this.#blocks } }, from)
+  }
+
+  result(description: VmDescription | undefined): StreamIndex {
+    return {
+      ram: this.#ram!,
+      blocks: this.#blocks,
+      configuration: this.#configuration,
+      devices: this.#devices,
+      description,
+      tailOffset: this.tailOffset,
+      end: this.#end,
+    }
+  }
+
+  /** Feeds the parser from file offset `at`; where to go on after a jump, or undefined at the end. */
+  async #feed(parser: MigrationParser, at: number): Promise<number | undefined> {
+    const { signal, onProgress } = this.#options
+    const { size } = this.#device
+    for await (const chunk of deviceChunks(this.#device, at, { signal })) {
+      signal?.throwIfAborted()
+      for (const record of parser.push(chunk)) this.#take(record, parser)
+      onProgress?.(parser.offset, size)
+      const { skippable } = parser
+      if (skippable < worthSkipping) continue
+      parser.skip(Math.min(skippable, size - parser.offset))
+      return parser.offset < size ? parser.offset : undefined
+    }
+    return undefined
+  }
+
+  #take(record: MigrationRecord, parser: MigrationParser): void {
+    if (record.kind !== 'bytes' || record.of !== 'trailing') this.#end = record.offset + record.length
+    switch (record.kind) {
+      case 'section':
+        if (record.type === 'start') this.#sections.set(record.id, record.idstr)
+        if (record.type === 'full') this.#devices.push({ section: record, offset: record.offset + record.length, length: 0 })
+        break
+      case 'ram-block':
+        this.#ram ??= new RamIndex(parser.pageSize)
+        this.#ram.addBlock(record.block)
+        this.#block = record.block
+        this.#bitmap = []
+        break
+      case 'ram-pages':
+        this.#ram!.addPages(record)
+        break
+      case 'bytes':
+        this.#takeBytes(record)
+    }
+  }
+
+  #takeBytes(record: BytesRecord): void {
+    if (record.of === 'tail') this.tailOffset ??= record.offset
+    if (record.of === 'device') this.#devices.at(-1)!.length += record.length
+    if (record.of !== 'mapped-ram-bitmap') return
+    this.#bitmap.push(record.bytes.slice())
+    const block = this.#block!
+    const have = this.#bitmap.reduce((sum, { length }) => sum + length, 0)
+    if (have === mappedRamBitmapLength(block.length, this.#ram!.pageSize)) this.#ram!.addMapped(block, concat(this.#bitmap, have))
+  }
+
+  /** QEMU 10.0 lets background-snapshot go with mapped-ram and then never writes the bitmaps. */
+  #emptyBitmaps(ram: RamIndex): void {
+    const block = this.#blocks.find(({ mapped }) => mapped !== undefined)!
+    if (this.#options.repairMappedRam !== true) {
+      throw streamError(
+        'mapped-ram header',
+        'bitmap',
+        'no page of any RAM block is marked present; QEMU writes such files when background-snapshot is used with mapped-ram: repairMappedRam takes the pages as they are',
+        block.mapped!.bitmapOffset,
+      )
+    }
+    for (const each of this.#blocks) ram.markAllMapped(each)
+  }
+}
+
+function concat(pieces: readonly Uint8Array[], length: number): Uint8Array {
+  const whole = new Uint8Array(length)
+  let at = 0
+  for (const piece of pieces) {
+    whole.set(piece, at)
+    at += piece.length
+  }
+  return whole
+}

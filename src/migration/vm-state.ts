@@ -1,0 +1,213 @@
+/**
+ * A saved VM at rest: a stored migration stream opened for reading in any order. The facade over the
+ * index; owns opening what is around the stream (libvirt's header, compression) and the devices.
+ */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { MemoryDevice } from '../block/memory.ts'
+import { pad } from '../block/pad.ts'
+import { decompressStream, type FileCompression } from '../codec/decompress-stream.ts'
+import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import { Resource } from '../core/resource.ts'
+import { deviceChunks } from './byte-source.ts'
+import { capabilitiesOf } from './configuration.ts'
+import { readLibvirtHeader, type LibvirtSaveHeader } from './container.ts'
+import { decodeStruct, type DeviceValue } from './device-fields.ts'
+import { RamState } from './ram-state.ts'
+import type { ConfigurationRecord } from './records.ts'
+import type { DeviceDescription, VmDescription } from './vm-description.ts'
+import { indexStream, type IndexedDevice, type IndexOptions, type StreamIndex } from './vm-state-index.ts'
+
+/** Options of {@link VmState.index}. */
+export interface VmStateOptions extends IndexOptions {
+  /** Leave the device open when the VM state is closed. */
+  readonly keepOpen?: boolean | undefined
+  /**
+   * An empty growable device for the content of a compressed file; it is closed with the VM state.
+   * Default: memory, up to 256 MiB.
+   */
+  readonly spool?: BlockDevice | undefined
+}
+
+/** The state of one device, with its place in the file. */
+export interface DeviceState {
+  /** `idstr` of the section. */
+  readonly name: string
+  readonly instanceId: number
+  readonly versionId: number
+  readonly sectionId: number
+  /** File offset of the section's body. */
+  readonly offset: number
+  /** Bytes of the body. */
+  readonly length: number
+  readonly description: DeviceDescription | undefined
+}
+
+const memorySpoolLimit = 256 << 20
+
+/**
+ * A stored migration stream, indexed: guest pages by block and offset, devices decoded.
+ *
+ * ```ts
+ * await using vm = await VmState.index(await openFile('vm.mig', { readOnly: true }))
+ * const page = await vm.ram.read('pc.ram', 0x100000, 4096)
+ * ```
+ */
+export class VmState extends Resource {
+  /** What libvirt says of the VM, if the file is one of its save images. */
+  readonly libvirt: LibvirtSaveHeader | undefined
+  readonly configuration: ConfigurationRecord | undefined
+  readonly ram: RamState
+  /** Device sections in the order of the stream. Empty if the stream has no VM description. */
+  readonly devices: readonly DeviceState[]
+  /** The VM description as it is in the stream. */
+  readonly description: VmDescription | undefined
+  /** Where the stream lies in {@link storage}. */
+  readonly streamOffset: number
+  /** Bytes of the stream, without padding. */
+  readonly streamLength: number
+  /** File offset of device state that no VM description explains; undefined in a complete stream. */
+  readonly tailOffset: number | undefined
+  /** The device all offsets refer to: the one given, or the spool. */
+  readonly storage: BlockDevice
+  readonly #owned: readonly BlockDevice[]
+
+  private constructor(storage: BlockDevice, owned: readonly BlockDevice[], libvirt: LibvirtSaveHeader | undefined, streamOffset: number, index: StreamIndex) {
+    super()
+    this.storage = storage
+    this.#owned = owned
+    this.libvirt = libvirt
+    this.configuration = index.configuration
+    this.ram = new RamState(storage, index.blocks, index.ram)
+    this.devices = index.devices.map((device, i) => deviceState(device, index.description?.devices[i]))
+    this.description = index.description
+    this.streamOffset = streamOffset
+    this.streamLength = index.end - streamOffset
+    this.tailOffset = index.tailOffset
+  }
+
+  /**
+   * Reads the stream once, in large sequential requests, and keeps where everything is: 8 bytes for
+   * each guest page. Takes plain streams, mapped-ram files, libvirt save images, and any of these
+   * compressed with gzip or zstd.
+   *
+   * The VM state owns `device` and closes it (see `keepOpen`), also when indexing fails.
+   * @throws FormatError (`ERR_STREAM`) for a damaged stream, `UnsupportedError` for a compression
+   * that Node has not
+   */
+  static async index(device: BlockDevice, options: VmStateOptions = {}): Promise<VmState> {
+    const owned: BlockDevice[] = options.keepOpen === true ? [] : [device]
+    if (options.spool !== undefined) owned.push(options.spool)
+    try {
+      const source = device.limits.requestAlignment > 1 ? pad(device) : device
+      const libvirt = await readLibvirtHeader(source, options)
+      const offset = libvirt?.streamOffset ?? 0
+      const compression = await compressionOf(source, offset, libvirt, options)
+      const storage = compression === undefined ? source : await decompress(source, offset, compression, options)
+      const streamOffset = compression === undefined ? offset : 0
+      const index = await indexStream(storage, streamOffset, options)
+      return new VmState(storage, owned, libvirt, streamOffset, index)
+    } catch (error) {
+      for (const each of owned) await each.close()
+      throw error
+    }
+  }
+
+  /** Machine type, for example `pc-q35-9.0`; machine types up to 2.3 do not write it. */
+  get machine(): string | undefined {
+    return this.configuration?.machine
+  }
+
+  /** The migration capabilities that the stream lists: those that change its format. */
+  get capabilities(): readonly string[] {
+    return this.configuration === undefined ? [] : capabilitiesOf(this.configuration)
+  }
+
+  /** The VM's UUID, where the stream has it. */
+  get uuid(): Uint8Array | undefined {
+    for (const part of this.configuration?.subsections ?? []) if (part.name === 'configuration/uuid') return part.uuid
+    return undefined
+  }
+
+  /** Device `name`. @throws Qcow2Error `ERR_NOT_FOUND` */
+  device(name: string, instanceId = 0): DeviceState {
+    const found = this.devices.find((device) => device.name === name && device.instanceId === instanceId)
+    if (found !== undefined) return found
+    throw new Qcow2Error('ERR_NOT_FOUND', `no device section '${name}' instance ${instanceId}`)
+  }
+
+  /** The body of a device section as it is in the stream. */
+  readDevice(device: DeviceState, options?: CallOptions): Promise<Uint8Array> {
+    this.assertOpen()
+    return this.storage.read(device.offset, device.length, options)
+  }
+
+  /** The fields of a device section, by the VM description. */
+  async decodeDevice(device: DeviceState, options?: CallOptions): Promise<Record<string, DeviceValue>> {
+    const { description } = device
+    if (description === undefined) throw new UnsupportedError(`device '${device.name}': the stream has no VM description`, ['VM description'])
+    return decodeStruct(description, await this.readDevice(device, options))
+  }
+
+  /** All devices decoded, by `name (instance)`, in the order of the stream; a repeated key gets `#2`, `#3`, … */
+  async decodeDevices(options?: CallOptions): Promise<Record<string, Record<string, DeviceValue>>> {
+    const all = Object.create(null) as Record<string, Record<string, DeviceValue>>
+    for (const device of this.devices) {
+      const key = `${device.name} (${device.instanceId})`
+      let free = key
+      for (let n = 2; free in all; n++) free = `${key} #${n}`
+      all[free] = await this.decodeDevice(device, options)
+    }
+    return all
+  }
+
+  protected async onClose(): Promise<void> {
+    for (const device of this.#owned) await device.close()
+  }
+}
+
+function deviceState({ section, offset, length }: IndexedDevice, description: DeviceDescription | undefined): DeviceState {
+  const { idstr: name, instanceId, versionId, id: sectionId } = section
+  return { name, instanceId, versionId, sectionId, offset, length, description }
+}
+
+async function compressionOf(
+  device: BlockDevice,
+  offset: number,
+  libvirt: LibvirtSaveHeader | undefined,
+  options: CallOptions,
+): Promise<FileCompression | undefined> {
+  const format = libvirt?.format ?? 'raw'
+  if (format === 'gzip' || format === 'zstd') return format
+  if (format === 'bzip2' || format === 'xz' || format === 'lzop') {
+    throw new UnsupportedError(`libvirt save header: the stream is compressed with ${format}, which Node cannot read; decompress it with the tool of that name`, [format])
+  }
+  const magic = await device.read(offset, Math.min(4, device.size - offset), options)
+  if (magic[0] === 0x1f && magic[1] === 0x8b) return 'gzip'
+  if (magic[0] === 0x28 && magic[1] === 0xb5 && magic[2] === 0x2f && magic[3] === 0xfd) return 'zstd'
+  return undefined
+}
+
+async function decompress(device: BlockDevice, offset: number, compression: FileCompression, options: VmStateOptions): Promise<BlockDevice> {
+  const { signal } = options
+  const spool = options.spool ?? new MemoryDevice(0, { growable: true })
+  let at = 0
+  for await (const chunk of decoded(compression, offset, decompressStream(compression, deviceChunks(device, offset, { signal })))) {
+    signal?.throwIfAborted()
+    if (options.spool === undefined && at + chunk.length > memorySpoolLimit) {
+      throw new UnsupportedError(`the ${compression} stream holds more than ${memorySpoolLimit} bytes: give a device as spool`, ['spool'])
+    }
+    await spool.write(at, chunk, { signal })
+    at += chunk.length
+  }
+  return spool
+}
+
+/** The chunks, with a failure of the codec told as a damaged stream. */
+async function* decoded(compression: FileCompression, offset: number, chunks: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array, void, undefined> {
+  try {
+    yield* chunks
+  } catch (cause) {
+    if (Qcow2Error.is(cause) || !(cause instanceof Error)) throw cause
+    throw new FormatError(`the data is damaged: ${cause.message}`, { structure: `${compression} stream`, offset }, 'ERR_STREAM', { cause })
+  }
+}
