@@ -46,13 +46,15 @@ export interface TracePanel {
 }
 
 export interface TraceChart {
+  /** Unique on a page. */
+  readonly name: string
   readonly title: string
   /** Panels under each other with the same axes. */
   readonly panels: readonly TracePanel[]
   /** Milliseconds shown. */
   readonly span: number
-  /** Bytes shown, from offset 0; default the furthest that any panel comes. */
-  readonly reach?: number
+  /** Bytes shown, from offset 0. */
+  readonly reach: number
 }
 
 export interface DepthPanel {
@@ -87,23 +89,26 @@ export function barChart(chart: BarChart): string {
 
 /** Offset over time, each request a tick of its length, as in a block trace. */
 export function traceChart(chart: TraceChart): string {
-  const shown = chart.panels.map((panel) => ({ ...panel, ticks: panel.ticks.filter((tick) => tick.start < chart.span) }))
-  const reach = chart.reach ?? Math.max(...shown.flatMap((panel) => panel.ticks.map((tick) => tick.offset + tick.length)), 1)
+  const shown = chart.panels
+  const { reach } = chart
   const left = 62
   const plotWidth = width - left - 8
-  const plotHeight = 170
-  const x = (time: number): number => left + (Math.min(time, chart.span) / chart.span) * plotWidth
-  const parts = [heading(chart.title, 'offset (MB) over time (ms); each line is one request from its first byte to its last')]
+  const plotHeight = 150
+  const x = (time: number): number => left + (time / chart.span) * plotWidth
+  const parts = [heading(chart.title, 'offset (MB) over time (ms); each stroke is one request, first byte to last')]
   let top = 2 * line + 14
   for (const panel of shown) {
     const bottom = top + 24 + plotHeight
-    const y = (offset: number): number => bottom - (Math.min(offset, reach) / reach) * plotHeight
+    const y = (offset: number): number => bottom - (offset / reach) * plotHeight
     parts.push(`<text class="label" x="0" y="${top + 14}">${escape(panel.label)}</text>`)
     parts.push(axes({ left, bottom, plotWidth, plotHeight, span: chart.span, top: reach / 1e6, unit: (value) => round(value) }))
-    for (const tick of panel.ticks) parts.push(tickMark(tick, panel.tone, x, y))
+    const clip = `clip${chart.panels.indexOf(panel)}-${chart.name}`
+    parts.push(`<clipPath id="${clip}"><rect x="${left}" y="${bottom - plotHeight - 3}" width="${plotWidth}" height="${plotHeight + 6}"/></clipPath>`)
+    const marks = panel.ticks.map((tick, n) => tickMark(tick, `${panel.tone}${n % 2 === 0 ? '' : ' pale'}`, x, y))
+    parts.push(`<g clip-path="url(#${clip})">${marks.join('')}</g>`)
     top = bottom + 34
   }
-  parts.push(legend(top))
+  if (shown.some((panel) => panel.ticks.some(isMark))) parts.push(legend(top))
   return svg(chart.title, top + 18, parts)
 }
 
@@ -130,11 +135,13 @@ export function depthChart(chart: { title: string; panels: readonly DepthPanel[]
   return svg(chart.title, top - 6, parts)
 }
 
-function tickMark(tick: Tick, tone: Tone, x: (time: number) => number, y: (offset: number) => number): string {
+/** A request far smaller than a pixel is a dot. */
+const isMark = (tick: Tick): boolean => tick.operation === 'read' && tick.length <= 4096
+
+function tickMark(tick: Tick, tone: string, x: (time: number) => number, y: (offset: number) => number): string {
   const [x1, x2, y1, y2] = [x(tick.start), x(tick.end), y(tick.offset), y(tick.offset + tick.length)]
-  // a sector is far smaller than a pixel: reads also get a mark beside the line
-  const mark = tick.operation === 'read' && y1 - y2 < 3 ? `<circle class="read" cx="${px(x1)}" cy="${px(y1)}" r="2.4"/>` : ''
-  return `<line class="${tick.operation === 'read' ? 'read' : tone}-line" x1="${px(x1)}" y1="${px(y1)}" x2="${px(Math.max(x2, x1 + 0.5))}" y2="${px(Math.min(y2, y1 - 0.5))}"/>${mark}`
+  if (isMark(tick)) return `<circle class="read" cx="${px(x1)}" cy="${px(y1)}" r="2.4"/>`
+  return `<line class="stroke ${tone}" x1="${px(x1)}" y1="${px(y1)}" x2="${px(Math.max(x2, x1 + 1))}" y2="${px(Math.min(y2, y1 - 1))}"/>`
 }
 
 interface Axes {
@@ -174,7 +181,7 @@ export function niceSteps(end: number, count: number): number[] {
 
 function legend(top: number): string {
   return [
-    `<line class="old-line" x1="0" x2="14" y1="${top + 6}" y2="${top - 6}"/><line class="new-line" x1="12" x2="26" y1="${top + 6}" y2="${top - 6}"/>`,
+    `<line class="stroke old" x1="2" x2="14" y1="${top + 6}" y2="${top - 6}"/><line class="stroke old pale" x1="14" x2="26" y1="${top + 6}" y2="${top - 6}"/>`,
     `<text class="scale" x="34" y="${top + 5}">write</text>`,
     `<circle class="read" cx="96" cy="${top}" r="3.2"/><text class="scale" x="108" y="${top + 5}">read of one sector</text>`,
   ].join('')
@@ -189,9 +196,8 @@ const style = `
 @media (prefers-color-scheme:dark){.chart{--ink:#e6edf3;--soft:#9da7b3;--line:#3d444d;--old:#ff8f3f;--new:#56b4e9;--peer:#8b949e;--read:#f08bc3;--ground:#0d1117}}
 .chart text{fill:var(--ink)}.chart .title{font-weight:600;font-size:15px}.chart .scale{fill:var(--soft);font-size:12px}
 .chart .value{font-weight:600}.chart .middle{text-anchor:middle}.chart .end{text-anchor:end}
-.chart .old{fill:var(--old)}.chart .new{fill:var(--new)}.chart .peer,.chart .plain{fill:var(--peer)}
-.chart .old-line{stroke:var(--old);stroke-width:2}.chart .new-line{stroke:var(--new);stroke-width:2}.chart .peer-line,.chart .plain-line{stroke:var(--peer);stroke-width:2}
-.chart .read{fill:var(--read)}.chart .read-line{stroke:var(--read);stroke-width:2}
+.chart .old{fill:var(--old);stroke:var(--old)}.chart .new{fill:var(--new);stroke:var(--new)}.chart .peer,.chart .plain{fill:var(--peer);stroke:var(--peer)}
+.chart rect,.chart .area{stroke-width:0}.chart .stroke{stroke-width:3}.chart .pale{stroke-opacity:.5}.chart .read{fill:var(--read)}
 .chart .dot{fill:var(--ground);stroke:var(--ink);stroke-width:1}.chart .area{opacity:.75}
 .chart .axis{stroke:var(--soft);fill:none}.chart .grid{stroke:var(--line)}`
 

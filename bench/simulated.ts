@@ -1,6 +1,6 @@
 /** The experiment on the simulated disk: the same everywhere, to the last digit. */
 import { AlignedWriteQueue, NullDevice, simulatedDisk, type DiskCommand, type SimulatedDisk, type SimulatedDiskOptions } from '../src/block.ts'
-import { traceChart, depthChart, barChart, type Tick } from './chart.ts'
+import { traceChart, depthChart, barChart, type Bar, type Tick, type Tone, type TracePanel } from './chart.ts'
 import { measure, type GroupResult, type Measured, type Rounds, type Variant } from './harness.ts'
 import { qemuReadLength } from './qemu-replay.ts'
 import { digits, rate } from './report.ts'
@@ -160,6 +160,12 @@ async function commandsOf(bytes: number, work: Work): Promise<DiskCommand[]> {
   return commands
 }
 
+const traced = ({ label, tone, commands }: { label: string; tone: Tone; commands: readonly DiskCommand[] }): TracePanel => ({
+  label,
+  tone,
+  ticks: commands.filter((command) => command.started < 40_000).map(tickOf),
+})
+
 const tickOf = (command: DiskCommand): Tick => ({ ...command, start: command.started / 1000, end: command.completed / 1000 })
 
 function depthSteps(commands: readonly DiskCommand[]): [number, number][] {
@@ -182,25 +188,24 @@ export async function simulatedFigures(lengths: readonly number[], groups: reado
     { label: 'aligned, but one 64 KiB request at a time', tone: 'plain' as const, commands: await commandsOf(total, alignedSynchronous(8 * MiB, 64 << 10)) },
     { label: 'new: 1 MiB slabs, 4 in flight', tone: 'new' as const, commands: await commandsOf(total, queued(Array.from({ length: 128 }, () => 131_328), { slabSize: MiB, depth: 4 })) },
   ]
-  const pick = (id: string, variants: readonly string[]): { title: string; seconds: number }[] => {
+  const bars = (id: string, rows: readonly (readonly [variant: string, tone: Tone])[]): Bar[] => {
     const group = groups.find((each) => each.id === id)!
-    return variants.map((name) => {
+    return rows.map(([name, tone]) => {
       const found = group.variants.find((each) => each.id === name)!
-      return { title: found.title, seconds: 2 ** 33 / (group.bytes / found.seconds.median) }
+      const seconds = 2 ** 33 / (group.bytes / found.seconds.median)
+      return { label: found.title, value: seconds, text: `${digits(seconds)} s · ${digits(rate(2 ** 33, seconds))} MB/s`, tone }
     })
   }
-  const bars = (rows: readonly { title: string; seconds: number }[]): { label: string; value: number; text: string; tone: 'old' | 'new' | 'plain' }[] =>
-    rows.map(({ title, seconds }) => ({
-      label: title,
-      value: seconds,
-      text: `${digits(seconds)} s · ${digits(rate(2 ** 33, seconds))} MB/s`,
-      tone: /queue|1 MiB reads/.test(title) ? 'new' : /unaligned|28,728|the same/.test(title) ? 'old' : 'plain',
-    }))
   return [
     {
       name: 'offset-over-time',
       title: 'Offset over time',
-      svg: traceChart({ title: 'The first 40 ms on the simulated disk', span, panels: panels.map(({ label, tone, commands }) => ({ label, tone, ticks: commands.map(tickOf) })) }),
+      svg: traceChart({ name: 'overview', title: 'The first 40 ms on the simulated disk', span, reach: 6e6, panels: [panels[0]!, panels[3]!].map(traced) }),
+    },
+    {
+      name: 'offset-over-time-close',
+      title: 'Offset over time, from close by',
+      svg: traceChart({ name: 'close', title: 'Why: a lost turn of the disk before each write', span: 24, reach: 0.6e6, panels: panels.slice(0, 3).map(traced) }),
     },
     {
       name: 'queue-depth-over-time',
@@ -210,12 +215,12 @@ export async function simulatedFigures(lengths: readonly number[], groups: reado
     {
       name: 'simulated-create',
       title: 'Creation on the simulated disk',
-      svg: barChart({ title: 'Save 8 GiB of VM state, simulated disk', axis: 'seconds, less is better', bars: bars(pick('simulated-create', ['old', 'old-fresh', 'sync-64k', 'sync-1m', 'queue'])) }),
+      svg: barChart({ title: 'Save 8 GiB of VM state, simulated disk', axis: 'seconds, less is better', bars: bars('simulated-create', [['old', 'old'], ['old-fresh', 'old'], ['sync-64k', 'plain'], ['sync-1m', 'plain'], ['queue', 'new']]) }),
     },
     {
       name: 'simulated-load',
       title: 'Load on the simulated disk',
-      svg: barChart({ title: 'Load 8 GiB of VM state, simulated disk', axis: 'seconds, less is better', bars: bars(pick('simulated-load', ['old', 'old-slow-host', 'old-plain', 'prefetch'])) }),
+      svg: barChart({ title: 'Load 8 GiB of VM state, simulated disk', axis: 'seconds, less is better', bars: bars('simulated-load', [['old', 'old'], ['old-slow-host', 'old'], ['old-plain', 'old'], ['prefetch', 'new']]) }),
     },
   ]
 }
