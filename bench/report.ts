@@ -58,10 +58,14 @@ function ratioRow(group: GroupResult, ratio: RatioResult): Row {
 /** The result for a terminal. */
 export function textReport(report: Report): string {
   const lines = [`\n${report.title}`, '='.repeat(report.title.length)]
+  if (report.quick) lines.push('Quick mode: a check that everything runs. The figures mean nothing.')
   for (const group of report.groups) {
     lines.push('', `${group.title} (${digits(group.bytes / 1e6)} MB${group.clock === 'virtual' ? ', virtual time' : ''})`)
     lines.push(...table([variantHead, ...group.variants.map((variant) => variantRow(group, variant).cells)]))
-    for (const ratio of group.ratios) lines.push(`  ${ratioRow(group, ratio).cells.filter((cell) => cell !== '').join('  ')}`)
+    for (const ratio of group.ratios) {
+      const [what, median, quartiles, goal] = ratioRow(group, ratio).cells
+      lines.push(`  ${[what, median, quartiles, report.quick ? '' : goal].filter((cell) => cell !== '').join('  ')}`)
+    }
   }
   for (const note of report.notes) lines.push('', `note: ${note}`)
   return `${lines.join('\n')}\n`

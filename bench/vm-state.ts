@@ -42,7 +42,7 @@ export function enlargedVmState(captured: Uint8Array, extra: number): Uint8Array
 /** PART sections of `count` raw pages of a block from page `first` on. */
 function ramSections(id: number, name: string, first: number, count: number): Uint8Array {
   const sections = Math.ceil(count / pagesPerSection)
-  const named = 1 + name.length
+  const named = count === 0 ? 0 : 1 + name.length
   const bytes = new Uint8Array(count * (8 + pageSize) + named + sections * (5 + 8 + 5))
   const view = new DataView(bytes.buffer)
   let at = 0
