@@ -14,6 +14,8 @@ import { fileError, openError } from './file-error.ts'
 import { probeAlignment, type DirectAlignment } from './file-direct.ts'
 import { allocateAligned } from './slab.ts'
 
+export type { FileHandle }
+
 /** Options of {@link openFile}. */
 export interface FileOptions extends CallOptions {
   /** Default false: the file must be writable. */

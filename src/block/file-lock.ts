@@ -1,0 +1,87 @@
+/**
+ * Recognises that a running QEMU holds an image. QEMU takes advisory locks on single bytes of the
+ * file: byte 100 + p for each permission p that it holds, byte 200 + p for each that it does not
+ * share with others. Node can neither take nor test such locks, but Linux lists them in `/proc/locks`.
+ * So QEMU's use is seen here, while ours stays unseen by QEMU.
+ */
+import { readFile, stat } from 'node:fs/promises'
+import type { FileHandle } from 'node:fs/promises'
+import { Qcow2Error } from '../core/errors.ts'
+
+/** What a QEMU may hold or withhold, by QEMU's names; the order is that of the lock bytes. */
+export const lockPermissions = ['consistent read', 'write', 'write unchanged', 'resize'] as const
+
+/** One of {@link lockPermissions}. */
+export type LockPermission = (typeof lockPermissions)[number]
+
+/** The locks that all running QEMUs together have on a file. */
+export interface ImageLocks {
+  /** Permissions in use. */
+  readonly held: ReadonlySet<LockPermission>
+  /** Permissions that nobody else may use. */
+  readonly unshared: ReadonlySet<LockPermission>
+}
+
+const heldBase = 100
+const unsharedBase = 200
+
+/**
+ * The locks of running QEMUs on `file`; both sets are empty where there are none, and where the system does not
+ * list locks (other systems than Linux).
+ */
+export async function readImageLocks(file: string | URL | FileHandle): Promise<ImageLocks> {
+  const list = await readFile('/proc/locks', 'utf8').catch(() => '')
+  const isPath = typeof file === 'string' || file instanceof URL
+  const { dev, ino } = isPath ? await stat(file, { bigint: true }) : await file.stat({ bigint: true })
+  return parseLocks(list, dev, ino)
+}
+
+/**
+ * Fails if a running QEMU uses `file` so that it must not be opened: for writing, if it writes too or wants no
+ * writers beside it; for reading, if it writes, because the metadata may be half-way in its cache.
+ * @throws Qcow2Error `ERR_BUSY`
+ */
+export async function checkImageLocks(file: string | URL | FileHandle, access: 'read' | 'write'): Promise<void> {
+  const { held, unshared } = await readImageLocks(file)
+  const name = typeof file === 'string' || file instanceof URL ? String(file) : 'file'
+  if (held.has('write')) {
+    const advice = access === 'read' ? 'open with forceShare: true to read it nevertheless' : 'end it, or ask it for the change'
+    throw new Qcow2Error('ERR_BUSY', `${name}: a running QEMU writes to this file; ${advice}`)
+  }
+  if (access === 'write' && unshared.has('write')) {
+    throw new Qcow2Error('ERR_BUSY', `${name}: a running QEMU reads this file and wants nobody to write to it`)
+  }
+  if (unshared.has('consistent read')) {
+    throw new Qcow2Error('ERR_BUSY', `${name}: a running QEMU has this file for itself`)
+  }
+}
+
+/**
+ * Lines as `4: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`: the range is inclusive, or ends in `EOF`; device
+ * numbers are hexadecimal; a line with `->` only waits.
+ */
+export function parseLocks(list: string, dev: bigint, ino: bigint): ImageLocks {
+  const held = new Set<LockPermission>()
+  const unshared = new Set<LockPermission>()
+  for (const line of list.split('\n')) {
+    const match = /^\d+: (?:OFDLCK|POSIX) +ADVISORY +(?:READ|WRITE) +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) (\d+) (\d+|EOF)$/.exec(line.trim())
+    if (match === null) continue
+    const [major, minor] = [BigInt(`0x${match[1]!}`), BigInt(`0x${match[2]!}`)]
+    if (BigInt(match[3]!) !== ino || major !== majorOf(dev) || minor !== minorOf(dev)) continue
+    const first = Number(match[4])
+    const last = match[5] === 'EOF' ? Number.POSITIVE_INFINITY : Number(match[5])
+    for (const [index, permission] of lockPermissions.entries()) {
+      if (first <= heldBase + index && heldBase + index <= last) held.add(permission)
+      if (first <= unsharedBase + index && unsharedBase + index <= last) unshared.add(permission)
+    }
+  }
+  return { held, unshared }
+}
+
+function majorOf(dev: bigint): bigint {
+  return ((dev >> 8n) & 0xfffn) | ((dev >> 32n) & ~0xfffn)
+}
+
+function minorOf(dev: bigint): bigint {
+  return (dev & 0xffn) | ((dev >> 12n) & 0xffff_ff00n)
+}
