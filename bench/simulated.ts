@@ -58,7 +58,7 @@ export function alignedSynchronous(total: number, size: number): Work {
 export function queued(lengths: readonly number[], options: { slabSize: number; depth: number }): Work {
   return async (disk) => {
     const longest = new Uint8Array(Math.max(...lengths))
-    const queue = new AlignedWriteQueue(disk, { ...options, alignment: cluster })
+    const queue = new AlignedWriteQueue(disk, { ...options, alignment: cluster, padTo: 4096 })
     for (const length of lengths) {
       const wait = queue.write(longest.subarray(0, length))
       if (wait !== undefined) await wait
