@@ -1,5 +1,6 @@
 /** The ways bytes can be handed to this layer, made one: an async iteration over chunks. */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { ReadAheadPrefetcher } from '../block/read-ahead.ts'
 
 /**
  * Where a stream's bytes come from: a Node stream or socket, a web `ReadableStream`, any (async)
@@ -42,21 +43,8 @@ async function* readerChunks(stream: ReadableStream<Uint8Array>): AsyncGenerator
   }
 }
 
-/** The bytes of a device from `from` on, by large sequential reads; the next runs while a chunk is worked on. */
+/** The bytes of a device from `from` on, by large sequential reads ahead of their consumer. */
 export async function* deviceChunks(device: BlockDevice, from: number, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
-  const { size } = device
-  const spare = [new Uint8Array(readSize), new Uint8Array(readSize)]
-  let turn = 0
-  const start = (offset: number): Promise<Uint8Array> => {
-    const target = spare[turn++ % 2]!.subarray(0, Math.min(readSize, size - offset))
-    const reading = device.readInto(offset, target, options).then(() => target)
-    reading.catch(() => undefined) // reported where it is awaited
-    return reading
-  }
-  let next = from < size ? start(from) : undefined
-  for (let offset = from + readSize; next !== undefined; offset += readSize) {
-    const chunk: Uint8Array = await next
-    next = offset < size ? start(offset) : undefined
-    yield chunk
-  }
+  await using ahead = new ReadAheadPrefetcher(device, { offset: from, chunkSize: readSize, signal: options.signal })
+  yield* ahead
 }

@@ -10,7 +10,9 @@ import { MigrationParser, type ParserOptions } from './parser.ts'
 import { RamIndex } from './ram-index.ts'
 import { mappedRamBitmapLength } from './ram-section.ts'
 import type { BytesRecord, ConfigurationRecord, MigrationRecord, RamBlock, SectionRecord } from './records.ts'
+import { StreamRest } from './stream-rest.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription, type VmDescription } from './vm-description.ts'
+import { encodeRecord } from './writer.ts'
 
 /** A FULL section and where its body is. */
 export interface IndexedDevice {
@@ -20,15 +22,22 @@ export interface IndexedDevice {
   length: number
 }
 
+/** A part of the stream without its pages: bytes, or where they are in the file. */
+export type RestPiece = Uint8Array | { offset: number; length: number }
+
 /** Everything one pass over a stream finds. */
 export interface StreamIndex {
   readonly ram: RamIndex
   readonly blocks: readonly RamBlock[]
   readonly configuration: ConfigurationRecord | undefined
+  /** How the `ram` section is framed. */
+  readonly ramSection: { readonly sectionId: number; readonly footers: boolean }
   readonly devices: readonly IndexedDevice[]
   readonly description: VmDescription | undefined
   /** File offset of the part that no VM description explains, if there is one. */
   readonly tailOffset: number | undefined
+  /** The stream without its pages, before and behind them. */
+  readonly rest: { readonly before: readonly RestPiece[]; readonly after: readonly RestPiece[] }
   /** File offset one past the stream, without padding. */
   readonly end: number
 }
@@ -112,7 +121,11 @@ class Walk {
   #block: RamBlock | undefined
   #blocks: readonly RamBlock[] = []
   #configuration: ConfigurationRecord | undefined
+  #ramSectionId = 0
+  #footers = false
   readonly #sections = new Map<number, string>()
+  readonly #restFilter = new StreamRest()
+  readonly #rest: { before: RestPiece[]; after: RestPiece[] } = { before: [], after: [] }
   #end = 0
   tailOffset: number | undefined
 
@@ -135,6 +148,7 @@ class Walk {
   async runTail(devices: ParserOptions['devices']): Promise<void> {
     const from = this.tailOffset!
     this.tailOffset = undefined
+    this.#rest.after = this.#rest.after.filter((piece) => piece instanceof Uint8Array || piece.offset < from)
     const sections = [...this.#sections].map(([id, idstr]) => ({ id, idstr }))
     const early = this.#devices.length
     await this.run({ offset: from, pageSize: this.#ram!.pageSize, devices: devices!.slice(early), continues: { sections, blocks: this.#blocks } }, from)
@@ -145,9 +159,11 @@ class Walk {
       ram: this.#ram!,
       blocks: this.#blocks,
       configuration: this.#configuration,
+      ramSection: { sectionId: this.#ramSectionId, footers: this.#footers },
       devices: this.#devices,
       description,
       tailOffset: this.tailOffset,
+      rest: this.#rest,
       end: this.#end,
     }
   }
@@ -170,9 +186,11 @@ class Walk {
 
   #take(record: MigrationRecord, parser: MigrationParser): void {
     if (record.kind !== 'bytes' || record.of !== 'trailing') this.#end = record.offset + record.length
+    this.#keepRest(record)
     switch (record.kind) {
       case 'section':
         if (record.type === 'start') this.#sections.set(record.id, record.idstr)
+        if (record.idstr === 'ram') this.#ramSectionId = record.id
         if (record.type === 'full') this.#devices.push({ section: record, offset: record.offset + record.length, length: 0 })
         break
       case 'ram-block':
@@ -181,12 +199,26 @@ class Walk {
         this.#block = record.block
         this.#bitmap = []
         break
+      case 'footer':
+        this.#footers = true
+        break
       case 'ram-pages':
         this.#ram!.addPages(record)
         break
       case 'bytes':
         this.#takeBytes(record)
     }
+  }
+
+  /** Bytes stay in the file; everything else is small. */
+  #keepRest(record: MigrationRecord): void {
+    const kept = this.#restFilter.accept(record)
+    if (kept === undefined) return
+    const pieces = this.#restFilter.pagesSeen ? this.#rest.after : this.#rest.before
+    const last = pieces.at(-1)
+    if (kept.kind !== 'bytes') pieces.push(encodeRecord(kept))
+    else if (last !== undefined && !(last instanceof Uint8Array) && last.offset + last.length === record.offset) last.length += record.length
+    else pieces.push({ offset: record.offset, length: record.length })
   }
 
   #takeBytes(record: BytesRecord): void {

@@ -42,6 +42,8 @@ export interface DeviceState {
   readonly description: DeviceDescription | undefined
 }
 
+/** Bytes of one piece of the rest. */
+const restRead = 1 << 20
 const memorySpoolLimit = 256 << 20
 
 /**
@@ -57,6 +59,8 @@ export class VmState extends Resource {
   readonly libvirt: LibvirtSaveHeader | undefined
   readonly configuration: ConfigurationRecord | undefined
   readonly ram: RamState
+  /** How the `ram` section is framed. */
+  readonly ramSection: { readonly sectionId: number; readonly footers: boolean }
   /** Device sections in the order of the stream. Empty if the stream has no VM description. */
   readonly devices: readonly DeviceState[]
   /** The VM description as it is in the stream. */
@@ -70,14 +74,17 @@ export class VmState extends Resource {
   /** The device all offsets refer to: the one given, or the spool. */
   readonly storage: BlockDevice
   readonly #owned: readonly BlockDevice[]
+  readonly #rest: StreamIndex['rest']
 
   private constructor(storage: BlockDevice, owned: readonly BlockDevice[], libvirt: LibvirtSaveHeader | undefined, streamOffset: number, index: StreamIndex) {
     super()
     this.storage = storage
     this.#owned = owned
+    this.#rest = index.rest
     this.libvirt = libvirt
     this.configuration = index.configuration
     this.ram = new RamState(storage, index.blocks, index.ram)
+    this.ramSection = index.ramSection
     this.devices = index.devices.map((device, i) => deviceState(device, index.description?.devices[i]))
     this.description = index.description
     this.streamOffset = streamOffset
@@ -158,6 +165,18 @@ export class VmState extends Resource {
       all[free] = await this.decodeDevice(device, options)
     }
     return all
+  }
+
+  /**
+   * The stream without its pages, `before` or `after` the place where they belong. Together they are
+   * a well-formed stream; a mapped-ram file's becomes that of a plain stream.
+   */
+  async *rest(part: 'before' | 'after', options?: CallOptions): AsyncGenerator<Uint8Array, void, undefined> {
+    this.assertOpen()
+    for (const piece of this.#rest[part]) {
+      if (piece instanceof Uint8Array) yield piece
+      else for (let at = 0; at < piece.length; at += restRead) yield await this.storage.read(piece.offset + at, Math.min(restRead, piece.length - at), options)
+    }
   }
 
   protected async onClose(): Promise<void> {
