@@ -1,1 +1,13 @@
+/**
+ * `qcow2`: disk images.
+ * @packageDocumentation
+ */
 export * from "./core/errors.ts"
+export * from './qcow2/image.ts'
+export type { LayoutOptions, Preallocation } from './qcow2/create.ts'
+export type { CompressionType } from './qcow2/header.ts'
+export type { Reference, ReferenceOptions, ReferencePolicy } from './qcow2/references.ts'
+export type { SnapshotDevice } from './qcow2/snapshot-device.ts'
+export type { SnapshotInfo } from './qcow2/snapshot-info.ts'
+export type { FinishOptions, SnapshotWriter } from './qcow2/snapshot-writer.ts'
+export type { BeginSnapshotOptions, CreateSnapshotOptions, Snapshots } from './qcow2/snapshots.ts'

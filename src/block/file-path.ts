@@ -1,0 +1,27 @@
+/**
+ * Names of files that other files refer to. Owns what a path means on this system; opens nothing.
+ */
+import { realpath } from 'node:fs/promises'
+import { dirname, isAbsolute, relative, resolve } from 'node:path'
+
+/**
+ * The file a name refers to, when it is stored in the file at `from`: a relative name is appended to
+ * the directory part of `from` as it stands, without resolving symbolic links.
+ */
+export function resolveReference(from: string, name: string): string {
+  if (isAbsolute(name)) return name
+  const cut = from.lastIndexOf('/')
+  return cut < 0 ? name : from.slice(0, cut + 1) + name
+}
+
+/** True if the file at `path`, symbolic links followed, lies in the directory of `from` or below it. */
+export async function isInTreeOf(from: string, path: string): Promise<boolean> {
+  const [tree, file] = await Promise.all([realpath(dirname(resolve(from))), realpath(path)])
+  const way = relative(tree, file)
+  return way !== '' && !way.startsWith('..') && !isAbsolute(way)
+}
+
+/** The one name of a file, symbolic links followed; the absolute path if it does not exist. */
+export async function canonicalPath(path: string): Promise<string> {
+  return realpath(path).catch(() => resolve(path))
+}

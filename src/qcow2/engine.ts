@@ -1,0 +1,220 @@
+/**
+ * An open image: its parts, and the few things about it that change. The paths (`read.ts`,
+ * `write.ts`, …) are functions over this object; it wires and holds, it does not decide.
+ */
+import type { BlockDevice } from '../block/device.ts'
+import type { FormatError } from '../core/errors.ts'
+import { Mutex, RangeLock } from '../core/lock.ts'
+import { Allocator } from './allocator.ts'
+import { autoclear, incompatible, keptAutoclear } from './features.ts'
+import { geometryOf, type Geometry } from './geometry.ts'
+import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
+import type { HostFile } from './host-file.ts'
+import { MetadataMap } from './metadata-map.ts'
+import type { PointerTable } from './pointer-table.ts'
+import { refcountLayout } from './refcount-layout.ts'
+import { Refcounts } from './refcounts.ts'
+import { Requests } from './requests.ts'
+import type { SnapshotRecord } from './snapshot-table.ts'
+import { TableCache } from './table-cache.ts'
+import { WriteBack } from './write-back.ts'
+
+/** Encrypts and decrypts guest data in place. Offsets and lengths are multiples of 512. */
+export interface DataCipher {
+  decrypt(guest: number, host: number, bytes: Uint8Array): void
+  encrypt(guest: number, host: number, bytes: Uint8Array): void
+}
+
+/** One view of the guest disk: the active layer, or that of an internal snapshot. */
+export interface Layer {
+  readonly l1: PointerTable
+  /** Bytes that unallocated clusters read; undefined: zeroes. */
+  readonly backing: BlockDevice | undefined
+}
+
+/** What an engine is made of. */
+export interface EngineParts {
+  readonly host: HostFile
+  /** The external data file; undefined: guest data is in the image file itself. */
+  readonly dataFile: HostFile | undefined
+  readonly content: HeaderCluster
+  readonly l1Table: PointerTable
+  readonly refcountTable: PointerTable
+  readonly snapshots: readonly SnapshotRecord[]
+  /** Bytes the snapshot table takes in the file. */
+  readonly snapshotTableLength: number
+  readonly backing: BlockDevice | undefined
+  readonly readOnly: boolean
+  /** Bytes of the metadata caches together. */
+  readonly cacheSize: number
+  readonly cipher?: DataCipher | undefined
+}
+
+export class Engine {
+  readonly host: HostFile
+  /** Where guest data is: the image file itself or the external data file. */
+  readonly data: HostFile
+  readonly hasDataFile: boolean
+  readonly geometry: Geometry
+  readonly readOnly: boolean
+  readonly cipher: DataCipher | undefined
+  readonly l2Tables: TableCache
+  readonly refcountBlocks: TableCache
+  readonly refcounts: Refcounts
+  readonly allocator: Allocator
+  readonly metadataMap: MetadataMap
+  readonly writeBack: WriteBack
+  readonly requests: Requests = new Requests()
+  /** Held, by guest cluster index, while the mapping of clusters changes. */
+  readonly clusterLocks: RangeLock = new RangeLock()
+  /** Held while L2 tables are made or replaced, or the L1 table grows. */
+  readonly tableLock: Mutex = new Mutex()
+  content: HeaderCluster
+  l1Table: PointerTable
+  refcountTable: PointerTable
+  backing: BlockDevice | undefined
+  snapshots: readonly SnapshotRecord[]
+  /** Bytes the snapshot table takes in the file. */
+  snapshotTableLength: number
+  /** What made the image unusable for this open. */
+  damage: FormatError | undefined
+  /** Nothing was written yet: promises of optional metadata (autoclear bits) still stand. */
+  untouched = true
+  /** Runs before the first write, besides clearing unknown autoclear bits. */
+  beforeFirstWrite: (() => Promise<void>) | undefined
+  #touching: Promise<void> | undefined
+
+  constructor(parts: EngineParts) {
+    const { header } = parts.content
+    this.host = parts.host
+    this.data = parts.dataFile ?? parts.host
+    this.hasDataFile = parts.dataFile !== undefined
+    this.readOnly = parts.readOnly
+    this.cipher = parts.cipher
+    this.content = parts.content
+    this.l1Table = parts.l1Table
+    this.refcountTable = parts.refcountTable
+    this.backing = parts.backing
+    this.snapshots = parts.snapshots
+    this.snapshotTableLength = parts.snapshotTableLength
+    this.geometry = geometryOf({
+      clusterBits: header.clusterBits,
+      extendedL2: (header.incompatibleFeatures & incompatible.extendedL2) !== 0n,
+      refcountOrder: header.refcountOrder,
+    })
+    const { clusterSize } = this.geometry
+    const flush = (): Promise<void> => this.writeBack.flush()
+    this.l2Tables = new TableCache(this.host, clusterSize, (parts.cacheSize * 3) / 4, flush)
+    this.refcountBlocks = new TableCache(this.host, clusterSize, parts.cacheSize / 4, flush)
+    this.refcounts = new Refcounts(this.geometry, refcountLayout(header.refcountOrder), this.refcountBlocks, this)
+    this.metadataMap = new MetadataMap(this.geometry)
+    this.allocator = new Allocator(this, this.refcounts)
+    this.writeBack = new WriteBack(this.host, this, this.allocator, () =>
+      this.hasDataFile ? this.data.flush() : Promise.resolve(),
+    )
+    this.#mapMetadata()
+  }
+
+  get header(): Header {
+    return this.content.header
+  }
+
+  /** The guest disk as it is now. */
+  get active(): Layer {
+    return { l1: this.l1Table, backing: this.backing }
+  }
+
+  /** Writes everything back. */
+  flush(): Promise<void> {
+    return this.writeBack.flush()
+  }
+
+  /** Something changed in memory that is not on the disk, or waits to be freed. */
+  get hasUnwritten(): boolean {
+    const tables = this.l1Table.hasDirty || this.refcountTable.hasDirty
+    return tables || this.l2Tables.hasDirty || this.refcountBlocks.hasDirty || this.allocator.hasFreed
+  }
+
+  drained(): Promise<void> {
+    return this.requests.drained()
+  }
+
+  /** Throws unless the image may be written. */
+  assertSound(): void {
+    if (this.damage !== undefined) throw this.damage
+  }
+
+  /** Clears what a writer must clear before it writes. Call before any change unless `untouched` is false. */
+  touch(): Promise<void> {
+    return (this.#touching ??= this.#touch())
+  }
+
+  async #touch(): Promise<void> {
+    const kept = keptAutoclear(this.header.autoclearFeatures)
+    if (kept !== this.header.autoclearFeatures) await this.writeHeader({ autoclearFeatures: kept })
+    await this.beforeFirstWrite?.()
+    this.untouched = false
+  }
+
+  /**
+   * Replaces cluster 0 durably. Fields that belong together lie in its first sector, which reaches
+   * the disk whole; so a crash leaves the old header or the new one.
+   */
+  async writeHeader(fields: Partial<Header>, content: Partial<HeaderCluster> = {}): Promise<void> {
+    const next: HeaderCluster = { ...this.content, ...content, header: { ...this.header, ...fields } }
+    const bytes = this.host.allocate(this.geometry.clusterSize).fill(0)
+    bytes.set(encodeHeaderCluster(next))
+    await this.host.write(0, bytes)
+    await this.host.flush()
+    this.content = next
+  }
+
+  async switchRefcountTable(table: PointerTable): Promise<void> {
+    const refcountTableClusters = (table.length * 8) / this.geometry.clusterSize
+    await this.writeHeader({ refcountTableOffset: table.offset, refcountTableClusters })
+  }
+
+  /** Sets the corrupt bit at once and refuses further writes. */
+  async corrupt(error: FormatError): Promise<never> {
+    this.damage ??= error
+    if (!this.readOnly && this.header.version === 3) {
+      const incompatibleFeatures = this.header.incompatibleFeatures | incompatible.corrupt
+      await this.writeHeader({ incompatibleFeatures })
+    }
+    throw error
+  }
+
+  /** True if bitmaps may be trusted and have to be kept so. */
+  get hasBitmaps(): boolean {
+    return (this.header.autoclearFeatures & autoclear.bitmaps) !== 0n
+  }
+
+  /** True if the data file alone has to read like the disk. */
+  get rawDataFile(): boolean {
+    return this.hasDataFile && (this.header.autoclearFeatures & autoclear.rawDataFile) !== 0n
+  }
+
+  /** Marks the L2 tables of the active layer as metadata, after the L1 table was replaced. */
+  remapTables(): void {
+    for (let index = 0; index < this.l1Table.length; index++) this.#mark(this.l1Table.offsetAt(index), this.geometry.clusterSize)
+  }
+
+  #mapMetadata(): void {
+    const { header, geometry } = this
+    const { clusterSize } = geometry
+    this.metadataMap.add(0, clusterSize)
+    this.#mark(header.l1TableOffset, header.l1Size * 8)
+    this.#mark(header.refcountTableOffset, header.refcountTableClusters * clusterSize)
+    this.#mark(header.snapshotsOffset, this.snapshotTableLength)
+    for (let block = 0; block < this.refcountTable.length; block++) this.#mark(this.refcountTable.offsetAt(block), clusterSize)
+    for (const { l1TableOffset, l1Size } of this.snapshots) this.#mark(l1TableOffset, l1Size * 8)
+    this.remapTables()
+  }
+
+  #mark(offset: number, length: number): void {
+    // offsets past the end of the file are damage that reading them reports; mapping them would cost memory
+    if (offset > 0 && length > 0 && offset < this.host.size) {
+      this.metadataMap.add(offset, Math.min(length, this.host.size + this.geometry.clusterSize - offset))
+    }
+  }
+}

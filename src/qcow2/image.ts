@@ -1,0 +1,145 @@
+/**
+ * A qcow2 image as a block device: the facade over the engine. It wires the paths together and holds
+ * no logic of its own.
+ */
+import { BaseDevice, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import { openFile } from '../block/file.ts'
+import { planLayout, writeLayout, type LayoutOptions } from './create.ts'
+import type { Engine } from './engine.ts'
+import { mapLayer } from './map.ts'
+import { hostFile, openEngine } from './open.ts'
+import { readLayer } from './read.ts'
+import { rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { closeEngine } from './shutdown.ts'
+import { Snapshots } from './snapshots.ts'
+import { writeActive } from './write.ts'
+
+/** Where an image is: a path, a `file:` URL, or any device, which the image then owns and closes. */
+export type ImageSource = string | URL | BlockDevice
+
+/** Options of {@link Qcow2Image.open}. */
+export interface OpenOptions extends ReferenceOptions, CallOptions {
+  /** Default false. */
+  readonly readOnly?: boolean | undefined
+  /** Bytes of memory for cached metadata tables. Default 32 MiB. */
+  readonly cacheSize?: number | undefined
+}
+
+/** Options of {@link Qcow2Image.create}. */
+export interface CreateOptions extends LayoutOptions, Omit<ReferenceOptions, 'backing' | 'dataFile'>, CallOptions {
+  /** Bytes of memory for cached metadata tables. Default 32 MiB. */
+  readonly cacheSize?: number | undefined
+  /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
+  readonly exclusive?: boolean | undefined
+}
+
+/**
+ * An open qcow2 image: the guest's view of the disk. Requests may be of any size, at any offset, any
+ * number at once.
+ */
+export class Qcow2Image extends BaseDevice {
+  readonly limits: BlockLimits
+  /** The internal snapshots. */
+  readonly snapshots: Snapshots
+  readonly #engine: Engine
+
+  private constructor(engine: Engine) {
+    super()
+    this.#engine = engine
+    this.snapshots = new Snapshots(engine)
+    this.limits = {
+      requestAlignment: engine.cipher === undefined ? 1 : 512,
+      memoryAlignment: 1,
+      optimalTransfer: 1 << 20,
+      discardAlignment: engine.geometry.clusterSize,
+    }
+  }
+
+  /**
+   * Opens an image, and what it refers to under the policy of the options.
+   * @throws Qcow2Error `ERR_FORMAT` not an image or malformed, `ERR_UNSUPPORTED` features this library
+   * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`.
+   */
+  static async open(source: ImageSource, options: OpenOptions = {}): Promise<Qcow2Image> {
+    options.signal?.throwIfAborted()
+    const readOnly = options.readOnly === true || (isDevice(source) && source.readOnly)
+    const device = isDevice(source) ? source : await openFile(source, { readOnly })
+    try {
+      const context = await rootContext(pathOf(source), options, openNested)
+      return new Qcow2Image(await openEngine(device, { readOnly, cacheSize: options.cacheSize, context }))
+    } catch (error) {
+      if (!isDevice(source)) await device.close()
+      throw error
+    }
+  }
+
+  /** @internal The image over an engine. */
+  static over(engine: Engine): Qcow2Image {
+    return new Qcow2Image(engine)
+  }
+
+  /**
+   * Makes a new image and opens it for writing. A device must be empty or is overwritten.
+   * @throws RangeError or TypeError for options outside the format, `ERR_EXISTS` with `exclusive`.
+   */
+  static async create(target: ImageSource, options: CreateOptions): Promise<Qcow2Image> {
+    options.signal?.throwIfAborted()
+    const layout = planLayout(options)
+    const device = isDevice(target) ? target : await openFile(target, { create: options.exclusive === true ? 'wx' : 'w' })
+    try {
+      await writeLayout(hostFile(device), layout)
+      const { references, probeBackingFormat, cacheSize } = options
+      const context = await rootContext(pathOf(target), { references, probeBackingFormat }, openNested)
+      return new Qcow2Image(await openEngine(device, { readOnly: false, cacheSize, context }))
+    } catch (error) {
+      if (!isDevice(target)) await device.close()
+      throw error
+    }
+  }
+
+  /** Virtual size of the disk in bytes. */
+  get size(): number {
+    return this.#engine.header.size
+  }
+
+  get readOnly(): boolean {
+    return this.#engine.readOnly
+  }
+
+  protected onRead(offset: number, target: Uint8Array): Promise<void> {
+    const engine = this.#engine
+    if (engine.readOnly) return readLayer(engine, engine.active, offset, target)
+    return engine.requests.run(() => readLayer(engine, engine.active, offset, target))
+  }
+
+  protected onWrite(offset: number, source: Uint8Array): Promise<void> {
+    return this.#engine.requests.run(() => writeActive(this.#engine, offset, source))
+  }
+
+  protected onFlush(): Promise<void> {
+    return this.#engine.flush()
+  }
+
+  protected override onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
+    return mapLayer(this.#engine, this.#engine.active, offset, length, options)
+  }
+
+  protected async onClose(): Promise<void> {
+    await this.snapshots.close()
+    await closeEngine(this.#engine)
+  }
+}
+
+function isDevice(source: ImageSource): source is BlockDevice {
+  return typeof source === 'object' && !(source instanceof URL)
+}
+
+function pathOf(source: ImageSource): string | undefined {
+  if (typeof source === 'string') return source
+  return source instanceof URL ? decodeURIComponent(source.pathname) : (source as { path?: string }).path
+}
+
+async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {
+  const engine = await openEngine(device, { readOnly: true, context })
+  return Qcow2Image.over(engine)
+}

@@ -1,0 +1,134 @@
+/**
+ * Opening an image: reads header, tables and snapshot list, follows references, and refuses what
+ * cannot be handled. Everything is checked against the limits before memory is taken for it.
+ */
+import type { BlockDevice } from '../block/device.ts'
+import { pad } from '../block/pad.ts'
+import { allocateAligned } from '../block/slab.ts'
+import { FormatError, UnsupportedError } from '../core/errors.ts'
+import { Engine, type DataCipher } from './engine.ts'
+import { extensionType, findExtension } from './extensions.ts'
+import { incompatible } from './features.ts'
+import { decodeHeaderCluster, type HeaderCluster } from './header.ts'
+import { HostFile } from './host-file.ts'
+import { PointerTable } from './pointer-table.ts'
+import { openBacking, openDataFile, type ReferenceContext } from './references.ts'
+import { readSnapshotTable } from './snapshot-list.ts'
+
+/** How an engine is opened on a device. */
+export interface OpenEngineOptions {
+  readonly readOnly: boolean
+  /** Bytes of the metadata caches; default 32 MiB. */
+  readonly cacheSize?: number | undefined
+  /** Open although the corrupt or dirty bit is set, for repairing. */
+  readonly forRepair?: boolean | undefined
+  /** Makes the cipher of an encrypted image. */
+  readonly openCipher?: ((content: HeaderCluster, host: HostFile) => Promise<DataCipher>) | undefined
+  readonly context: ReferenceContext
+}
+
+const defaultCacheSize = 32 << 20
+const firstRead = 64 << 10
+
+/** The device as the engine uses it: any request, zeroes past the end. */
+export function hostFile(device: BlockDevice): HostFile {
+  const aligned = device.limits.memoryAlignment > 1
+  return new HostFile(pad(device), aligned ? allocateAligned : undefined)
+}
+
+/** Reads and decodes cluster 0. */
+export async function readHeaderCluster(host: HostFile): Promise<HeaderCluster> {
+  const first = host.allocate(Math.min(firstRead, host.size))
+  await host.readInto(0, first)
+  const content = decodeHeaderCluster(first)
+  const clusterSize = 2 ** content.header.clusterBits
+  if (clusterSize <= first.length || host.size <= first.length) return content
+  const whole = host.allocate(clusterSize)
+  await host.readInto(0, whole)
+  return decodeHeaderCluster(whole)
+}
+
+/** Opens an engine. The device stays the caller's if it fails. */
+export async function openEngine(device: BlockDevice, options: OpenEngineOptions): Promise<Engine> {
+  const { readOnly, context } = options
+  const host = hostFile(device)
+  const content = await readHeaderCluster(host)
+  const { header } = content
+  refuseState(content, options)
+  const cipher = header.cryptMethod === 'none' ? undefined : await options.openCipher?.(content, host)
+  const refcountEntries = readOnly ? 0 : (header.refcountTableClusters * 2 ** header.clusterBits) / 8
+  const [l1Table, refcountTable, snapshots] = await Promise.all([
+    PointerTable.read(host, header.l1TableOffset, header.l1Size),
+    PointerTable.read(host, header.refcountTableOffset, refcountEntries),
+    readSnapshotTable(host, header),
+  ])
+  const opened: BlockDevice[] = []
+  try {
+    const dataDevice = await openData(content, readOnly, context)
+    if (dataDevice !== undefined) opened.push(dataDevice)
+    const backing = await openBackingOf(content, context)
+    if (backing !== undefined) opened.push(backing)
+    return new Engine({
+      host,
+      dataFile: dataDevice === undefined ? undefined : hostFile(dataDevice),
+      content,
+      l1Table,
+      refcountTable,
+      snapshots: snapshots.records,
+      snapshotTableLength: snapshots.length,
+      backing,
+      readOnly,
+      cacheSize: options.cacheSize ?? defaultCacheSize,
+      cipher,
+    })
+  } catch (error) {
+    for (const each of opened) await each.close()
+    throw error
+  }
+}
+
+function refuseState(content: HeaderCluster, options: OpenEngineOptions): void {
+  const { header } = content
+  const has = (bit: bigint): boolean => (header.incompatibleFeatures & bit) !== 0n
+  if (header.cryptMethod !== 'none' && options.openCipher === undefined) {
+    throw new UnsupportedError(`header: crypt_method is ${header.cryptMethod}; the image is encrypted and needs a key (offset 32)`, [
+      `encryption ${header.cryptMethod}`,
+    ])
+  }
+  if (options.readOnly || options.forRepair === true) return
+  if (has(incompatible.corrupt)) {
+    throw new FormatError(
+      'the corrupt bit is set: the image may be opened read-only, or repaired with repair: "all"',
+      { structure: 'header', field: 'incompatible_features', offset: 72 },
+      'ERR_CORRUPT',
+    )
+  }
+  if (has(incompatible.dirty)) {
+    throw new FormatError(
+      'the dirty bit is set: refcounts have to be repaired before the image is written',
+      { structure: 'header', field: 'incompatible_features', offset: 72 },
+      'ERR_CORRUPT',
+    )
+  }
+}
+
+async function openData(content: HeaderCluster, readOnly: boolean, context: ReferenceContext): Promise<BlockDevice | undefined> {
+  if ((content.header.incompatibleFeatures & incompatible.dataFile) === 0n) return undefined
+  if (context.options.dataFile !== undefined) return context.options.dataFile
+  const name = findExtension(content.extensions, extensionType.dataFile)
+  if (name === undefined) {
+    throw new UnsupportedError('the image has an external data file and does not name it; give it as `dataFile`', ['external data file'])
+  }
+  return openDataFile(new TextDecoder().decode(name), readOnly, context)
+}
+
+async function openBackingOf(content: HeaderCluster, context: ReferenceContext): Promise<BlockDevice | undefined> {
+  if (context.options.backing !== undefined) return context.options.backing
+  if (content.backingFile === undefined) return undefined
+  const text = new TextDecoder()
+  const format = findExtension(content.extensions, extensionType.backingFormat)
+  return openBacking(text.decode(content.backingFile), format === undefined ? undefined : text.decode(format), {
+    ...context,
+    options: { ...context.options, backing: undefined, dataFile: undefined },
+  })
+}

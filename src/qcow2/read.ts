@@ -1,0 +1,71 @@
+/**
+ * Reading a layer of an image: looks up each run and gets its bytes from the file, the backing file,
+ * a decompressor, or nowhere. A request that is one run in a cached table costs one request.
+ */
+import type { BlockDevice } from '../block/device.ts'
+import { readCompressed } from './compressed.ts'
+import type { Engine, Layer } from './engine.ts'
+import { InFlight } from './in-flight.ts'
+import { lookup, newRun, type Run } from './mapping.ts'
+
+const done: Promise<void> = Promise.resolve()
+/** Used by synchronous lookups only, between which nothing else runs. */
+const scratch = newRun()
+/** Pieces of one request in flight. */
+const maxPieces = 64
+
+/** Fills `target` with the bytes of a layer. The range may lie anywhere in its L1 table, or past it. */
+export function readLayer(engine: Engine, layer: Layer, guest: number, target: Uint8Array): Promise<void> {
+  let known: boolean
+  try {
+    known = lookup(engine, layer, guest, target.length, scratch)
+  } catch (error) {
+    return Promise.reject(error)
+  }
+  if (known && scratch.length === target.length) return readRun(engine, layer, scratch, guest, target)
+  return readPieces(engine, layer, guest, target)
+}
+
+async function readPieces(engine: Engine, layer: Layer, guest: number, target: Uint8Array): Promise<void> {
+  const pieces = new InFlight()
+  const run = newRun()
+  try {
+    for (let at = 0; at < target.length; at += run.length) {
+      while (!lookup(engine, layer, guest + at, target.length - at, run)) await engine.l2Tables.load(run.slice)
+      const reading = readRun(engine, layer, run, guest + at, target.subarray(at, at + run.length))
+      if (reading === done) continue
+      pieces.add(reading)
+      if (pieces.count >= maxPieces) await pieces.settle(maxPieces / 2)
+    }
+  } finally {
+    await pieces.settle()
+  }
+}
+
+/** Fills `target` with the start of a run. */
+function readRun(engine: Engine, layer: Layer, run: Run, guest: number, target: Uint8Array): Promise<void> {
+  switch (run.kind) {
+    case 'data':
+      return readData(engine, guest, run.host, target)
+    case 'zero':
+      target.fill(0)
+      return done
+    case 'compressed':
+      return readCompressed(engine, run.host, run.compressedLength, guest % engine.geometry.clusterSize, target)
+    case 'unallocated':
+      return readBacking(layer.backing, guest, target)
+  }
+}
+
+function readData(engine: Engine, guest: number, host: number, target: Uint8Array): Promise<void> {
+  const reading = engine.data.readInto(host, target)
+  const { cipher } = engine
+  return cipher === undefined ? reading : reading.then(() => cipher.decrypt(guest, host, target))
+}
+
+/** Fills `target` from a backing file; past its end, or without one, there are zeroes. */
+export function readBacking(backing: BlockDevice | undefined, guest: number, target: Uint8Array): Promise<void> {
+  const present = backing === undefined ? 0 : Math.min(target.length, Math.max(0, backing.size - guest))
+  if (present < target.length) target.fill(0, present)
+  return backing === undefined || present === 0 ? done : backing.readInto(guest, target.subarray(0, present))
+}

@@ -1,0 +1,87 @@
+/**
+ * Guest requests in flight. Owns two rules: an operation on the whole image (a snapshot, a resize)
+ * runs alone, and a freed cluster is not used again while a request that started before may still
+ * be reading or writing it. Knows nothing of what requests do.
+ */
+import { Mutex } from '../core/lock.ts'
+
+/** The requests that started between two calls of `drained`. */
+class Generation {
+  #running = 0
+  #sealed = false
+  #drained: (() => void) | undefined
+  readonly #whenDrained: Promise<void> = new Promise((resolve) => {
+    this.#drained = resolve
+  })
+
+  begin(): void {
+    this.#running++
+  }
+
+  /** Counts one request as ended. Bound, so that it can be given to a promise as it is. */
+  readonly end = (): void => {
+    if (--this.#running === 0 && this.#sealed) this.#drained?.()
+  }
+
+  /** No more requests join. Resolves when all have ended. */
+  seal(): Promise<void> {
+    this.#sealed = true
+    if (this.#running === 0) this.#drained?.()
+    return this.#whenDrained
+  }
+}
+
+export class Requests {
+  #generation = new Generation()
+  #earlier: Promise<void> = Promise.resolve()
+  #gate: Promise<void> | undefined
+  readonly #exclusive = new Mutex()
+
+  /** True while an operation on the whole image holds requests back. */
+  get held(): boolean {
+    return this.#gate !== undefined
+  }
+
+  /** Counts `task` as in flight. Starts it at once unless requests are held back. */
+  run<T>(task: () => Promise<T>): Promise<T> {
+    if (this.#gate !== undefined) return this.#gate.then(() => this.run(task))
+    const generation = this.#generation
+    generation.begin()
+    let running: Promise<T>
+    try {
+      running = task()
+    } catch (error) {
+      generation.end()
+      throw error
+    }
+    running.then(generation.end, generation.end)
+    return running
+  }
+
+  /** Resolves when every request that is in flight now has ended. */
+  drained(): Promise<void> {
+    const generation = this.#generation
+    this.#generation = new Generation()
+    const sealed = generation.seal()
+    const earlier = this.#earlier
+    this.#earlier = earlier.then(() => sealed)
+    return this.#earlier
+  }
+
+  /** Runs `task` while no request is in flight; requests that come meanwhile wait. */
+  exclusive<T>(task: () => Promise<T>): Promise<T> {
+    return this.#exclusive.run(async () => {
+      let open!: () => void
+      this.#gate = new Promise((resolve) => {
+        open = resolve
+      })
+      try {
+        await this.drained()
+        return await task()
+      } finally {
+        this.#gate = undefined
+        open()
+      }
+    })
+  }
+}

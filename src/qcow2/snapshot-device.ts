@@ -1,0 +1,72 @@
+/** An internal snapshot as read-only devices: the disk as it was, and the VM state behind it. */
+import { anyRequest, BaseDevice, type BlockLimits, type Extent, type MapOptions } from '../block/device.ts'
+import { Qcow2Error } from '../core/errors.ts'
+import type { Engine, Layer } from './engine.ts'
+import { mapLayer } from './map.ts'
+import { readLayer } from './read.ts'
+
+/** A window of a layer. Writing, flushing and resizing are refused by `readOnly`. */
+class LayerDevice extends BaseDevice {
+  readonly readOnly = true
+  readonly limits: BlockLimits
+  readonly size: number
+  readonly #engine: Engine
+  readonly #layer: Layer
+  readonly #base: number
+
+  constructor(engine: Engine, layer: Layer, base: number, size: number) {
+    super()
+    this.#engine = engine
+    this.#layer = layer
+    this.#base = base
+    this.size = size
+    this.limits = { ...anyRequest, requestAlignment: engine.cipher === undefined ? 1 : 512 }
+  }
+
+  protected onRead(offset: number, target: Uint8Array): Promise<void> {
+    const engine = this.#engine
+    const read = (): Promise<void> => readLayer(engine, this.#layer, this.#base + offset, target)
+    return engine.readOnly ? read() : engine.requests.run(read)
+  }
+
+  protected onWrite(): Promise<void> {
+    return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'a snapshot is read-only; apply it to change its disk'))
+  }
+
+  protected onFlush(): Promise<void> {
+    return Promise.resolve()
+  }
+
+  protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
+    for await (const extent of mapLayer(this.#engine, this.#layer, this.#base + offset, length, options)) {
+      yield { ...extent, start: extent.start - this.#base }
+    }
+  }
+
+  protected onClose(): Promise<void> {
+    return Promise.resolve()
+  }
+}
+
+/**
+ * The disk of an internal snapshot, read-only, as large as it was then. Unallocated clusters are those
+ * of the image's backing file. As long as it is open the snapshot cannot be deleted.
+ */
+export class SnapshotDevice extends LayerDevice {
+  /** The VM state: exactly the bytes of the migration stream; of size 0 without one. */
+  readonly vmState: BaseDevice
+  readonly #onClose: () => void
+
+  /** @internal Made by `Snapshots.open`. */
+  constructor(engine: Engine, layer: Layer, sizes: { disk: number; vmState: number; vmStateBase: number }, onClose: () => void) {
+    super(engine, layer, 0, sizes.disk)
+    const stateLayer = { l1: layer.l1, backing: undefined }
+    this.vmState = new LayerDevice(engine, stateLayer, sizes.vmStateBase, sizes.vmState)
+    this.#onClose = onClose
+  }
+
+  protected override async onClose(): Promise<void> {
+    this.#onClose()
+    await this.vmState.close()
+  }
+}

@@ -1,0 +1,48 @@
+/**
+ * Reading and replacing the snapshot table of an open image.
+ */
+import { FormatError } from '../core/errors.ts'
+import type { Header } from './header.ts'
+import type { HostFile } from './host-file.ts'
+import { maxSnapshotTableBytes } from './limits.ts'
+import { checkSnapshot, decodeSnapshot, type SnapshotRecord } from './snapshot-table.ts'
+
+/** A snapshot table and how long it is. */
+export interface SnapshotTable {
+  readonly records: readonly SnapshotRecord[]
+  /** Bytes from the first record to the end of the last one's padding. */
+  readonly length: number
+}
+
+const firstRead = 8192
+
+/**
+ * Reads the snapshot table a header names.
+ * @throws FormatError if a record is malformed or beyond QEMU's limits.
+ */
+export async function readSnapshotTable(host: HostFile, header: Header): Promise<SnapshotTable> {
+  const { snapshotCount, snapshotsOffset, clusterBits } = header
+  const records: SnapshotRecord[] = []
+  if (snapshotCount === 0) return { records, length: 0 }
+  const room = Math.min(maxSnapshotTableBytes, Math.max(0, host.size - snapshotsOffset))
+  let bytes = await readTable(host, snapshotsOffset, Math.min(room, firstRead))
+  let at = 0
+  while (records.length < snapshotCount) {
+    try {
+      const { record, next } = decodeSnapshot(bytes, at, snapshotsOffset)
+      checkSnapshot(record, 2 ** clusterBits)
+      records.push(record.diskSize === undefined ? { ...record, diskSize: header.size } : record)
+      at = next
+    } catch (error) {
+      if (!(error instanceof FormatError) || bytes.length >= room) throw error
+      bytes = await readTable(host, snapshotsOffset, Math.min(room, bytes.length * 4))
+    }
+  }
+  return { records, length: at }
+}
+
+async function readTable(host: HostFile, offset: number, length: number): Promise<Uint8Array> {
+  const bytes = host.allocate(length)
+  await host.readInto(offset, bytes)
+  return bytes
+}

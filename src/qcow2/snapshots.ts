@@ -1,0 +1,201 @@
+/**
+ * The internal snapshots of an image: the collection users see. Owns names and handles; the order of
+ * writes is in `snapshot-operations.ts`.
+ */
+import type { CallOptions } from '../block/device.ts'
+import { Qcow2Error } from '../core/errors.ts'
+import type { Engine } from './engine.ts'
+import { vmStateBase } from './geometry.ts'
+import { PointerTable } from './pointer-table.ts'
+import { SnapshotDevice } from './snapshot-device.ts'
+import {
+  addSnapshot,
+  applySnapshot,
+  assertSnapshotsPossible,
+  captureDisk,
+  deleteSnapshot,
+  releaseDisk,
+  replaceSnapshots,
+} from './snapshot-operations.ts'
+import { infoOf, type SnapshotInfo } from './snapshot-info.ts'
+import type { SnapshotRecord } from './snapshot-table.ts'
+import { detailsOf, SnapshotWriter, type FinishOptions } from './snapshot-writer.ts'
+
+/** Options of {@link Snapshots.create}. */
+export interface CreateSnapshotOptions extends FinishOptions, CallOptions {
+  readonly name: string
+  /** The VM state to store with the snapshot: the bytes of a migration stream. */
+  readonly vmState?: AsyncIterable<Uint8Array> | Iterable<Uint8Array> | undefined
+}
+
+/** Options of {@link Snapshots.begin}. */
+export interface BeginSnapshotOptions extends CallOptions {
+  readonly name: string
+  /** Most requests for VM state in flight. Default 4. */
+  readonly depth?: number | undefined
+}
+
+/** The internal snapshots of an image. Iterates, oldest first, without I/O. */
+export class Snapshots implements Iterable<SnapshotInfo> {
+  readonly #engine: Engine
+  readonly #open = new Map<SnapshotRecord, number>()
+  readonly #writers = new Set<SnapshotWriter>()
+
+  /** @internal Made by the image. */
+  constructor(engine: Engine) {
+    this.#engine = engine
+  }
+
+  /** Number of snapshots. */
+  get count(): number {
+    return this.#engine.snapshots.length
+  }
+
+  *[Symbol.iterator](): Iterator<SnapshotInfo> {
+    for (const record of this.#engine.snapshots) yield infoOf(record)
+  }
+
+  /** The snapshot with this id, else the first with this name; undefined if there is none. */
+  find(idOrName: string): SnapshotInfo | undefined {
+    const record = this.#find(idOrName)
+    return record === undefined ? undefined : infoOf(record)
+  }
+
+  /**
+   * Takes a snapshot of the disk, and of VM state where it is given: that is stored first, while the
+   * disk may be written; the disk is taken as it is at the end of it.
+   * @throws Qcow2Error `ERR_RANGE` if refcounts are too narrow for one more reference, `ERR_UNSUPPORTED`
+   * with an external data file, `ERR_READ_ONLY`.
+   */
+  async create(options: CreateSnapshotOptions): Promise<SnapshotInfo> {
+    this.#assertWritable(options)
+    if (options.vmState !== undefined) return this.#createWithState(options, options.vmState)
+    const engine = this.#engine
+    return engine.requests.exclusive(async () => {
+      const disk = await captureDisk(engine)
+      try {
+        return infoOf(await addSnapshot(engine, detailsOf(options.name, options), disk, undefined))
+      } catch (error) {
+        await releaseDisk(engine, disk)
+        throw error
+      }
+    })
+  }
+
+  async #createWithState(options: CreateSnapshotOptions, state: AsyncIterable<Uint8Array> | Iterable<Uint8Array>): Promise<SnapshotInfo> {
+    const writer = await this.begin(options)
+    try {
+      for await (const bytes of state) await writer.write(bytes)
+      return await writer.finish(options)
+    } finally {
+      await writer.close()
+    }
+  }
+
+  /**
+   * Begins a snapshot whose VM state is written piece by piece, while the image goes on being used, and
+   * while other snapshots are being written. Until it is finished the image does not know it.
+   */
+  async begin(options: BeginSnapshotOptions): Promise<SnapshotWriter> {
+    this.#assertWritable(options)
+    const engine = this.#engine
+    if (engine.untouched) await engine.touch()
+    const writer: SnapshotWriter = new SnapshotWriter(engine, options.name, {
+      depth: options.depth,
+      signal: options.signal,
+      onClose: () => this.#writers.delete(writer),
+    })
+    this.#writers.add(writer)
+    return writer
+  }
+
+  /**
+   * Makes the disk what it was at the snapshot, its size too. What was written since and is in no
+   * snapshot is gone.
+   * @throws Qcow2Error `ERR_NOT_FOUND`
+   */
+  async apply(idOrName: string, options: CallOptions = {}): Promise<void> {
+    this.#assertWritable(options)
+    const engine = this.#engine
+    await engine.requests.exclusive(() => applySnapshot(engine, this.#get(idOrName)))
+  }
+
+  /**
+   * Deletes a snapshot and frees what only it held.
+   * @throws Qcow2Error `ERR_NOT_FOUND`, or `ERR_BUSY` while it is open.
+   */
+  async delete(idOrName: string, options: CallOptions = {}): Promise<void> {
+    this.#assertWritable(options)
+    const engine = this.#engine
+    await engine.requests.exclusive(async () => {
+      const record = this.#get(idOrName)
+      if (this.#open.has(record)) throw new Qcow2Error('ERR_BUSY', `snapshot ${record.name} is open; close it first`)
+      await deleteSnapshot(engine, record)
+    })
+  }
+
+  /** Gives a snapshot another name. */
+  async rename(idOrName: string, name: string, options: CallOptions = {}): Promise<void> {
+    this.#assertWritable(options)
+    const engine = this.#engine
+    await engine.requests.exclusive(async () => {
+      assertSnapshotsPossible(engine)
+      const record = this.#get(idOrName)
+      if (engine.untouched) await engine.touch()
+      const { rawText: _, ...rest } = record
+      const renamed = { ...rest, name }
+      await replaceSnapshots(engine, engine.snapshots.map((each) => (each === record ? renamed : each)))
+      const open = this.#open.get(record)
+      if (open === undefined) return
+      this.#open.delete(record)
+      this.#open.set(renamed, open)
+    })
+  }
+
+  /** The snapshot's disk, read-only, with its VM state as `.vmState`. Close it when done. */
+  async open(idOrName: string, options: CallOptions = {}): Promise<SnapshotDevice> {
+    options.signal?.throwIfAborted()
+    const engine = this.#engine
+    const record = this.#get(idOrName)
+    const id = record.id
+    this.#count(record, 1)
+    try {
+      const l1 = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
+      const disk = record.diskSize ?? engine.header.size
+      const sizes = { disk, vmState: record.vmStateSize, vmStateBase: vmStateBase(engine.geometry, disk) }
+      return new SnapshotDevice(engine, { l1, backing: engine.backing }, sizes, () => this.#count(this.#get(id), -1))
+    } catch (error) {
+      this.#count(record, -1)
+      throw error
+    }
+  }
+
+  /** @internal Gives up snapshots that are being written. */
+  async close(): Promise<void> {
+    for (const writer of this.#writers) await writer.abort()
+  }
+
+  #count(record: SnapshotRecord, change: number): void {
+    const count = (this.#open.get(record) ?? 0) + change
+    if (count > 0) this.#open.set(record, count)
+    else this.#open.delete(record)
+  }
+
+  #find(idOrName: string): SnapshotRecord | undefined {
+    const { snapshots } = this.#engine
+    return snapshots.find(({ id }) => id === idOrName) ?? snapshots.find(({ name }) => name === idOrName)
+  }
+
+  #get(idOrName: string): SnapshotRecord {
+    const record = this.#find(idOrName)
+    if (record !== undefined) return record
+    const names = this.#engine.snapshots.slice(0, 20).map(({ name }) => name).join(', ')
+    throw new Qcow2Error('ERR_NOT_FOUND', `the image has no snapshot ${JSON.stringify(idOrName)}; it has ${names === '' ? 'none' : names}`)
+  }
+
+  #assertWritable(options: CallOptions): void {
+    options.signal?.throwIfAborted()
+    if (this.#engine.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'the image is open read-only; open it for writing')
+    assertSnapshotsPossible(this.#engine)
+  }
+}

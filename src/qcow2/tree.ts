@@ -1,0 +1,195 @@
+/**
+ * Everything one L1 table refers to: its L2 tables and the clusters these map. Snapshot operations
+ * raise and lower the counters of whole trees. By the format's convention each L1 table that reaches a
+ * cluster, over L2 tables of its own or shared ones, counts once for it.
+ *
+ * Runs while no guest request is in flight and nothing is dirty; reads tables around the cache, so
+ * that a walk over a large image does not empty it.
+ */
+import { FormatError } from '../core/errors.ts'
+import type { Engine } from './engine.ts'
+import { compressedFlag, copiedFlag, decodeCompressed, entryOffset, zeroFlag } from './l2-entry.ts'
+import type { Piece } from './host-file.ts'
+import { maxHostOffset } from './limits.ts'
+import type { PointerTable } from './pointer-table.ts'
+
+/** One L2 table, in memory for the moment. */
+interface L2Table {
+  /** Index of the L1 entry. */
+  readonly index: number
+  readonly offset: number
+  readonly bytes: Uint8Array
+  readonly view: DataView
+}
+
+/** Bytes of L2 tables read ahead. */
+const readAhead = 4 << 20
+
+/** The L2 tables of L1 entries `[0, entries)`, read several at a time. */
+async function* l2Tables(engine: Engine, l1: PointerTable, entries: number): AsyncGenerator<L2Table> {
+  const { clusterSize } = engine.geometry
+  const depth = Math.min(64, Math.max(2, Math.floor(readAhead / clusterSize)))
+  const reading: Promise<L2Table>[] = []
+  let index = 0
+  const fill = (): void => {
+    while (reading.length < depth && index < entries) {
+      const offset = l1.offsetAt(index)
+      if (offset !== 0) {
+        const next = readTable(engine, l1, index, offset)
+        next.catch(() => undefined) // the error surfaces when its turn comes
+        reading.push(next)
+      }
+      index++
+    }
+  }
+  for (;;) {
+    fill()
+    const next = reading.shift()
+    if (next === undefined) return
+    yield await next
+  }
+}
+
+async function readTable(engine: Engine, l1: PointerTable, index: number, offset: number): Promise<L2Table> {
+  const { clusterSize } = engine.geometry
+  if (offset % clusterSize !== 0 || offset >= maxHostOffset) {
+    const location = { structure: 'L1 table', offset: l1.offset + index * 8 }
+    throw new FormatError(`entry ${index} is ${offset}, not the offset of a cluster`, location, 'ERR_CORRUPT')
+  }
+  const bytes = engine.host.allocate(clusterSize)
+  await engine.host.readInto(offset, bytes)
+  return { index, offset, bytes, view: new DataView(bytes.buffer, bytes.byteOffset, clusterSize) }
+}
+
+/** Host clusters in pairs of first cluster and count, neighbours merged. */
+class Runs {
+  readonly pairs: number[] = []
+
+  add(cluster: number, count: number): void {
+    const { pairs } = this
+    const last = pairs.length
+    if (last > 0 && pairs[last - 2]! + pairs[last - 1]! === cluster) pairs[last - 1]! += count
+    else pairs.push(cluster, count)
+  }
+}
+
+/** Clusters an L2 table and its entries own a reference to. */
+function ownedRuns(engine: Engine, table: L2Table): Runs {
+  const { clusterSize, clusterBits, l2EntrySize } = engine.geometry
+  const runs = new Runs()
+  for (let at = 0; at < clusterSize; at += l2EntrySize) {
+    const high = table.view.getUint32(at)
+    const low = table.view.getUint32(at + 4)
+    if (high === 0 && (low & ~zeroFlag) === 0) continue
+    if ((high & compressedFlag) !== 0) {
+      const { offset, length } = decodeCompressed(high, low, clusterBits)
+      const first = Math.floor(offset / clusterSize)
+      runs.add(first, Math.floor((offset + length - 1) / clusterSize) - first + 1)
+    } else {
+      const offset = entryOffset(high, low)
+      if (offset !== 0) runs.add(offset / clusterSize, 1)
+    }
+  }
+  runs.add(table.offset / clusterSize, 1)
+  return runs
+}
+
+/**
+ * Adds `delta` to the counters of everything `l1` reaches over its first `entries` entries. All or
+ * nothing: if a counter overflows, those already changed are changed back.
+ */
+export async function adjustTree(engine: Engine, l1: PointerTable, entries: number, delta: number): Promise<void> {
+  let tables = 0
+  try {
+    for await (const table of l2Tables(engine, l1, entries)) {
+      await engine.allocator.adjustAll(ownedRuns(engine, table).pairs, delta)
+      if (delta < 0) {
+        engine.l2Tables.forget(table.offset, engine.geometry.clusterSize)
+        engine.metadataMap.remove(table.offset, engine.geometry.clusterSize)
+      }
+      tables++
+    }
+    if (delta < 0) engine.remapTables()
+  } catch (error) {
+    await undo(engine, l1, entries, delta, tables)
+    throw error
+  }
+}
+
+async function undo(engine: Engine, l1: PointerTable, entries: number, delta: number, tables: number): Promise<void> {
+  if (tables === 0) return
+  for await (const table of l2Tables(engine, l1, entries)) {
+    await engine.allocator.adjustAll(ownedRuns(engine, table).pairs, -delta)
+    if (--tables === 0) return
+  }
+}
+
+/** Decides the COPIED flag of an entry that refers to a host cluster. */
+type CopiedRule = (cluster: number) => boolean | Promise<boolean>
+
+/**
+ * Sets the COPIED flags in the L2 tables of `l1` by a rule and writes those that change; the L1 entries
+ * are the caller's. Nothing is flushed.
+ */
+async function setCopied(engine: Engine, l1: PointerTable, entries: number, rule: CopiedRule): Promise<void> {
+  for await (const table of l2Tables(engine, l1, entries)) {
+    const changed = await setTableCopied(engine, table, rule)
+    if (changed.length === 0) continue
+    await engine.host.writeAll(changed)
+    engine.l2Tables.forget(table.offset, engine.geometry.clusterSize)
+  }
+}
+
+const sector = 4096
+
+async function setTableCopied(engine: Engine, table: L2Table, rule: CopiedRule): Promise<Piece[]> {
+  const { clusterSize, l2EntrySize } = engine.geometry
+  const changed = new Set<number>()
+  for (let at = 0; at < clusterSize; at += l2EntrySize) {
+    const high = table.view.getUint32(at)
+    const low = table.view.getUint32(at + 4)
+    const offset = (high & compressedFlag) === 0 ? entryOffset(high, low) : 0
+    const answer = offset === 0 ? false : rule(offset / clusterSize)
+    const wanted = (answer === true || (answer !== false && (await answer)) ? copiedFlag : 0) >>> 0
+    if ((high & copiedFlag) >>> 0 === wanted) continue
+    table.view.setUint32(at, ((high & ~copiedFlag) | wanted) >>> 0)
+    changed.add(Math.floor(at / sector))
+  }
+  return [...changed].map((index) => ({
+    offset: table.offset + index * sector,
+    bytes: table.bytes.subarray(index * sector, Math.min(clusterSize, (index + 1) * sector)),
+  }))
+}
+
+/**
+ * Makes a tree shared: raises its counters, durably, then clears the COPIED flags in its L2 tables,
+ * durably. A crash between leaves counters that are too high.
+ */
+export async function shareTree(engine: Engine, l1: PointerTable, entries: number): Promise<void> {
+  await adjustTree(engine, l1, entries, 1)
+  await engine.flush()
+  await setCopied(engine, l1, entries, () => false)
+  await engine.host.flush()
+}
+
+/**
+ * Recomputes the COPIED flags of the active layer from the counters, which have to be durable: a flag
+ * that promises sole ownership must not reach the disk before the counter is 1 there.
+ */
+export async function recomputeCopied(engine: Engine): Promise<void> {
+  const { l1Table: l1, refcounts } = engine
+  const { clusterSize } = engine.geometry
+  const isSole = (cluster: number): boolean | Promise<boolean> => {
+    const known = refcounts.peek(cluster)
+    return known === undefined ? refcounts.get(cluster).then((count) => count === 1) : known === 1
+  }
+  await setCopied(engine, l1, l1.length, isSole)
+  await engine.host.flush()
+  for (let index = 0; index < l1.length; index++) {
+    const offset = l1.offsetAt(index)
+    if (offset === 0) continue
+    const wanted = (await isSole(offset / clusterSize)) ? copiedFlag : 0
+    if ((l1.high(index) & copiedFlag) >>> 0 !== wanted) l1.set(index, offset, wanted)
+  }
+  await engine.flush()
+}

@@ -1,0 +1,145 @@
+/**
+ * Host clusters for the VM state of a snapshot that is being written: an append-only area of its own,
+ * independent of the active layer and of other areas. Owns where each of its clusters is; knows
+ * nothing of the stream.
+ *
+ * While it is written only counters change, and nothing on disk refers to the clusters: a crash leaves
+ * leaked clusters. Data goes out in large contiguous requests without any metadata write between.
+ */
+import type { WriteSink } from '../block/write-queue.ts'
+import { UnsupportedError } from '../core/errors.ts'
+import type { Engine } from './engine.ts'
+import { InFlight } from './in-flight.ts'
+import { copiedFlag, offsetHigh, offsetLow } from './l2-entry.ts'
+import { vmStateBase } from './geometry.ts'
+import { writeData } from './write.ts'
+import type { StoredVmState } from './snapshot-operations.ts'
+
+/** Contiguous clusters of the area. */
+interface Run {
+  /** First cluster, counted from the start of the area. */
+  readonly first: number
+  /** Host offset in bytes. */
+  readonly host: number
+  clusters: number
+}
+
+/** Bytes allocated ahead, so that guest writes in between do not scatter the area. */
+const reserveBytes = 16 << 20
+
+export class VmStateArea implements WriteSink {
+  readonly alignment: number
+  readonly #engine: Engine
+  readonly #guestBase: number
+  readonly #runs: Run[] = []
+  /** Clusters that have a place. */
+  #placed = 0
+  #reserve = { offset: 0, clusters: 0 }
+  #placing: Promise<void> = Promise.resolve()
+
+  constructor(engine: Engine) {
+    if (engine.header.cryptMethod === 'aes') {
+      throw new UnsupportedError('VM state in an image with legacy AES encryption is not supported', ['encryption aes'])
+    }
+    this.#engine = engine
+    this.alignment = engine.geometry.clusterSize
+    this.#guestBase = vmStateBase(engine.geometry, engine.header.size)
+  }
+
+  /** Stores whole clusters at an offset in the area; the same cluster may be stored again. */
+  submit(offset: number, bytes: Uint8Array): Promise<void> {
+    const { clusterSize } = this.#engine.geometry
+    const end = (offset + bytes.length) / clusterSize
+    this.#placing = this.#placing.then(() => (end > this.#placed ? this.#place(end) : undefined))
+    return this.#placing.then(() => this.#write(offset / clusterSize, bytes))
+  }
+
+  /** The counters of what was stored follow the data at the next flush. */
+  flush(): Promise<void> {
+    return this.#engine.flush()
+  }
+
+  async #place(end: number): Promise<void> {
+    const { clusterSize } = this.#engine.geometry
+    while (this.#placed < end) {
+      const reserve = this.#reserve
+      if (reserve.clusters === 0) {
+        const wanted = Math.max(end - this.#placed, Math.ceil(reserveBytes / clusterSize))
+        const { offset, clusters } = await this.#engine.allocator.allocate(wanted)
+        this.#reserve = { offset, clusters }
+        continue
+      }
+      const taken = Math.min(reserve.clusters, end - this.#placed)
+      const last = this.#runs[this.#runs.length - 1]
+      if (last !== undefined && last.host + last.clusters * clusterSize === reserve.offset) last.clusters += taken
+      else this.#runs.push({ first: this.#placed, host: reserve.offset, clusters: taken })
+      this.#reserve = { offset: reserve.offset + taken * clusterSize, clusters: reserve.clusters - taken }
+      this.#placed += taken
+    }
+  }
+
+  /** One request for each run the clusters lie in: nearly always one. */
+  #write(first: number, bytes: Uint8Array): Promise<void> {
+    const { clusterSize } = this.#engine.geometry
+    let index = this.#runs.length - 1
+    while (this.#runs[index]!.first > first) index--
+    const run = this.#runs[index]!
+    const host = run.host + (first - run.first) * clusterSize
+    const guest = this.#guestBase + first * clusterSize
+    const left = (run.first + run.clusters - first) * clusterSize
+    if (bytes.length <= left) return writeData(this.#engine, guest, host, bytes)
+    const writes = new InFlight()
+    writes.add(writeData(this.#engine, guest, host, bytes.subarray(0, left)))
+    writes.add(this.#write(first + left / clusterSize, bytes.subarray(left)))
+    return writes.settle()
+  }
+
+  /** Writes the L2 tables for a state of `size` bytes and gives back what was reserved and not used. */
+  async finish(size: number): Promise<StoredVmState> {
+    const { engine, tables } = { engine: this.#engine, tables: [] as number[] }
+    const { clusterSize, l2Entries } = engine.geometry
+    this.#giveBackReserve()
+    const bytes = engine.host.allocate(clusterSize)
+    for (let first = 0; first * clusterSize < size; first += l2Entries) {
+      this.#fillTable(bytes, first)
+      const { offset } = await engine.allocator.allocateContiguous(1)
+      engine.l2Tables.forget(offset, clusterSize)
+      await engine.host.write(offset, bytes)
+      tables.push(offset)
+    }
+    return { tables, size }
+  }
+
+  /** The L2 table for the clusters from `first` on. */
+  #fillTable(bytes: Uint8Array, first: number): void {
+    const { clusterSize, l2Entries, l2EntrySize, extendedL2 } = this.#engine.geometry
+    const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length)
+    bytes.fill(0)
+    for (const run of this.#runs) {
+      const from = Math.max(first, run.first)
+      const to = Math.min(first + l2Entries, run.first + run.clusters)
+      for (let cluster = from; cluster < to; cluster++) {
+        const host = run.host + (cluster - run.first) * clusterSize
+        const at = (cluster - first) * l2EntrySize
+        view.setUint32(at, offsetHigh(host) + copiedFlag)
+        view.setUint32(at + 4, offsetLow(host))
+        if (extendedL2) view.setUint32(at + 12, 0xffff_ffff)
+      }
+    }
+  }
+
+  /** Gives everything back. Nothing may be in flight. */
+  async discard(tables: readonly number[] = []): Promise<void> {
+    await this.#placing.catch(() => undefined)
+    const { allocator, geometry } = this.#engine
+    this.#giveBackReserve()
+    for (const { host, clusters } of this.#runs.splice(0)) allocator.free(host, clusters * geometry.clusterSize)
+    for (const offset of tables) allocator.free(offset, geometry.clusterSize)
+  }
+
+  #giveBackReserve(): void {
+    const { offset, clusters } = this.#reserve
+    if (clusters > 0) this.#engine.allocator.free(offset, clusters * this.#engine.geometry.clusterSize)
+    this.#reserve = { offset: 0, clusters: 0 }
+  }
+}
