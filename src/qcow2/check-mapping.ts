@@ -1,0 +1,201 @@
+/**
+ * The mapping side of a check: every L1 table, L2 table and data cluster, of the active layer and of
+ * all snapshots. An L2 table that many L1 tables share is read once and counted as often as it is named.
+ */
+import { owner } from './check-counters.ts'
+import type { CheckContext } from './check-context.ts'
+import type { StoredRefcounts } from './check-refcounts.ts'
+import { ClusterCounters } from './check-counters.ts'
+import { viewOf } from '../bytes/view.ts'
+import {
+  clusterKind,
+  compressedFlag,
+  decodeCompressed,
+  entryOffset,
+  isCopied,
+  reservedHigh,
+  reservedLow,
+  zeroFlag,
+} from './l2-entry.ts'
+import { validSubclusters } from './subcluster.ts'
+
+/** Something in an L1 or L2 table that a repair can set right. Offsets are bytes in the image file. */
+export type MappingRepair =
+  | { readonly kind: 'copied'; readonly entryOffset: number; readonly cluster: number }
+  | { readonly kind: 'zero'; readonly entryOffset: number }
+
+/** What walking the tables yields besides counters. */
+export interface MappingResult {
+  readonly repairs: MappingRepair[]
+}
+
+/** An L1 table to walk. */
+export interface L1Location {
+  readonly offset: number
+  /** Entries. */
+  readonly size: number
+  readonly active: boolean
+}
+
+/** Walks all L1 tables and then each L2 table once. COPIED flags are checked against `stored`. */
+export async function checkMapping(context: CheckContext, tables: readonly L1Location[], stored: StoredRefcounts): Promise<MappingResult> {
+  const walk = new MappingWalk(context, stored)
+  for (const table of tables) await walk.l1(table)
+  await walk.l2()
+  return { repairs: walk.repairs }
+}
+
+class MappingWalk {
+  readonly repairs: MappingRepair[] = []
+  readonly #context: CheckContext
+  readonly #stored: StoredRefcounts
+  /** References to each aligned L2 table, by host cluster: from all L1 tables, and from the active one. */
+  readonly #all = new ClusterCounters()
+  readonly #active = new ClusterCounters()
+  /** Where L1 entries name tables that are not aligned; these are damaged, but read nonetheless. */
+  readonly #unaligned: { readonly offset: number; readonly active: boolean }[] = []
+
+  constructor(context: CheckContext, stored: StoredRefcounts) {
+    this.#context = context
+    this.#stored = stored
+  }
+
+  /** Counts an L1 table and the L2 tables it names. */
+  async l1(table: L1Location): Promise<void> {
+    const { geometry, report } = this.#context
+    if (table.size === 0) return
+    this.#context.reference(table.offset, table.size * 8, owner.l1Table)
+    const bytes = await this.#context.read(table.offset, table.size * 8)
+    const view = viewOf(bytes)
+    for (let index = 0; index < table.size; index++) {
+      const high = view.getUint32(index * 8)
+      const low = view.getUint32(index * 8 + 4)
+      if (high === 0 && low === 0) continue
+      const at = table.offset + index * 8
+      if ((high & (reservedHigh | compressedFlag)) !== 0 || (low & (reservedLow | zeroFlag)) !== 0) {
+        report.corruption({ structure: 'L1 entry', offset: at, message: `L1 entry ${index} has reserved bits set: ${hex(high, low)}` })
+      }
+      const offset = entryOffset(high, low)
+      this.#context.reference(offset, geometry.clusterSize, owner.l2Table)
+      if (offset % geometry.clusterSize !== 0) {
+        const message = `L1 entry ${index}: the L2 table offset ${offset} is not a multiple of ${geometry.clusterSize}`
+        report.corruption({ structure: 'L1 entry', offset: at, message })
+        this.#unaligned.push({ offset, active: table.active })
+      } else if (offset < this.#context.host.size) {
+        this.#all.add(offset / geometry.clusterSize, 1)
+        if (table.active) this.#active.add(offset / geometry.clusterSize, 1)
+      }
+      if (table.active && offset > 0) this.#copied('L1 entry', at, high, low, Math.floor(offset / geometry.clusterSize), 1)
+    }
+  }
+
+  /** Reads every L2 table named so far and counts what it maps. */
+  async l2(): Promise<void> {
+    const { clusterSize } = this.#context.geometry
+    await this.#context.readClusters(this.#l2Clusters(), (bytes, cluster) => {
+      this.#table(bytes, cluster * clusterSize, this.#all.get(cluster), this.#active.get(cluster))
+    })
+    const table = new Uint8Array(clusterSize)
+    for (const { offset, active } of this.#unaligned) {
+      await this.#context.readInto(offset, table)
+      this.#table(table, offset, 1, active ? 1 : 0)
+    }
+  }
+
+  *#l2Clusters(): Generator<number, void, undefined> {
+    const end = this.#all.highest + 1
+    for (let cluster = this.#all.nextUsed(0, end); cluster < end; cluster = this.#all.nextUsed(cluster + 1, end)) yield cluster
+  }
+
+  /** The L2 table at host offset `start`, which is reached `times` times, `active` of these from the active layer. */
+  #table(table: Uint8Array, start: number, times: number, active: number): void {
+    const { geometry, report, header, hasDataFile } = this.#context
+    const { clusterSize, l2EntrySize, extendedL2 } = geometry
+    const kindContext = { extendedL2, dataFile: hasDataFile }
+    const view = viewOf(table)
+    // a word is zero in any byte order: empty entries, the most by far, are skipped at memory speed
+    const words = new Uint32Array(table.buffer, table.byteOffset, table.length / 4)
+    const step = l2EntrySize / 4
+    let next = 0
+    for (let word = 0; word < words.length; word += step) {
+      if (words[word] === 0 && words[word + 1] === 0 && (!extendedL2 || (words[word + 2] === 0 && words[word + 3] === 0))) continue
+      const high = view.getUint32(word * 4)
+      const low = view.getUint32(word * 4 + 4)
+      const zero = extendedL2 ? view.getUint32(word * 4 + 8) : 0
+      const alloc = extendedL2 ? view.getUint32(word * 4 + 12) : 0
+      const at = start + word * 4
+      if ((high & compressedFlag) !== 0) {
+        this.#compressed(at, high, low, (zero | alloc) !== 0, times, active)
+        continue
+      }
+      if ((high & reservedHigh) !== 0 || (low & reservedLow) !== 0) {
+        report.corruption({ structure: 'L2 entry', offset: at, message: `reserved bits are set: ${hex(high, low)}` }, times)
+      }
+      const kind = clusterKind(high, low, kindContext)
+      if (header.version === 2 && (low & zeroFlag) !== 0) {
+        const message = `the ZERO flag is set, which version 2 does not have: ${hex(high, low)}`
+        report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+      }
+      if (kind === 'unallocated' || kind === 'zero-plain') {
+        if (alloc !== 0) this.#invalidSubclusters(at, zero, alloc, times)
+        continue
+      }
+      const offset = entryOffset(high, low)
+      report.allocatedClusters += active
+      if (next !== 0 && offset !== next) report.fragmentedClusters += active
+      next = offset + clusterSize
+      if (extendedL2 && !validSubclusters(true, zero, alloc)) this.#invalidSubclusters(at, zero, alloc, times)
+      const holdsData = extendedL2 ? alloc !== 0 : kind === 'normal'
+      if (offset % clusterSize !== 0) {
+        const message = `the cluster offset ${offset} is not a multiple of ${clusterSize}`
+        report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+        if (!holdsData) this.repairs.push({ kind: 'zero', entryOffset: at })
+      }
+      if (!hasDataFile) {
+        this.#context.reference(offset, clusterSize, owner.data, times)
+        if (active > 0 && start > 0) this.#copied('L2 entry', at, high, low, Math.floor(offset / clusterSize), active)
+      } else if (active > 0 && !isCopied(high)) {
+        const message = `COPIED is not set, though the data file's clusters have one owner: ${hex(high, low)}`
+        report.corruption({ structure: 'L2 entry', offset: at, message }, active)
+        this.repairs.push({ kind: 'copied', entryOffset: at, cluster: -1 })
+      }
+    }
+  }
+
+  #compressed(at: number, high: number, low: number, hasBitmap: boolean, times: number, active: number): void {
+    const { report, geometry, hasDataFile } = this.#context
+    const corrupt = (message: string): void => report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+    if (isCopied(high)) corrupt(`COPIED is set on a compressed cluster: ${hex(high, low)}`)
+    if (hasDataFile) {
+      corrupt('a compressed cluster in an image with an external data file')
+    } else if (hasBitmap) {
+      corrupt('a compressed cluster with a subcluster bitmap that is not 0')
+    } else {
+      const { offset, length } = decodeCompressed(high, low, geometry.clusterBits)
+      this.#context.reference(offset, length, owner.compressed, times)
+      // reading one always takes a request of its own
+      report.allocatedClusters += active
+      report.compressedClusters += active
+      report.fragmentedClusters += active
+    }
+  }
+
+  #invalidSubclusters(at: number, zero: number, alloc: number, times: number): void {
+    const message = `the subcluster bitmap is invalid: ZERO ${zero.toString(16)}, ALLOC ${alloc.toString(16)}`
+    this.#context.report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+  }
+
+  /** In the active layer COPIED must be set exactly where the stored refcount is 1. */
+  #copied(structure: 'L1 entry' | 'L2 entry', at: number, high: number, low: number, cluster: number, times: number): void {
+    const refcount = this.#stored.get(cluster)
+    if (refcount === undefined || isCopied(high) === (refcount === 1)) return
+    const flag = isCopied(high) ? 'set' : 'not set'
+    const message = `COPIED is ${flag}, but the refcount of cluster ${cluster} is ${refcount}: ${hex(high, low)}`
+    this.#context.report.corruption({ structure, offset: at, message }, times)
+    this.repairs.push({ kind: 'copied', entryOffset: at, cluster })
+  }
+}
+
+function hex(high: number, low: number): string {
+  return high.toString(16).padStart(8, '0') + low.toString(16).padStart(8, '0')
+}

@@ -1,0 +1,185 @@
+/**
+ * The ownership side of a check: the refcount table, its blocks, and the comparison of each stored
+ * counter with the references that were found.
+ */
+import { viewOf } from '../bytes/view.ts'
+import { describeOwners, owner } from './check-counters.ts'
+import type { CheckContext } from './check-context.ts'
+
+/** The counters as they are in the image. */
+export class StoredRefcounts {
+  readonly #context: CheckContext
+  /** By refcount table index; a block of zeroes is left out. */
+  readonly #blocks: (Uint8Array | undefined)[] = []
+  /** Host offset of each block that could be read, by refcount table index. */
+  readonly offsets: (number | undefined)[] = []
+  /** Table entries whose offset is not aligned, or not even positive as a signed number: their block cannot be read. */
+  readonly #unreadable = new Set<number>()
+  /** Table entries with reserved bits set. */
+  readonly #reserved = new Set<number>()
+  readonly #perBlock: number
+
+  constructor(context: CheckContext) {
+    this.#context = context
+    this.#perBlock = context.geometry.refcountsPerBlock
+  }
+
+  /** Reads the refcount table and the blocks that describe clusters of the file. */
+  async load(): Promise<void> {
+    const { header, geometry, fileClusters } = this.#context
+    const length = header.refcountTableClusters * geometry.clusterSize
+    const table = viewOf(await this.#context.read(header.refcountTableOffset, length))
+    const indices = new Map<number, number[]>()
+    const used = Math.min(length / 8, Math.ceil(fileClusters / this.#perBlock))
+    for (let index = 0; index < length / 8; index++) {
+      const high = table.getUint32(index * 8)
+      const low = table.getUint32(index * 8 + 4)
+      if (high === 0 && low === 0) continue
+      const offset = high * 0x1_0000_0000 + ((low & 0xffff_fe00) >>> 0)
+      this.offsets[index] = offset
+      if ((low & 0x1ff) !== 0) this.#reserved.add(index)
+      if (offset % geometry.clusterSize !== 0 || high >= 0x8000_0000) {
+        this.#unreadable.add(index)
+      } else if (index < used && offset > 0 && offset < this.#context.host.size) {
+        const cluster = offset / geometry.clusterSize
+        const list = indices.get(cluster)
+        if (list === undefined) indices.set(cluster, [index])
+        else list.push(index)
+      }
+    }
+    const clusters = [...indices.keys()].sort((a, b) => a - b)
+    await this.#context.readClusters(clusters, (bytes, cluster) => {
+      if (isZero(bytes)) return
+      const block = bytes.slice()
+      for (const index of indices.get(cluster)!) this.#blocks[index] = block
+    })
+  }
+
+  /** The stored counter; undefined where its block cannot be read. */
+  get(cluster: number): number | undefined {
+    const index = Math.floor(cluster / this.#perBlock)
+    const block = this.#blocks[index]
+    if (block !== undefined) return this.#context.layout.get(block, cluster % this.#perBlock)
+    return this.#unreadable.has(index) ? undefined : 0
+  }
+
+  /** Clusters below `end` whose counters cannot be read. */
+  unreadable(end: number): number {
+    let count = 0
+    for (const index of this.#unreadable) count += Math.max(0, Math.min(end, (index + 1) * this.#perBlock) - index * this.#perBlock)
+    return count
+  }
+
+  /** First cluster in `[from, to)` whose stored counter is not zero, or `to`. */
+  nextUsed(from: number, to: number): number {
+    let cluster = from
+    while (cluster < to) {
+      const index = Math.floor(cluster / this.#perBlock)
+      const base = index * this.#perBlock
+      const end = Math.min(to, base + this.#perBlock)
+      const block = this.#blocks[index]
+      if (block !== undefined) {
+        const found = base + this.#context.layout.findUsed(block, cluster - base, end - base)
+        if (found < end) return found
+      }
+      cluster = end
+    }
+    return to
+  }
+
+  /** The block that describes `cluster`, to be changed and written back; undefined if there is none. */
+  block(cluster: number): Uint8Array | undefined {
+    return this.#blocks[Math.floor(cluster / this.#perBlock)]
+  }
+
+  /** A block of zeroes was left out when reading; this brings it back. */
+  blockForWriting(cluster: number): Uint8Array | undefined {
+    const index = Math.floor(cluster / this.#perBlock)
+    if (this.offsets[index] === undefined || this.#unreadable.has(index)) return undefined
+    return (this.#blocks[index] ??= new Uint8Array(this.#context.geometry.clusterSize))
+  }
+
+  /**
+   * Counts the references to the table and to each block. True if the structures are beyond a repair
+   * of single counters and must be built anew.
+   */
+  reference(): boolean {
+    const { header, geometry, report, expected, host } = this.#context
+    const { clusterSize } = geometry
+    this.#context.reference(header.refcountTableOffset, header.refcountTableClusters * clusterSize, owner.refcountTable)
+    let rebuild = header.refcountTableClusters === 0
+    const corrupt = (index: number, detail: string): void => {
+      rebuild = true
+      const message = `refcount table entry ${index}: ${detail}`
+      report.corruption({ structure: 'refcount table', offset: header.refcountTableOffset + index * 8, message })
+    }
+    this.offsets.forEach((offset, index) => {
+      if (offset === undefined) return
+      if (this.#reserved.has(index)) corrupt(index, 'reserved bits are set')
+      else if (offset % clusterSize !== 0) corrupt(index, `the block offset ${offset} is not a multiple of ${clusterSize}`)
+      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, `the block offset ${offset} is past the end of the file`)
+      else {
+        this.#context.reference(offset, clusterSize, owner.refcountBlock)
+        const count = expected.get(offset / clusterSize)
+        if (count !== 1) corrupt(index, `its block, cluster ${offset / clusterSize}, has ${count} references`)
+      }
+    })
+    return rebuild
+  }
+}
+
+/** What comparing stored and expected counters found. */
+export interface RefcountComparison {
+  /** Highest host cluster with a stored or an expected counter above zero; at least 0. */
+  readonly highestCluster: number
+  /** Clusters whose stored counter is wrong, as triples of cluster, stored, expected. */
+  readonly differences: number[]
+  /** A cluster in use has no counter at all: single counters cannot be trusted. */
+  readonly rebuild: boolean
+}
+
+/** Compares every counter of the file's clusters and reports the differences. */
+export function compareRefcounts(context: CheckContext, stored: StoredRefcounts): RefcountComparison {
+  const { expected, geometry, report } = context
+  const end = Math.max(context.fileClusters, expected.highest + 1)
+  const differences: number[] = []
+  let highestCluster = 0
+  let rebuild = false
+  report.checkErrors += stored.unreadable(end)
+  let nextStored = stored.nextUsed(0, end)
+  let nextExpected = expected.nextUsed(0, end)
+  for (;;) {
+    const cluster = Math.min(nextStored, nextExpected)
+    if (cluster >= end) break
+    const found = stored.get(cluster)
+    const references = expected.get(cluster)
+    if (found !== undefined) highestCluster = cluster
+    if (found !== undefined && found !== references) {
+      differences.push(cluster, found, references)
+      rebuild ||= found === 0
+      const finding = {
+        structure: 'refcount',
+        offset: cluster * geometry.clusterSize,
+        message: `refcount of cluster ${cluster} is ${found}, references found: ${references}`,
+        expected: references,
+        found,
+      }
+      if (found > references) report.leak(finding)
+      else report.corruption(finding)
+    }
+    const owners = expected.owners(cluster)
+    if ((owners & (owners - 1)) !== 0) {
+      const message = `cluster ${cluster} is claimed by ${describeOwners(owners)}`
+      report.overlap({ structure: 'overlap', offset: cluster * geometry.clusterSize, message })
+    }
+    if (nextStored === cluster) nextStored = stored.nextUsed(cluster + 1, end)
+    if (nextExpected === cluster) nextExpected = expected.nextUsed(cluster + 1, end)
+  }
+  return { highestCluster, differences, rebuild }
+}
+
+function isZero(bytes: Uint8Array): boolean {
+  const words = new Uint32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4)
+  for (let i = 0; i < words.length; i++) if (words[i] !== 0) return false
+  return true
+}

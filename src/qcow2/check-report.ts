@@ -1,0 +1,87 @@
+/** What a check found, and the collector that the parts of a check report to. */
+
+/** One thing that is wrong with an image. */
+export interface CheckFinding {
+  /** A corruption endangers data; a leak only wastes space. */
+  readonly kind: 'corruption' | 'leak'
+  /** What is wrong, by the specification's name: `refcount`, `L1 entry`, `L2 entry`, `snapshot table`, ... */
+  readonly structure: string
+  /** Byte offset in the image file of the entry, or of the cluster for a refcount. */
+  readonly offset: number
+  /** For people; the wording may change. */
+  readonly message: string
+  /** The value that was expected, where the finding is about one. */
+  readonly expected?: number
+  /** The value that was found. */
+  readonly found?: number
+}
+
+/** The result of a check. The counts are those of `qemu-img check`. */
+export interface CheckReport {
+  /** End of the last host cluster in use, in bytes. */
+  readonly imageEndOffset: number
+  /** Problems that prevented a part of the check. */
+  readonly checkErrors: number
+  /** Corruptions that are left. */
+  readonly corruptions: number
+  /** Leaked clusters that are left. */
+  readonly leaks: number
+  readonly corruptionsFixed: number
+  readonly leaksFixed: number
+  /** Guest clusters of the disk. */
+  readonly totalClusters: number
+  /** Guest clusters of the active layer that own host space, VM state included. */
+  readonly allocatedClusters: number
+  /** Allocated clusters that do not follow the one before in the host file; every compressed one counts. */
+  readonly fragmentedClusters: number
+  readonly compressedClusters: number
+  /**
+   * Clusters that data and metadata, or two kinds of metadata, claim at once. `qemu-img check` does not
+   * look for them: an image whose counters were "repaired" around one passes, though its content is damaged.
+   */
+  readonly overlaps: number
+  /** What is wrong, in file order, at most {@link CheckOptions.maxFindings}; the counts are complete. */
+  readonly findings: readonly CheckFinding[]
+}
+
+/** Collects findings and counts. */
+export class CheckCollector {
+  checkErrors = 0
+  corruptions = 0
+  leaks = 0
+  allocatedClusters = 0
+  fragmentedClusters = 0
+  compressedClusters = 0
+  overlaps = 0
+  readonly findings: CheckFinding[] = []
+  readonly #maxFindings: number
+
+  constructor(maxFindings: number) {
+    this.#maxFindings = maxFindings
+  }
+
+  /** `times`: through how many tables the same damage is reached; each counts, as QEMU counts. */
+  corruption(finding: Omit<CheckFinding, 'kind'>, times = 1): void {
+    this.corruptions += times
+    this.#keep({ kind: 'corruption', ...finding })
+  }
+
+  leak(finding: Omit<CheckFinding, 'kind'>): void {
+    this.leaks++
+    this.#keep({ kind: 'leak', ...finding })
+  }
+
+  overlap(finding: Omit<CheckFinding, 'kind'>): void {
+    this.overlaps++
+    this.#keep({ kind: 'corruption', ...finding })
+  }
+
+  /** True when a finding would still be listed: spares making its message. */
+  get listing(): boolean {
+    return this.findings.length < this.#maxFindings
+  }
+
+  #keep(finding: CheckFinding): void {
+    if (this.listing) this.findings.push(finding)
+  }
+}

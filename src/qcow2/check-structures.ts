@@ -1,0 +1,175 @@
+/**
+ * The smaller structures a check counts: snapshot table, bitmaps and LUKS header. What is wrong with
+ * the tables themselves is reported here; what they refer to is walked elsewhere.
+ */
+import { viewOf } from '../bytes/view.ts'
+import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, type BitmapRecord } from './bitmaps-directory.ts'
+import { owner } from './check-counters.ts'
+import type { CheckContext } from './check-context.ts'
+import type { L1Location } from './check-mapping.ts'
+import { decodeBitmapsExtension, decodeEncryptionPointer, extensionType, findExtension } from './extensions.ts'
+import { autoclear } from './features.ts'
+import { maxL1Bytes, maxSnapshotExtraData, maxSnapshots, maxSnapshotTableBytes } from './limits.ts'
+import { snapshotRecordLength } from './snapshot-table.ts'
+
+/** What the snapshot table holds. */
+export interface CheckedSnapshots {
+  /** The table as it is stored, no more than the records QEMU allows. */
+  readonly table: Uint8Array
+  /** Bytes of the table, without the last record's padding. */
+  readonly length: number
+  /** The table breaks rules that rewriting it can restore. */
+  readonly rewrite: boolean
+  /** The L1 tables worth walking. */
+  readonly l1Tables: readonly L1Location[]
+}
+
+/** Reads the snapshot table and reports what is wrong in it. With `count`, its clusters are counted. */
+export async function checkSnapshotTable(context: CheckContext, count: boolean): Promise<CheckedSnapshots> {
+  const { header, report } = context
+  const records = Math.min(header.snapshotCount, maxSnapshots)
+  const tooMany = header.snapshotCount - records
+  if (tooMany > 0) {
+    const message = `${header.snapshotCount} snapshots, at most ${maxSnapshots}`
+    report.corruption({ structure: 'snapshot table', offset: header.snapshotsOffset, message }, tooMany)
+  }
+  const walk = await walkTable(context, records)
+  if (count) context.reference(header.snapshotsOffset, walk.length, owner.snapshotTable)
+  return { ...walk, rewrite: walk.rewrite || tooMany > 0 }
+}
+
+/** Goes through the records one by one; what a table holds is known only after decoding what precedes. */
+async function walkTable(context: CheckContext, count: number): Promise<CheckedSnapshots> {
+  const table = await readTable(context, count)
+  const l1Tables: L1Location[] = []
+  let rewrite = false
+  let next = 0
+  let length = 0
+  for (let index = 0; index < count; index++) {
+    const offset = context.header.snapshotsOffset + next
+    const report = (message: string): void => context.report.corruption({ structure: 'snapshot table', offset, message })
+    length = next + snapshotRecordLength(table, next)
+    const record = rawRecord(table, next)
+    if (!checkExtraData(context, record, report)) rewrite = true
+    const l1Table = checkL1Location(context, record, report)
+    if (l1Table !== undefined) l1Tables.push(l1Table)
+    next = Math.ceil(length / 8) * 8
+  }
+  return { table: table.subarray(0, Math.min(table.length, next)), length, rewrite, l1Tables }
+}
+
+/** The fields a check looks at; the others may hold anything. */
+interface RawRecord {
+  readonly id: string
+  readonly l1TableOffset: number
+  readonly l1Size: number
+  readonly extraDataLength: number
+}
+
+function rawRecord(table: Uint8Array, at: number): RawRecord {
+  const view = viewOf(table)
+  const extraDataLength = view.getUint32(at + 36)
+  const idAt = at + 40 + extraDataLength
+  return {
+    id: new TextDecoder().decode(table.subarray(idAt, idAt + view.getUint16(at + 12))),
+    l1TableOffset: view.getUint32(at) * 0x1_0000_0000 + view.getUint32(at + 4),
+    l1Size: view.getUint32(at + 8),
+    extraDataLength,
+  }
+}
+
+function checkExtraData(context: CheckContext, record: RawRecord, report: (message: string) => void): boolean {
+  const length = record.extraDataLength
+  if (length > maxSnapshotExtraData) {
+    report(`snapshot ${record.id} has ${length} bytes of extra data, at most ${maxSnapshotExtraData}`)
+    return false
+  }
+  if (context.header.version === 3 && length < 16) {
+    report(`snapshot ${record.id} has ${length} bytes of extra data, version 3 needs 16`)
+    return false
+  }
+  return true
+}
+
+function checkL1Location(context: CheckContext, record: RawRecord, report: (message: string) => void): L1Location | undefined {
+  const { clusterSize } = context.geometry
+  if (record.l1TableOffset % clusterSize !== 0) {
+    report(`snapshot ${record.id}: its L1 table offset ${record.l1TableOffset} is not a multiple of ${clusterSize}`)
+    return undefined
+  }
+  if (record.l1Size > maxL1Bytes / 8) {
+    report(`snapshot ${record.id}: its L1 table has ${record.l1Size} entries, at most ${maxL1Bytes / 8}`)
+    return undefined
+  }
+  return { offset: record.l1TableOffset, size: record.l1Size, active: false }
+}
+
+/** The bytes of `count` records. What is read doubles until they all end within it. */
+async function readTable(context: CheckContext, count: number): Promise<Uint8Array> {
+  const { snapshotsOffset } = context.header
+  if (count === 0) return new Uint8Array(0)
+  for (let size = 1 << 16; ; size *= 2) {
+    const table = await context.read(snapshotsOffset, size)
+    let next = 0
+    let records = 0
+    for (; records < count; records++) {
+      const end = next + snapshotRecordLength(table, next)
+      if (!(end <= size)) break
+      next = Math.ceil(end / 8) * 8
+    }
+    if (records === count) return table
+    if (size >= maxSnapshotTableBytes) {
+      const detail = `the ${count} records take more than ${maxSnapshotTableBytes} bytes`
+      throw new FormatError(detail, { structure: 'snapshot table', offset: snapshotsOffset })
+    }
+  }
+}
+
+/** Counts the clusters of the LUKS header. */
+export function checkLuksHeader(context: CheckContext): void {
+  const pointer = findExtension(context.cluster0.extensions, extensionType.encryptionHeader)
+  if (context.header.cryptMethod !== 'luks' || pointer === undefined) return
+  const { offset, length } = decodeEncryptionPointer(pointer)
+  context.reference(offset, length, owner.luksHeader)
+}
+
+/**
+ * Counts bitmap directory, tables and data. While the autoclear bit is not set the extension is stale
+ * and refers to nothing.
+ */
+export async function checkBitmaps(context: CheckContext): Promise<void> {
+  const data = findExtension(context.cluster0.extensions, extensionType.bitmaps)
+  if (data === undefined || (context.header.autoclearFeatures & autoclear.bitmaps) === 0n) return
+  const extension = decodeBitmapsExtension(data)
+  context.reference(extension.directoryOffset, extension.directorySize, owner.bitmaps)
+  let records: BitmapRecord[]
+  try {
+    if (extension.directorySize > bitmapLimits.directoryBytes) throw new Qcow2Error('ERR_FORMAT', 'bitmap directory: it is too large')
+    const directory = await context.read(extension.directoryOffset, extension.directorySize)
+    records = decodeBitmapDirectory(directory, extension, context.geometry.clusterSize)
+  } catch (error) {
+    if (!Qcow2Error.is(error, 'ERR_FORMAT')) throw error
+    context.report.corruption({ structure: 'bitmap directory', offset: extension.directoryOffset, message: error.message })
+    context.report.checkErrors++
+    return
+  }
+  for (const record of records) await checkBitmapTable(context, record)
+}
+
+async function checkBitmapTable(context: CheckContext, record: BitmapRecord): Promise<void> {
+  const { clusterSize } = context.geometry
+  const length = record.tableSize * 8
+  context.reference(record.tableOffset, length, owner.bitmaps)
+  if (record.tableOffset + length - context.host.size >= clusterSize) return
+  const table = viewOf(await context.read(record.tableOffset, length))
+  for (let index = 0; index < record.tableSize; index++) {
+    const entry = decodeBitmapTableEntry(table, index, clusterSize)
+    if (typeof entry === 'number') {
+      context.reference(entry, clusterSize, owner.bitmaps)
+    } else if (entry === 'invalid') {
+      const message = `entry ${index} of the table of bitmap ${JSON.stringify(record.name)} is invalid`
+      context.report.corruption({ structure: 'bitmap table', offset: record.tableOffset + index * 8, message })
+    }
+  }
+}

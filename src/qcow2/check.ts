@@ -1,0 +1,92 @@
+/**
+ * The check of a whole image: every structure is read from the file, independent of the engine and
+ * its caches, every reference counted, and every stored refcount compared (spec "Host cluster
+ * management"; the counts are those of `qemu-img check`). Repairing is `repair.ts`.
+ */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { owner } from './check-counters.ts'
+import { CheckContext } from './check-context.ts'
+import { checkMapping, type MappingRepair } from './check-mapping.ts'
+import { compareRefcounts, StoredRefcounts, type RefcountComparison } from './check-refcounts.ts'
+import { CheckCollector, type CheckReport } from './check-report.ts'
+import { checkBitmaps, checkLuksHeader, checkSnapshotTable, type CheckedSnapshots } from './check-structures.ts'
+
+/** Options of {@link checkImage}. */
+export interface CheckOptions extends CallOptions {
+  /** Findings listed in the report; the counts are always complete. Default 1000. */
+  readonly maxFindings?: number | undefined
+}
+
+/** Everything a check learned, for a repair to work with. */
+export interface CheckState {
+  readonly context: CheckContext
+  readonly stored: StoredRefcounts
+  readonly snapshots: CheckedSnapshots
+  readonly repairs: readonly MappingRepair[]
+  readonly comparison: RefcountComparison
+  /** The refcount structures must be built anew. */
+  readonly rebuild: boolean
+  readonly report: CheckReport
+}
+
+/**
+ * Checks the qcow2 image in `host`, the device that holds the image file, without changing it. No
+ * guest data is read and neither backing nor data file is opened. The image must not be written meanwhile.
+ *
+ * An image with the dirty bit set reports the refcounts it postponed as corruptions; opening it for
+ * writing, or a repair, sets them right.
+ * @throws FormatError, UnsupportedError if the header or the snapshot table cannot be understood.
+ */
+export async function checkImage(host: BlockDevice, options: CheckOptions = {}): Promise<CheckReport> {
+  return (await runCheck(host, options)).report
+}
+
+/** Structures about to be replaced, which are then not counted as owners of clusters. */
+export interface CheckOmissions {
+  readonly omitRefcounts?: boolean
+  readonly omitSnapshotTable?: boolean
+}
+
+/** The check with all it learned. */
+export async function runCheck(host: BlockDevice, options: CheckOptions & CheckOmissions = {}): Promise<CheckState> {
+  const collector = new CheckCollector(options.maxFindings ?? 1000)
+  const context = await CheckContext.open(host, collector, { signal: options.signal })
+  const { header, geometry } = context
+  const stored = new StoredRefcounts(context)
+  if (options.omitRefcounts !== true) await stored.load()
+  context.reference(0, geometry.clusterSize, owner.header)
+  const snapshots = await checkSnapshotTable(context, options.omitSnapshotTable !== true)
+  const active = { offset: header.l1TableOffset, size: header.l1Size, active: true }
+  const { repairs } = await checkMapping(context, [active, ...snapshots.l1Tables], stored)
+  checkLuksHeader(context)
+  await checkBitmaps(context)
+  const structures = options.omitRefcounts !== true && stored.reference()
+  const comparison = compareRefcounts(context, stored)
+  return {
+    context,
+    stored,
+    snapshots,
+    repairs,
+    comparison,
+    rebuild: structures || comparison.rebuild,
+    report: reportOf(context, comparison),
+  }
+}
+
+function reportOf(context: CheckContext, comparison: RefcountComparison): CheckReport {
+  const { report, header, geometry } = context
+  return {
+    imageEndOffset: (comparison.highestCluster + 1) * geometry.clusterSize,
+    checkErrors: report.checkErrors,
+    corruptions: report.corruptions,
+    leaks: report.leaks,
+    corruptionsFixed: 0,
+    leaksFixed: 0,
+    totalClusters: Math.ceil((Math.floor(header.size / 512) * 512) / geometry.clusterSize),
+    allocatedClusters: report.allocatedClusters,
+    fragmentedClusters: report.fragmentedClusters,
+    compressedClusters: report.compressedClusters,
+    overlaps: report.overlaps,
+    findings: report.findings.sort((a, b) => a.offset - b.offset),
+  }
+}

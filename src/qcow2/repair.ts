@@ -1,0 +1,162 @@
+/**
+ * Repairing an image: what `check.ts` found is set right, in an order in which a crash leaves nothing
+ * worse than it was. Works on the file itself, never through the engine.
+ */
+import type { BlockDevice } from '../block/device.ts'
+import { viewOf } from '../bytes/view.ts'
+import { Qcow2Error } from '../core/errors.ts'
+import type { CheckContext } from './check-context.ts'
+import type { MappingRepair } from './check-mapping.ts'
+import type { CheckReport } from './check-report.ts'
+import { runCheck, type CheckOptions, type CheckState } from './check.ts'
+import { maxSnapshotExtraData } from './limits.ts'
+import { rebuildRefcounts } from './repair-rebuild.ts'
+import { decodeSnapshot, encodeSnapshotTable, type SnapshotRecord } from './snapshot-table.ts'
+
+/** Options of {@link repairImage}. */
+export interface RepairOptions extends CheckOptions {
+  /** `leaks` frees what nothing refers to; `all` also repairs corruptions. */
+  readonly repair: 'leaks' | 'all'
+}
+
+/**
+ * Repairs the qcow2 image in `host` and checks it again. The report is that of the second check, with
+ * the counts of what was fixed. When nothing is left but leaks, the dirty and corrupt bits are cleared.
+ *
+ * Not every corruption can be repaired: damaged entries stay as they are, and so do counts that do not
+ * fit the refcount width. `leaks` changes nothing (one `checkErrors`) if the refcount structures would
+ * have to be built anew, because then nothing tells a leak from a lost counter.
+ * @throws Qcow2Error `ERR_READ_ONLY` if the device cannot be written; what {@link checkImage} throws.
+ */
+export async function repairImage(host: BlockDevice, options: RepairOptions): Promise<CheckReport> {
+  if (host.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'repair: the device is open read-only; open it for writing')
+  const before = await runCheck(host, options)
+  const fixed = options.repair === 'leaks' ? await repairLeaks(before) : await repairAll(host, before, options)
+  if (fixed === undefined) return { ...before.report, checkErrors: before.report.checkErrors + 1 }
+  let after = await runCheck(host, options)
+  const mayFixCopied = options.repair === 'all' || isClean(after.report, after.repairs.length)
+  if (mayFixCopied && after.repairs.length > 0) {
+    fixed.corruptions += await repairEntries(after.context, after.repairs, 'copied')
+    after = await runCheck(host, options)
+  }
+  if (after.report.corruptions === 0 && after.report.checkErrors === 0) await clearStateBits(after.context)
+  return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks }
+}
+
+/** Nothing is wrong but COPIED flags. */
+function isClean(report: CheckReport, copiedFlags: number): boolean {
+  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= copiedFlags
+}
+
+interface Fixed {
+  corruptions: number
+  leaks: number
+}
+
+async function repairLeaks(state: CheckState): Promise<Fixed | undefined> {
+  if (state.rebuild) return undefined
+  return repairCounters(state, false)
+}
+
+async function repairAll(host: BlockDevice, before: CheckState, options: RepairOptions): Promise<Fixed> {
+  const zeroed = await repairEntries(before.context, before.repairs, 'zero')
+  // the entries that were zeroed referred to clusters, so the counting starts over
+  const state = zeroed === 0 ? before : await runCheck(host, options)
+  if (!state.rebuild && !state.snapshots.rewrite) {
+    const fixed = await repairCounters(state, true)
+    return { ...fixed, corruptions: fixed.corruptions + zeroed }
+  }
+  const snapshots = state.snapshots.rewrite ? repairedSnapshots(state) : undefined
+  const counted = await runCheck(host, { ...options, omitRefcounts: true, omitSnapshotTable: snapshots !== undefined })
+  await rebuildRefcounts(counted.context, snapshots === undefined ? {} : { snapshots })
+  const after = await runCheck(host, options)
+  return {
+    corruptions: zeroed + Math.max(0, state.report.corruptions - after.report.corruptions),
+    leaks: Math.max(0, state.report.leaks - after.report.leaks),
+  }
+}
+
+/**
+ * Sets stored counters to what was counted: those too high and, with `raise`, those too low. A crash
+ * between two blocks leaves some repaired and some not.
+ */
+async function repairCounters(state: CheckState, raise: boolean): Promise<Fixed> {
+  const { context, stored, comparison } = state
+  const { host, geometry, layout } = context
+  const { differences } = comparison
+  const fixed: Fixed = { corruptions: 0, leaks: 0 }
+  const changed = new Map<number, Uint8Array>()
+  for (let i = 0; i < differences.length; i += 3) {
+    const [cluster, found, expected] = [differences[i]!, differences[i + 1]!, differences[i + 2]!]
+    const block = stored.blockForWriting(cluster)
+    if (block === undefined || (found < expected && !raise)) continue
+    layout.set(block, cluster % geometry.refcountsPerBlock, expected)
+    changed.set(stored.offsets[Math.floor(cluster / geometry.refcountsPerBlock)]!, block)
+    if (found < expected) fixed.corruptions++
+    else fixed.leaks++
+  }
+  for (const [offset, block] of changed) await host.write(offset, block)
+  await host.flush()
+  return fixed
+}
+
+/** Entries patched in one go lie within this many bytes of each other. */
+const patchWindow = 1 << 16
+
+/**
+ * Patches table entries in place: COPIED flags are set to what the stored refcounts say, entries of a
+ * zero cluster with an impossible offset lose the offset. Each entry is one aligned 8- or 16-byte
+ * change, whole at any crash.
+ */
+async function repairEntries(context: CheckContext, repairs: readonly MappingRepair[], kind: MappingRepair['kind']): Promise<number> {
+  const { host, geometry } = context
+  const sorted = repairs.filter((repair) => repair.kind === kind).sort((a, b) => a.entryOffset - b.entryOffset)
+  const chosen = sorted.filter((repair, i) => repair.entryOffset !== sorted[i - 1]?.entryOffset)
+  for (let i = 0; i < chosen.length; ) {
+    const start = chosen[i]!.entryOffset
+    let end = i + 1
+    while (end < chosen.length && chosen[end]!.entryOffset < start + patchWindow) end++
+    const bytes = await context.read(start, chosen[end - 1]!.entryOffset + geometry.l2EntrySize - start)
+    for (; i < end; i++) patchEntry(bytes, chosen[i]!, chosen[i]!.entryOffset - start, geometry.extendedL2)
+    await host.write(start, bytes.subarray(0, Math.min(bytes.length, host.size - start)))
+  }
+  await host.flush()
+  return chosen.length
+}
+
+function patchEntry(bytes: Uint8Array, repair: MappingRepair, at: number, extendedL2: boolean): void {
+  if (repair.kind === 'copied') {
+    bytes[at] = bytes[at]! ^ 0x80
+  } else if (extendedL2) {
+    // every subcluster zero, no host cluster
+    bytes.fill(0, at, at + 8)
+    bytes.fill(0xff, at + 8, at + 12)
+    bytes.fill(0, at + 12, at + 16)
+  } else {
+    bytes.fill(0, at, at + 8)
+    bytes[at + 7] = 1
+  }
+}
+
+/** The snapshot table with every record as version 3 demands, and no more than is allowed. */
+function repairedSnapshots(state: CheckState): { table: Uint8Array; count: number } {
+  const { header } = state.context
+  const records: SnapshotRecord[] = []
+  for (let next = 0; next < state.snapshots.table.length; ) {
+    const decoded = decodeSnapshot(state.snapshots.table, next, header.snapshotsOffset)
+    const { record } = decoded
+    const unknownExtraData = record.unknownExtraData.subarray(0, maxSnapshotExtraData - 24)
+    records.push({ ...record, unknownExtraData, diskSize: record.diskSize ?? header.size })
+    next = decoded.next
+  }
+  return { table: encodeSnapshotTable(records), count: records.length }
+}
+
+/** Clears dirty and corrupt, bits 0 and 1 of the incompatible features. The refcounts they warn of are durable. */
+async function clearStateBits(context: CheckContext): Promise<void> {
+  if (context.header.version === 2 || (context.header.incompatibleFeatures & 3n) === 0n) return
+  const bytes = new Uint8Array(8)
+  viewOf(bytes).setBigUint64(0, context.header.incompatibleFeatures & ~3n)
+  await context.host.write(72, bytes)
+  await context.host.flush()
+}
