@@ -11,6 +11,7 @@ import { geometryOf, type Geometry } from './geometry.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
 import type { HostFile } from './host-file.ts'
 import { MetadataMap } from './metadata-map.ts'
+import { Packer } from './packer.ts'
 import type { PointerTable } from './pointer-table.ts'
 import { refcountLayout } from './refcount-layout.ts'
 import { Refcounts } from './refcounts.ts'
@@ -62,6 +63,8 @@ export class Engine {
   readonly refcountBlocks: TableCache
   readonly refcounts: Refcounts
   readonly allocator: Allocator
+  /** Places for compressed data. */
+  readonly packer: Packer
   readonly metadataMap: MetadataMap
   readonly writeBack: WriteBack
   readonly requests: Requests = new Requests()
@@ -109,6 +112,7 @@ export class Engine {
     this.refcounts = new Refcounts(this.geometry, refcountLayout(header.refcountOrder), this.refcountBlocks, this)
     this.metadataMap = new MetadataMap(this.geometry)
     this.allocator = new Allocator(this, this.refcounts)
+    this.packer = new Packer(this.allocator, this.refcounts)
     this.writeBack = new WriteBack(this.host, this, this.allocator, () =>
       this.hasDataFile ? this.data.flush() : Promise.resolve(),
     )
@@ -132,7 +136,7 @@ export class Engine {
   /** Something changed in memory that is not on the disk, or waits to be freed. */
   get hasUnwritten(): boolean {
     const tables = this.l1Table.hasDirty || this.refcountTable.hasDirty
-    return tables || this.l2Tables.hasDirty || this.refcountBlocks.hasDirty || this.allocator.hasFreed
+    return tables || this.l2Tables.hasDirty || this.refcountBlocks.hasDirty || this.allocator.hasFreed || this.packer.isFilling
   }
 
   drained(): Promise<void> {

@@ -2,17 +2,30 @@
  * A qcow2 image as a block device: the facade over the engine. It wires the paths together and holds
  * no logic of its own.
  */
-import { BaseDevice, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import {
+  BaseDevice,
+  checkRange,
+  type BlockDevice,
+  type BlockLimits,
+  type CallOptions,
+  type Extent,
+  type MapOptions,
+  type WriteZeroesOptions,
+} from '../block/device.ts'
 import { openFile } from '../block/file.ts'
+import { Qcow2Error } from '../core/errors.ts'
 import { planLayout, writeLayout, type LayoutOptions } from './create.ts'
 import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
 import { hostFile, openEngine } from './open.ts'
 import { readLayer } from './read.ts'
 import { rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { resizeDisk } from './resize.ts'
 import { closeEngine } from './shutdown.ts'
 import { Snapshots } from './snapshots.ts'
 import { writeActive } from './write.ts'
+import { storeClusters, writeCompressed } from './write-compressed.ts'
+import { zeroActive } from './zero.ts'
 
 /** Where an image is: a path, a `file:` URL, or any device, which the image then owns and closes. */
 export type ImageSource = string | URL | BlockDevice
@@ -114,6 +127,68 @@ export class Qcow2Image extends BaseDevice {
 
   protected onWrite(offset: number, source: Uint8Array): Promise<void> {
     return this.#engine.requests.run(() => writeActive(this.#engine, offset, source))
+  }
+
+  protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
+    const mode = options?.unmap === true ? 'unmap' : 'keep'
+    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, mode))
+  }
+
+  /** Whole clusters then read as zeroes; version 2 images over a backing file stay unchanged. */
+  protected override onDiscard(offset: number, length: number): Promise<void> {
+    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'discard'))
+  }
+
+  /** Grows or shrinks the disk, to a multiple of 512 bytes. New bytes read as zeroes. */
+  protected override onResize(size: number): Promise<void> {
+    return this.#engine.requests.exclusive(() => resizeDisk(this.#engine, size))
+  }
+
+  /**
+   * Stores bytes compressed, cluster by cluster, as far as they become smaller. `offset` and length are
+   * whole clusters, but for the last one of the disk.
+   * @throws Qcow2Error `ERR_ALIGNMENT`, or `ERR_UNSUPPORTED` with a data file or encryption, or for zstd
+   * on a Node that has none.
+   */
+  writeCompressed(offset: number, source: Uint8Array, options: CallOptions = {}): Promise<void> {
+    return this.#changeWhole(offset, source.length, options, () => writeCompressed(this.#engine, offset, source))
+  }
+
+  /**
+   * Stores clusters that are compressed already, with the image's compression type: one for each guest
+   * cluster from `offset` on.
+   * @internal For compressing in workers.
+   */
+  storeCompressed(offset: number, payloads: readonly Uint8Array[], options: CallOptions = {}): Promise<void> {
+    const length = Math.min(payloads.length * this.#engine.geometry.clusterSize, this.size - offset)
+    return this.#changeWhole(offset, length, options, () => storeClusters(this.#engine, offset, payloads))
+  }
+
+  /**
+   * Gives whole clusters back so that the backing file shows through again; parts of clusters stay.
+   * @internal For emptying an overlay after a commit.
+   */
+  forget(offset: number, length: number, options: CallOptions = {}): Promise<void> {
+    options.signal?.throwIfAborted()
+    checkRange(offset, length, this.size)
+    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'forget'))
+  }
+
+  /** @internal The parts of the image, for the layers of this folder. */
+  get engine(): Engine {
+    return this.#engine
+  }
+
+  async #changeWhole(offset: number, length: number, options: CallOptions, task: () => Promise<void>): Promise<void> {
+    this.assertOpen()
+    options.signal?.throwIfAborted()
+    checkRange(offset, length, this.size)
+    const { clusterSize } = this.#engine.geometry
+    if (offset % clusterSize !== 0 || (length % clusterSize !== 0 && offset + length !== this.size)) {
+      throw new Qcow2Error('ERR_ALIGNMENT', `compressed write of ${length} bytes at offset ${offset}: both must be whole clusters of ${clusterSize} bytes`)
+    }
+    if (this.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'the image is open read-only; open it for writing')
+    await this.#engine.requests.run(task)
   }
 
   protected onFlush(): Promise<void> {

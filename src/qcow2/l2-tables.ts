@@ -85,7 +85,7 @@ async function makeWritable(engine: Engine, index: number): Promise<void> {
 }
 
 /**
- * Moves the active L1 table to a longer place:
+ * Moves the active L1 table to a place for `wanted` entries, by default half as many again as before:
  *
  * 1. write the counters of the new place and everything else back;
  * 2. write the new table where nothing refers to it, flush;
@@ -94,13 +94,13 @@ async function makeWritable(engine: Engine, index: number): Promise<void> {
  * A crash before 3 leaves the old table and leaked clusters; after 3, a leaked old table. Callers
  * hold `tableLock`.
  */
-export async function growL1(engine: Engine, entries: number): Promise<void> {
+export async function growL1(engine: Engine, entries: number, wanted?: number): Promise<void> {
   const old = engine.l1Table
   const { clusterSize } = engine.geometry
   if (entries * 8 > maxL1Bytes) {
     throw new Qcow2Error('ERR_NO_SPACE', `L1 table: it would be ${entries * 8} bytes, at most ${maxL1Bytes}; larger clusters would address more`)
   }
-  const length = Math.min(Math.max(entries, Math.ceil(old.length * 1.5)), maxL1Bytes / 8)
+  const length = Math.min(wanted ?? Math.max(entries, Math.ceil(old.length * 1.5)), maxL1Bytes / 8)
   const { offset, clusters } = await engine.allocator.allocateContiguous(Math.ceil((length * 8) / clusterSize))
   await engine.flush()
   const bytes = new Uint8Array(clusters * clusterSize)

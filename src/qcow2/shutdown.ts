@@ -8,6 +8,7 @@ import type { Engine } from './engine.ts'
  */
 export async function settle(engine: Engine): Promise<void> {
   do {
+    await engine.packer.finish()
     await engine.flush()
     await engine.allocator.released()
   } while (engine.hasUnwritten)

@@ -36,18 +36,30 @@ export function writeActive(engine: Engine, guest: number, source: Uint8Array): 
 
 async function writeSlow(engine: Engine, guest: number, source: Uint8Array): Promise<void> {
   if (engine.untouched) await engine.touch()
+  await lockClusters(engine, guest, source.length, () => writeLocked(engine, guest, source))
+}
+
+/** Runs `task` while nothing else changes the mapping of the clusters of a guest range. */
+export async function lockClusters(engine: Engine, guest: number, length: number, task: () => Promise<void>): Promise<void> {
   const { clusterSize } = engine.geometry
-  const end = guest + source.length
-  const lock = engine.clusterLocks
-  const release = await lock.acquire(Math.floor(guest / clusterSize), Math.ceil(end / clusterSize))
+  const release = await engine.clusterLocks.acquire(Math.floor(guest / clusterSize), Math.ceil((guest + length) / clusterSize))
+  try {
+    await task()
+  } finally {
+    release()
+  }
+}
+
+/** Stores `source`; the caller holds the locks of its clusters. */
+export async function writeLocked(engine: Engine, guest: number, source: Uint8Array): Promise<void> {
   const pieces = new InFlight()
   try {
-    for (let at = guest; at < end; ) {
-      at += await startPiece(engine, at, source.subarray(at - guest), pieces)
+    for (let at = 0; at < source.length; ) {
+      at += await startPiece(engine, guest + at, source.subarray(at), pieces)
       if (pieces.count >= maxPieces) await pieces.settle(maxPieces / 2)
     }
   } finally {
-    await pieces.settle().finally(release)
+    await pieces.settle()
   }
 }
 
