@@ -36,6 +36,19 @@ export function qemuImg(qemu: QemuInstallation, ...args: string[]): Promise<stri
   })
 }
 
+/** Connects as soon as QEMU listens, within a minute. */
+async function connect(socket: string, alive: () => boolean): Promise<QmpClient> {
+  const late = Date.now() + 60_000
+  for (;;) {
+    try {
+      return await QmpClient.connect(socket, { timeout: 60_000 })
+    } catch (error) {
+      if (!alive() || Date.now() > late) throw error
+      await sleep(20)
+    }
+  }
+}
+
 /** A virtual machine without screen and network, driven by its monitor. */
 export class QemuVm {
   readonly process: ChildProcess
@@ -60,11 +73,8 @@ export class QemuVm {
     let complaint = ''
     started.stderr.setEncoding('utf8').on('data', (text: string) => (complaint += text))
     try {
-      for (let waited = 0; !existsSync(socket); waited += 10) {
-        if (started.exitCode !== null || waited > 60_000) throw new Error(`QEMU did not start: ${complaint}`)
-        await sleep(10)
-      }
-      const qmp = await QmpClient.connect(socket, { timeout: 60_000 })
+      const alive = (): boolean => started.exitCode === null
+      const qmp = await connect(socket, alive)
       return new QemuVm(started, qmp, folder)
     } catch (error) {
       started.kill('SIGKILL')
@@ -86,14 +96,15 @@ export class QemuVm {
     return (Number(fields[11]) + Number(fields[12])) / 100
   }
 
-  /** Ends it. */
+  /** Ends it: by `quit`, so that it closes its images; by SIGKILL where it does not obey within 10 seconds. */
   async end(): Promise<void> {
+    const closed = new Promise((resolve) => this.process.once('close', resolve))
+    const running = this.process.exitCode === null && this.process.signalCode === null
+    await this.qmp.execute('quit', {}, { timeout: 10_000 }).catch(() => undefined)
+    const late = setTimeout(() => this.process.kill('SIGKILL'), 10_000)
+    if (running) await closed
+    clearTimeout(late)
     await this.qmp.close()
-    if (this.process.exitCode === null && this.process.signalCode === null) {
-      const closed = new Promise((resolve) => this.process.once('close', resolve))
-      this.process.kill('SIGKILL')
-      await closed
-    }
     rmSync(this.#folder, { recursive: true, force: true })
   }
 }

@@ -1,10 +1,8 @@
 /** The experiment behind this library: what unaligned, unqueued requests cost, and what the write queue makes of it. */
-import { barChart, type Bar } from '../chart.ts'
-import type { GroupResult } from '../harness.ts'
+import { groupFigure } from '../figures.ts'
 import { hasFio } from '../fio.ts'
 import { createGroups, loadGroups } from '../real-file.ts'
-import { digits, rate } from '../report.ts'
-import type { Figure, Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
+import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
 import { simulatedFigures, simulatedGroups } from '../simulated.ts'
 import { capturedVmState, enlargedVmState, qemuWriteLengths } from '../vm-state.ts'
 
@@ -20,22 +18,6 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
     figures: [...(await simulatedFigures(lengths, simulated)), ...[create[0]!, create[1]!, load[0]!].map(groupFigure)],
     notes: hasFio ? [] : ['fio is not installed: what this disk can do at its best was not measured.'],
   }
-}
-
-/** Bars of one group's medians, every run as a dot. */
-export function groupFigure(group: GroupResult): Figure {
-  const bars = group.variants.map((variant): Bar => {
-    const { median } = variant.seconds
-    return {
-      label: variant.title,
-      value: median,
-      text: `${digits(median)} s · ${digits(rate(group.bytes, median))} MB/s`,
-      tone: variant.id === 'queue' || variant.id === 'prefetch' || variant.id === 'ours' ? 'new' : variant.id.startsWith('old') ? 'old' : 'peer',
-      runs: variant.runs.map((each) => each.seconds),
-    }
-  })
-  const title = `${group.title}: ${digits(group.bytes / 1e6)} MB`
-  return { name: group.id, title, svg: barChart({ title, axis: 'seconds, less is better; bar: median, dots: runs', bars }) }
 }
 
 export const scenario: Scenario = {
