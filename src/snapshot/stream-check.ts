@@ -3,6 +3,7 @@
  * checksum, so its structure is all there is. Owns what has to agree; stores nothing but what stands
  * behind the pages.
  */
+import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { ramFlag } from '../migration/format.ts'
 import { MigrationParser } from '../migration/parser.ts'
@@ -22,10 +23,15 @@ export interface StreamSummary {
   readonly pages: { readonly data: number; readonly zero: number }
   /** Device sections, as the VM description counts them. */
   readonly devices: number
+  /** The guest's clock in nanoseconds, from the section `timer`; undefined where there is none. */
+  readonly vmClock: bigint | undefined
 }
 
 /** Device state kept until the end, in bytes; far above what machines have (some MiB). */
 const tailLimit = 1 << 30
+
+/** In the body of the section `timer`: be64 CPU ticks, be64 unused, be64 clock in nanoseconds. */
+const timerClock = 16
 
 /** Push all chunks, then {@link StreamCheck.end}. */
 export class StreamCheck {
@@ -39,6 +45,7 @@ export class StreamCheck {
   #zero = 0
   #earlyDevices = 0
   #partSeen = false
+  #vmClock: bigint | undefined
 
   /** `onRecord` sees each record; it is valid during the call. */
   constructor(onRecord?: (record: MigrationRecord) => void) {
@@ -81,6 +88,7 @@ export class StreamCheck {
       blocks: blocks.map(({ name, length }) => ({ name, length })),
       pages: { data: this.#data, zero: this.#zero },
       devices,
+      vmClock: this.#vmClock,
     }
   }
 
@@ -131,7 +139,16 @@ export class StreamCheck {
       continues: { sections: [], blocks: this.#parser.blocks },
     })
     let devices = this.#earlyDevices
-    for (const record of parser.push(tail)) if (record.kind === 'section') devices++
+    let idstr = ''
+    for (const record of parser.push(tail)) {
+      if (record.kind === 'section') {
+        devices++
+        idstr = record.idstr
+      } else if (record.kind === 'bytes' && idstr === 'timer' && record.bytes.length >= timerClock + 8) {
+        this.#vmClock = viewOf(record.bytes).getBigUint64(timerClock)
+        idstr = ''
+      }
+    }
     parser.end()
     if (devices !== lengths.length) {
       throw new Qcow2Error('ERR_STREAM', `the stream has ${devices} device sections, its VM description lists ${lengths.length}`)
