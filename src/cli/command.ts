@@ -2,6 +2,7 @@
  * What a command is: one definition from which its parsing, `--help`, the reference page and the
  * shell completions are all made. Owns the shape; each command lives in `commands/NAME.ts`.
  */
+import type { BlockDevice } from '../block/device.ts'
 import type { Terminal } from './terminal.ts'
 import type { Progress } from './progress.ts'
 
@@ -67,13 +68,15 @@ export interface Context<O extends OptionDefinitions = OptionDefinitions> {
   /** Aborted by SIGINT and SIGTERM. */
   readonly signal: AbortSignal
   /** Writes a line to stdout. */
-  print(line: string): Promise<void>
+  readonly print: (line: string) => Promise<void>
   /** Writes a warning to stderr, on one line. */
-  warn(message: string): void
+  readonly warn: (message: string) => void
   /** A progress display as the command's `progress` option asks for it. */
-  progress(): Progress
+  readonly progress: () => Progress
+  /** Put around the bytes of every image file: how `trace` sees what a command does. */
+  readonly wrapDevice?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
   /** Says what is left behind if the user interrupts now; the last one said is shown. */
-  leaves(note: string | undefined): void
+  readonly leaves: (note: string | undefined) => void
 }
 
 /** One command of the program. */

@@ -5,28 +5,43 @@ const suffixes = 'BKMGTPE'
 
 /**
  * Bytes of `10G`, `1.5M`, `512`, `64k`, `0x200`: a number with an optional suffix of
- * `b K M G T P E`, powers of 1024. Without a suffix `unit` bytes each.
- * @returns `undefined` for what is no size
+ * `b K M G T P E`, powers of 1024; hexadecimal numbers take none.
+ * @returns `undefined` for what is no size below 2^53
  */
-export function parseSize(text: string, unit = 1): number | undefined {
-  const match = /^(0x[\da-f]+|\d+(?:\.\d*)?)([bkmgtpe]?)$/i.exec(text.trim())
+export function parseSize(text: string): number | undefined {
+  const hexadecimal = /^\s*\+?(0x[\da-f]+)$/i.exec(text)
+  if (hexadecimal !== null) return safe(Number(hexadecimal[1]))
+  const match = /^\s*\+?(\d+(?:\.\d*)?|\.\d+)([bkmgtpe]?)$/i.exec(text)
   if (match === null) return undefined
   const [, digits = '', suffix = ''] = match
-  const hexadecimal = /^0x/i.test(digits)
-  const factor = suffix === '' ? unit : 1024 ** suffixes.indexOf(suffix.toUpperCase())
+  const factor = suffix === '' ? 1 : 1024 ** suffixes.indexOf(suffix.toUpperCase())
   // bytes cannot be cut
-  if (factor === 1 && digits.includes('.') && Number(digits) % 1 !== 0) return undefined
-  const bytes = hexadecimal ? Number(digits) * factor : Math.trunc(Number(digits) * factor)
+  if (factor === 1 && Number(digits) % 1 !== 0) return undefined
+  return safe(Math.trunc(Number(digits) * factor))
+}
+
+function safe(bytes: number): number | undefined {
   return Number.isSafeInteger(bytes) ? bytes : undefined
 }
 
 /**
- * As {@link parseSize}, for an option or argument called `what`.
+ * The size of an image, as an argument.
  * @throws UsageError
  */
-export function requireSize(text: string, what: string): number {
+export function imageSize(text: string): number {
   const bytes = parseSize(text)
-  if (bytes === undefined) throw new UsageError(`Invalid ${what} specified: '${text}'. Sizes are numbers with an optional suffix of b, K, M, G, T, P or E`)
+  if (bytes !== undefined) return bytes
+  if (/^-?\d+[bkmgtpe]?$/i.test(text.trim())) throw new UsageError('Invalid image size specified. Must be between 0 and 9007199254740991.')
+  throw new UsageError(`Invalid image size specified: '${text}'.`)
+}
+
+/**
+ * The size that an option called `name` has.
+ * @throws UsageError
+ */
+export function optionSize(name: string, text: string): number {
+  const bytes = parseSize(text)
+  if (bytes === undefined) throw new UsageError(`Parameter '${name}' expects a non-negative number below 2^53; suffixes k, M, G, T, P or E are powers of 1024`)
   return bytes
 }
 

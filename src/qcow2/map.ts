@@ -69,8 +69,7 @@ function describe(engine: Engine, run: Run, start: number, length: number): Exte
 
 async function* mapBacking(backing: BlockDevice, start: number, length: number, options: MapOptions): AsyncGenerator<Extent, void, undefined> {
   for await (const below of backing.map({ offset: start, length, signal: options.signal })) {
-    // where nothing in the chain has the bytes, no file of it is to be named
-    const depth = below.present || below.offset !== undefined ? below.depth + 1 : 0
-    yield { ...below, depth }
+    // where nothing in the chain has the bytes, the depth is that of the last file asked, as in QEMU
+    yield { ...below, depth: below.depth + 1 }
   }
 }

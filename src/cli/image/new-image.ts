@@ -1,0 +1,59 @@
+/** Making image files, for `create` and `convert`. Owns the files beside them; the layout is the engine's. */
+import type { BlockDevice } from '../../block/device.ts'
+import { openFile } from '../../block/file.ts'
+import { MemoryDevice } from '../../block/memory.ts'
+import { Qcow2Error } from '../../core/errors.ts'
+import { Qcow2Image } from '../../qcow2/image.ts'
+import type { Reference } from '../../qcow2/references.ts'
+import { ExitError } from '../errors.ts'
+import { layoutOf, preallocationOf, type CreateValues } from './create-options.ts'
+import { reasonOf } from './open.ts'
+import { parsePlace } from './spec.ts'
+
+/**
+ * Makes an image and closes it. An existing file is replaced.
+ * @throws ExitError in qemu-img's words
+ */
+export async function makeImage(name: string, format: 'qcow2' | 'raw', values: CreateValues, signal: AbortSignal): Promise<void> {
+  const path = pathOf(name)
+  if (format === 'raw') return makeRaw(path, values, signal)
+  const layout = layoutOf(values)
+  if (layout.dataFile !== undefined) await makeDataFile(pathOf(layout.dataFile), layout.size)
+  try {
+    const image = await Qcow2Image.create(path, { ...layout, references: untouched, signal })
+    await image.flush()
+    await image.close()
+  } catch (error) {
+    if (Qcow2Error.is(error, 'ERR_RANGE')) {
+      throw new ExitError(1, "The image size is too large for file format 'qcow2' (try using a larger cluster size)", { cause: error })
+    }
+    if (Qcow2Error.is(error)) throw new ExitError(1, `Could not create '${name}': ${reasonOf(error)}`, { cause: error })
+    throw error
+  }
+}
+
+/** Nothing is read through a backing file while an image is made: it may be anything, or missing. */
+function untouched({ kind }: Reference): boolean | BlockDevice {
+  return kind === 'data file' || new MemoryDevice(0)
+}
+
+async function makeRaw(path: string, values: CreateValues, signal: AbortSignal): Promise<void> {
+  const size = Math.ceil(Number(values.get('size')) / 512) * 512
+  const preallocation = preallocationOf(values)
+  await using device = await openFile(path, { create: 'w' }).catch((error: unknown) => {
+    throw new ExitError(1, `Could not create '${path}': ${reasonOf(error)}`, { cause: error })
+  })
+  await device.resize(size)
+  if (preallocation !== 'off') await device.writeZeroes(0, size, { signal })
+}
+
+async function makeDataFile(path: string, size: number): Promise<void> {
+  await using device = await openFile(path, { create: 'w' })
+  await device.resize(size)
+}
+
+function pathOf(name: string): string {
+  const place = parsePlace(name)
+  if (place.kind !== 'file') throw new ExitError(1, `Could not create '${name}': images are made in files only; convert -n writes to what exists`)
+  return place.path
+}

@@ -1,0 +1,253 @@
+/**
+ * Opening what the command line names: the bytes, the format over them, the backing chain below.
+ * Owns the chain, so that every image in it has the name users know it by; the formats are the
+ * library's.
+ */
+import { existsSync } from 'node:fs'
+import { dirname, isAbsolute, resolve } from 'node:path'
+import type { BlockDevice } from '../../block/device.ts'
+import { openSource } from '../../block/source.ts'
+import { pad } from '../../block/pad.ts'
+import { Qcow2Error } from '../../core/errors.ts'
+import { connectNbd } from '../../nbd/socket.ts'
+import { Qcow2Image } from '../../qcow2/image.ts'
+import type { Reference } from '../../qcow2/references.ts'
+import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
+import { ExitError } from '../errors.ts'
+import { rawImage } from './raw.ts'
+import type { Secrets } from './secrets.ts'
+import { parseName, parsePlace, type ImageSpec, type Place } from './spec.ts'
+
+/** An open image and what lies below it. Closing it closes all. */
+export interface OpenedImage {
+  /** As the user, or the image above, names it. */
+  readonly filename: string
+  readonly format: 'qcow2' | 'raw'
+  readonly place: Place
+  /** What the guest sees: of the snapshot, where one was named. */
+  readonly device: BlockDevice
+  /** The bytes of the image file. They belong to the image. */
+  readonly host: BlockDevice
+  readonly image: Qcow2Image | undefined
+  readonly snapshot: SnapshotDevice | undefined
+  /** The backing file, opened read-only; it belongs to the image. */
+  readonly backing: OpenedImage | undefined
+  close(): Promise<void>
+}
+
+/** An image file as bytes. */
+export interface ImageFile {
+  readonly filename: string
+  readonly place: Place
+  readonly format: 'qcow2' | 'raw'
+  readonly host: BlockDevice
+}
+
+/** What all images of a command are opened with. */
+export interface OpenerSettings {
+  readonly signal: AbortSignal
+  readonly secrets?: Secrets | undefined
+  /** Read images that a running QEMU writes to. */
+  readonly forceShare?: boolean | undefined
+  /** Told what the user should know but need not stop for. */
+  readonly warn: (message: string) => void
+  /** Put around the bytes of every file, for tracing. */
+  readonly wrap?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
+}
+
+/** How one image is opened. */
+export interface OpenHow {
+  readonly readOnly: boolean
+  /** Past the page cache. */
+  readonly direct?: boolean | undefined
+  /** Leave the backing file alone: what it would give reads as zeroes. */
+  readonly withoutBacking?: boolean | undefined
+}
+
+/** Opens images by name. */
+export class Opener {
+  readonly settings: OpenerSettings
+
+  constructor(settings: OpenerSettings) {
+    this.settings = settings
+  }
+
+  /** Opens an image by its plain name; `NAME@SNAPSHOT` is a snapshot's disk, read-only. */
+  async name(name: string, how: OpenHow, format?: string): Promise<OpenedImage> {
+    const split = splitSnapshot(name)
+    if (split === undefined) return this.spec(parseName(name, format), how)
+    if (!how.readOnly) throw new ExitError(1, `Could not open '${name}': a snapshot can only be read`)
+    const opened = await this.spec(parseName(split.file, format), { ...how, readOnly: true })
+    return this.#atSnapshot(opened, split.snapshot, name)
+  }
+
+  /**
+   * Opens an image as specified.
+   * @throws ExitError `Could not open 'NAME': ...`
+   */
+  async spec(spec: ImageSpec, how: OpenHow): Promise<OpenedImage> {
+    try {
+      return await this.#open(spec, how, [])
+    } catch (error) {
+      throw couldNotOpen(spec.shown, error)
+    }
+  }
+
+  /**
+   * The bytes of an image file without its format opened: for what must work on damaged images.
+   * @throws ExitError `Could not open 'NAME': ...`
+   */
+  async file(spec: ImageSpec, how: OpenHow): Promise<ImageFile> {
+    try {
+      const host = await this.bytes(spec.place, how)
+      const isImage = (await probe(host)) === 'qcow2'
+      if (spec.format === 'qcow2' && !isImage) {
+        await host.close()
+        throw new Qcow2Error('ERR_FORMAT', 'Image is not in qcow2 format')
+      }
+      return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' || !isImage ? 'raw' : 'qcow2', host }
+    } catch (error) {
+      throw couldNotOpen(spec.shown, error)
+    }
+  }
+
+  /** Opens bytes, as they are. */
+  async bytes(place: Place, how: OpenHow): Promise<BlockDevice> {
+    const { signal, forceShare, wrap } = this.settings
+    const { readOnly, direct } = how
+    if (place.kind === 'image') return (await this.#open(place.spec, how, [])).device
+    if (place.kind === 'nbd') return pad(await connectNbd(place.address, { name: place.name, readOnly }))
+    const source = place.kind === 'file' ? place.path : place.url
+    const device = await openSource(source, { readOnly, signal, forceShare: forceShare ?? false, direct: direct ?? false })
+    return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : place.url.href)
+  }
+
+  /** The snapshot of an open image; the image is closed with it. */
+  async #atSnapshot(opened: OpenedImage, idOrName: string, filename: string): Promise<OpenedImage> {
+    try {
+      if (opened.image === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `a ${opened.format} image has no snapshots`)
+      const snapshot = await opened.image.snapshots.open(idOrName)
+      const close = async (): Promise<void> => {
+        await snapshot.close()
+        await opened.close()
+      }
+      return { ...opened, filename, device: snapshot, snapshot, close }
+    } catch (error) {
+      await opened.close()
+      throw couldNotOpen(filename, error)
+    }
+  }
+
+  async #open(spec: ImageSpec, how: OpenHow, above: readonly string[]): Promise<OpenedImage> {
+    const readOnly = how.readOnly || spec.readOnly === true
+    const identity = spec.place.kind === 'file' ? resolve(spec.place.path) : spec.shown
+    if (above.includes(identity)) throw new Qcow2Error('ERR_FORMAT', `the backing chain loops: ${[...above, identity].join(' -> ')}`)
+    if (spec.format !== undefined && spec.format !== 'raw' && spec.format !== 'qcow2') {
+      throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${spec.format}'`)
+    }
+    const host = await this.bytes(spec.place, { ...how, readOnly })
+    try {
+      const format = spec.format ?? (await probe(host))
+      if (format === 'raw') return openedRaw(spec, rawImage(host))
+      return await this.#openQcow2(spec, host, { ...how, readOnly }, [...above, identity])
+    } catch (error) {
+      await host.close()
+      throw error
+    }
+  }
+
+  async #openQcow2(spec: ImageSpec, host: BlockDevice, how: OpenHow, chain: readonly string[]): Promise<OpenedImage> {
+    let backing: OpenedImage | undefined
+    const { signal } = this.settings
+    const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
+      if (reference.kind === 'data file') return this.#dataFile(spec, reference, how)
+      backing = await this.#backing(spec, reference, how, chain)
+      return backing?.device ?? false
+    }
+    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, ...this.#passphrase(spec) })
+    return { filename: spec.shown, format: 'qcow2', place: spec.place, device: image, host, image, snapshot: undefined, backing, close: () => image.close() }
+  }
+
+  async #backing(spec: ImageSpec, reference: Reference, how: OpenHow, chain: readonly string[]): Promise<OpenedImage | undefined> {
+    if (how.withoutBacking === true || spec.backing === null) return undefined
+    const { warn } = this.settings
+    const below = spec.backing ?? parseName(resolveBacking(spec.place, reference.name), reference.format)
+    try {
+      if (below.format === undefined && spec.backing === undefined) {
+        warn(`'${spec.shown}' does not record the format of its backing file '${reference.name}'; it was guessed`)
+      }
+      return await this.#open(below, { readOnly: true, direct: how.direct }, chain)
+    } catch (error) {
+      throw new Qcow2Error('ERR_IO', `Could not open backing file: ${couldNotOpen(below.shown, error).message}`, { cause: error })
+    }
+  }
+
+  #dataFile(spec: ImageSpec, reference: Reference, how: OpenHow): Promise<BlockDevice> {
+    return this.bytes(spec.dataFile ?? parsePlace(reference.name), how)
+  }
+
+  #passphrase(spec: ImageSpec): object {
+    if (spec.keySecret === undefined) return {}
+    const secret = this.settings.secrets?.get(spec.keySecret)
+    if (secret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `No secret with id '${spec.keySecret}'`)
+    return { passphrase: secret }
+  }
+}
+
+function openedRaw(spec: ImageSpec, device: BlockDevice): OpenedImage {
+  const { shown: filename, place } = spec
+  return { filename, format: 'raw', place, device, host: device, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
+}
+
+/** `qcow2` by its magic, else `raw`. */
+async function probe(host: BlockDevice): Promise<'qcow2' | 'raw'> {
+  const [a, b, c, d] = host.size < 4 ? [] : await host.read(0, 4)
+  return a === 0x51 && b === 0x46 && c === 0x49 && d === 0xfb ? 'qcow2' : 'raw'
+}
+
+/**
+ * A backing file's name, as the image at `place` means it: QEMU puts the image's folder before it,
+ * letter by letter.
+ */
+export function resolveBacking(place: Place, name: string): string {
+  if (isAbsolute(name) || parsePlaceKind(name) !== 'path' || place.kind !== 'file') return name
+  const folder = dirname(place.path)
+  const above = place.path.includes('/') ? `${folder === '/' ? '' : folder}/` : ''
+  return above + name
+}
+
+function parsePlaceKind(name: string): 'path' | 'protocol' {
+  const colon = name.indexOf(':')
+  const slash = name.indexOf('/')
+  return colon > 0 && (slash < 0 || colon < slash) ? 'protocol' : 'path'
+}
+
+/** `FILE@SNAPSHOT`, where there is no file of the whole name but one of the first part. */
+function splitSnapshot(name: string): { file: string; snapshot: string } | undefined {
+  if (name.startsWith('json:') || existsSync(name)) return undefined
+  for (let at = name.lastIndexOf('@'); at > 0; at = name.lastIndexOf('@', at - 1)) {
+    const file = name.slice(0, at)
+    if (existsSync(file) || parsePlaceKind(file) === 'protocol') return { file, snapshot: name.slice(at + 1) }
+  }
+  return undefined
+}
+
+/** The failure to open `name`, in the words scripts know. */
+export function couldNotOpen(name: string, error: unknown): ExitError {
+  return new ExitError(1, `Could not open '${name}': ${reasonOf(error)}`, { cause: error })
+}
+
+/** Why something failed, as the system would say it. */
+export function reasonOf(error: unknown): string {
+  const cause = error instanceof Error ? (error.cause as NodeJS.ErrnoException | undefined)?.code : undefined
+  if (cause === 'ENOENT') return 'No such file or directory'
+  if (cause === 'EACCES' || cause === 'EPERM') return 'Permission denied'
+  if (cause === 'EISDIR') return 'Is a directory'
+  return error instanceof Error ? error.message : String(error)
+}
+
+/** The images of a chain, the top first. */
+export function chainOf(image: OpenedImage): OpenedImage[] {
+  return image.backing === undefined ? [image] : [image, ...chainOf(image.backing)]
+}
+

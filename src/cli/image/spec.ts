@@ -1,0 +1,220 @@
+/**
+ * What a name on the command line means: a file, an NBD export, a web address; with the driver and
+ * the options of `json:` and `--image-opts`. Owns the grammar of names; opens nothing.
+ */
+import type { NbdAddress } from '../../nbd/socket.ts'
+import { UsageError } from '../errors.ts'
+import { jsonTree, optionTree, type OptionTree } from './key-values.ts'
+
+/** Where the bytes are. */
+export type Place =
+  | { readonly kind: 'file'; readonly path: string }
+  | { readonly kind: 'nbd'; readonly address: NbdAddress; readonly name: string }
+  | { readonly kind: 'http'; readonly url: URL }
+  /** A format within a format: the outer one's bytes are the inner one's guest view. */
+  | { readonly kind: 'image'; readonly spec: ImageSpec }
+
+/** An image as the user named it. */
+export interface ImageSpec {
+  /** How messages and listings call it. */
+  readonly shown: string
+  /** The format; `undefined` to find out. */
+  readonly format: string | undefined
+  readonly place: Place
+  /** Instead of the backing file the image names; `null` for none. */
+  readonly backing?: ImageSpec | null
+  /** Instead of the data file the image names. */
+  readonly dataFile?: Place
+  /** The id of the secret for an encrypted image. */
+  readonly keySecret?: string
+  readonly readOnly?: boolean
+}
+
+/** Options that tune QEMU's own machinery and change no result. */
+const harmless = new Set([
+  'auto-read-only', 'cache', 'cache-clean-interval', 'cache-size', 'detect-zeroes', 'discard', 'discard-no-unref', 'force-share',
+  'l2-cache-entry-size', 'l2-cache-size', 'locking', 'lazy-refcounts', 'node-name', 'overlap-check', 'pass-discard-other',
+  'pass-discard-request', 'pass-discard-snapshot', 'refcount-cache-size', 'x-check-cache-dropped',
+])
+
+const formats = new Set(['qcow2', 'raw'])
+
+/**
+ * The meaning of a plain name: a path, `file:PATH`, `json:{...}`, `nbd:` and `nbd+unix:` and `http(s):` addresses.
+ * @throws UsageError for a protocol that is not known
+ */
+export function parseName(name: string, format: string | undefined): ImageSpec {
+  if (name.startsWith('json:')) return fromTree(jsonTree(name.slice(5)), name, format)
+  return { shown: name, format, place: parsePlace(name) }
+}
+
+/** The meaning of `--image-opts`. */
+export function parseImageOpts(text: string): ImageSpec {
+  return fromTree(optionTree(text), text, undefined)
+}
+
+/** The bytes a plain name stands for. */
+export function parsePlace(name: string): Place {
+  const colon = name.indexOf(':')
+  const slash = name.indexOf('/')
+  if (colon <= 0 || (slash >= 0 && slash < colon)) return { kind: 'file', path: name }
+  switch (name.slice(0, colon)) {
+    case 'file':
+      return { kind: 'file', path: name.startsWith('file:///') ? decodeURIComponent(name.slice(7)) : name.slice(5) }
+    case 'nbd':
+      return name.startsWith('nbd://') ? nbdUrl(name) : nbdName(name)
+    case 'nbd+unix':
+    case 'nbd+tcp':
+      return nbdUrl(name)
+    case 'http':
+    case 'https':
+      return { kind: 'http', url: new URL(name) }
+    default:
+      throw new UsageError(`Unknown protocol '${name.slice(0, colon)}'`)
+  }
+}
+
+/** `nbd://host:port/name`, `nbd+unix:///name?socket=PATH`. */
+function nbdUrl(text: string): Place {
+  const url = new URL(text)
+  const name = decodeURIComponent(url.pathname.slice(1))
+  if (url.protocol === 'nbd+unix:') {
+    const path = url.searchParams.get('socket')
+    if (path === null) throw new UsageError(`${text}: an nbd+unix address needs ?socket=PATH`)
+    return { kind: 'nbd', address: { path }, name }
+  }
+  return { kind: 'nbd', address: { host: url.hostname, port: url.port === '' ? 10809 : Number(url.port) }, name }
+}
+
+/** The old forms `nbd:unix:PATH:exportname=NAME` and `nbd:HOST:PORT:exportname=NAME`. */
+function nbdName(text: string): Place {
+  const match = /^nbd:(?:unix:(?<path>[^:]*)|(?<host>[^:]*):(?<port>\d+))(?::exportname=(?<name>.*))?$/.exec(text)
+  const { path, host, port, name = '' } = match?.groups ?? {}
+  if (path !== undefined) return { kind: 'nbd', address: { path }, name }
+  if (host === undefined || port === undefined) throw new UsageError(`${text}: an NBD address is nbd:unix:PATH or nbd:HOST:PORT`)
+  return { kind: 'nbd', address: { host, port: Number(port) }, name }
+}
+
+function fromTree(tree: OptionTree, text: string, format: string | undefined): ImageSpec {
+  const options = new Options(tree)
+  const driver = options.text('driver') ?? format
+  const readOnly = options.text('read-only')
+  const common = readOnly === undefined ? {} : { readOnly: readOnly === 'on' || readOnly === 'true' }
+  if (driver !== undefined && !formats.has(driver)) {
+    const place = placeOf(driver, options)
+    options.end()
+    return { shown: shownPlace(place, text), format: undefined, place, ...common }
+  }
+  const spec = formatSpec(driver, options, text)
+  options.end()
+  return { ...spec, ...common }
+}
+
+/** An image of a format (or one to be found out) over its `file`. */
+function formatSpec(format: string | undefined, options: Options, text: string): ImageSpec {
+  const filename = options.text('filename')
+  const below = options.tree('file')
+  if (filename === undefined && below === undefined) throw new UsageError(`${text}: a 'file' is needed`)
+  const place = below === undefined ? parsePlace(filename!) : nestedPlace(below)
+  const keySecret = options.tree('encrypt')?.['key-secret']
+  const backing = options.either('backing')
+  const data = options.tree('data-file')
+  return {
+    shown: shownPlace(place, text),
+    format,
+    place,
+    ...(typeof keySecret === 'string' ? { keySecret } : {}),
+    ...(backing === undefined ? {} : { backing: backing === '' ? null : fromTree(requireTree(backing, 'backing'), 'backing', undefined) }),
+    ...(data === undefined ? {} : { dataFile: nestedPlace(data) }),
+  }
+}
+
+function nestedPlace(tree: OptionTree): Place {
+  const { driver } = tree
+  if (typeof driver === 'string' && formats.has(driver)) return { kind: 'image', spec: fromTree(tree, 'file', undefined) }
+  const options = new Options(tree)
+  const place = placeOf(options.text('driver') ?? 'file', options)
+  options.end()
+  return place
+}
+
+function placeOf(driver: string, options: Options): Place {
+  switch (driver) {
+    case 'file':
+    case 'host_device': {
+      const path = options.text('filename')
+      if (path === undefined) throw new UsageError(`The '${driver}' block driver requires a file name`)
+      return parsePlace(path)
+    }
+    case 'nbd':
+      return nbdPlace(options)
+    case 'http':
+    case 'https': {
+      const url = options.text('url') ?? options.text('filename')
+      if (url === undefined) throw new UsageError(`The '${driver}' block driver requires a url`)
+      return { kind: 'http', url: new URL(url) }
+    }
+    default:
+      throw new UsageError(`Unknown driver '${driver}'`)
+  }
+}
+
+function nbdPlace(options: Options): Place {
+  const server = options.tree('server') ?? {}
+  const field = (name: string): string | undefined => (typeof server[name] === 'string' ? server[name] : options.text(name))
+  const name = options.text('export') ?? ''
+  options.text('type')
+  const path = field('path')
+  if (path !== undefined) return { kind: 'nbd', address: { path }, name }
+  const host = field('host')
+  if (host === undefined) throw new UsageError("The 'nbd' block driver requires server.path or server.host")
+  return { kind: 'nbd', address: { host, port: Number(field('port') ?? 10809) }, name }
+}
+
+function requireTree(value: string | OptionTree, name: string): OptionTree {
+  if (typeof value === 'string') throw new UsageError(`'${name}' must hold options, not a node name`)
+  return value
+}
+
+function shownPlace(place: Place, text: string): string {
+  if (place.kind === 'file') return place.path
+  if (place.kind === 'image') return place.spec.shown
+  return place.kind === 'http' ? place.url.href : text
+}
+
+/** Takes options out one by one, so that those nobody knew are left. */
+class Options {
+  readonly #tree: OptionTree
+
+  constructor(tree: OptionTree) {
+    this.#tree = { ...tree }
+  }
+
+  text(key: string): string | undefined {
+    const value = this.#tree[key]
+    if (typeof value !== 'string') return undefined
+    this.#take(key)
+    return value
+  }
+
+  tree(key: string): OptionTree | undefined {
+    const value = this.#tree[key]
+    if (typeof value !== 'object') return undefined
+    this.#take(key)
+    return value
+  }
+
+  either(key: string): string | OptionTree | undefined {
+    return this.text(key) ?? this.tree(key)
+  }
+
+  end(): void {
+    const left = Object.keys(this.#tree).filter((key) => !harmless.has(key))
+    if (left.length > 0) throw new UsageError(`Block option '${left[0]!}' is not known`)
+  }
+
+  #take(key: string): void {
+    // eslint-disable-next-line @typescript-eslint/no-dynamic-delete -- a copy of its own
+    delete this.#tree[key]
+  }
+}
