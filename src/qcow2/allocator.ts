@@ -171,6 +171,8 @@ export class Allocator implements Frees {
   /** Forgets the search position, after counters changed around the allocator. */
   rescan(): void {
     this.#hint = 1
+    this.#failure = undefined
+    this.#pristineFrom = Math.max(this.#pristineFrom, Math.ceil(this.#parts.host.size / this.#geometry.clusterSize))
   }
 
   #assertSound(): void {

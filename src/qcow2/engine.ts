@@ -6,7 +6,8 @@ import type { BlockDevice } from '../block/device.ts'
 import type { FormatError } from '../core/errors.ts'
 import { Mutex, RangeLock } from '../core/lock.ts'
 import { Allocator } from './allocator.ts'
-import { autoclear, incompatible, keptAutoclear } from './features.ts'
+import { decodeBitmapsExtension, extensionType, findExtension } from './extensions.ts'
+import { autoclear, incompatible } from './features.ts'
 import { geometryOf, type Geometry } from './geometry.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
 import type { HostFile } from './host-file.ts'
@@ -33,22 +34,28 @@ export interface Layer {
   readonly backing: BlockDevice | undefined
 }
 
-/** What an engine is made of. */
-export interface EngineParts {
-  readonly host: HostFile
-  /** The external data file; undefined: guest data is in the image file itself. */
-  readonly dataFile: HostFile | undefined
+/** What an image file says of itself when it is opened. */
+export interface EngineState {
   readonly content: HeaderCluster
   readonly l1Table: PointerTable
   readonly refcountTable: PointerTable
   readonly snapshots: readonly SnapshotRecord[]
   /** Bytes the snapshot table takes in the file. */
   readonly snapshotTableLength: number
+}
+
+/** What an engine is made of. */
+export interface EngineParts extends EngineState {
+  readonly host: HostFile
+  /** The external data file; undefined: guest data is in the image file itself. */
+  readonly dataFile: HostFile | undefined
   readonly backing: BlockDevice | undefined
   readonly readOnly: boolean
   /** Bytes of the metadata caches together. */
   readonly cacheSize: number
   readonly cipher?: DataCipher | undefined
+  /** What a writer owes before it changes anything. */
+  readonly prepareFirstWrite: (engine: Engine) => Promise<void>
 }
 
 export class Engine {
@@ -83,9 +90,8 @@ export class Engine {
   damage: FormatError | undefined
   /** Nothing was written yet: promises of optional metadata (autoclear bits) still stand. */
   untouched = true
-  /** Runs before the first write, besides clearing unknown autoclear bits. */
-  beforeFirstWrite: (() => Promise<void>) | undefined
   #touching: Promise<void> | undefined
+  readonly #prepareFirstWrite: (engine: Engine) => Promise<void>
 
   constructor(parts: EngineParts) {
     const { header } = parts.content
@@ -94,6 +100,7 @@ export class Engine {
     this.hasDataFile = parts.dataFile !== undefined
     this.readOnly = parts.readOnly
     this.cipher = parts.cipher
+    this.#prepareFirstWrite = parts.prepareFirstWrite
     this.content = parts.content
     this.l1Table = parts.l1Table
     this.refcountTable = parts.refcountTable
@@ -133,6 +140,21 @@ export class Engine {
     return this.writeBack.flush()
   }
 
+  /** Takes over what is in the file now, after it was changed around the engine while that was at rest. */
+  reload(state: EngineState): void {
+    this.content = state.content
+    this.l1Table = state.l1Table
+    this.refcountTable = state.refcountTable
+    this.snapshots = state.snapshots
+    this.snapshotTableLength = state.snapshotTableLength
+    this.damage = undefined
+    this.l2Tables.forgetClean()
+    this.refcountBlocks.forgetClean()
+    this.metadataMap.clear()
+    this.#mapMetadata()
+    this.allocator.rescan()
+  }
+
   /** Something changed in memory that is not on the disk, or waits to be freed. */
   get hasUnwritten(): boolean {
     const tables = this.l1Table.hasDirty || this.refcountTable.hasDirty
@@ -148,16 +170,11 @@ export class Engine {
     if (this.damage !== undefined) throw this.damage
   }
 
-  /** Clears what a writer must clear before it writes. Call before any change unless `untouched` is false. */
+  /** Does what a writer owes before it writes. Call before any change unless `untouched` is false. */
   touch(): Promise<void> {
-    return (this.#touching ??= this.#touch())
-  }
-
-  async #touch(): Promise<void> {
-    const kept = keptAutoclear(this.header.autoclearFeatures)
-    if (kept !== this.header.autoclearFeatures) await this.writeHeader({ autoclearFeatures: kept })
-    await this.beforeFirstWrite?.()
-    this.untouched = false
+    return (this.#touching ??= this.#prepareFirstWrite(this).then(() => {
+      this.untouched = false
+    }))
   }
 
   /**
@@ -188,11 +205,6 @@ export class Engine {
     throw error
   }
 
-  /** True if bitmaps may be trusted and have to be kept so. */
-  get hasBitmaps(): boolean {
-    return (this.header.autoclearFeatures & autoclear.bitmaps) !== 0n
-  }
-
   /** True if the data file alone has to read like the disk. */
   get rawDataFile(): boolean {
     return this.hasDataFile && (this.header.autoclearFeatures & autoclear.rawDataFile) !== 0n
@@ -212,6 +224,11 @@ export class Engine {
     this.#mark(header.snapshotsOffset, this.snapshotTableLength)
     for (let block = 0; block < this.refcountTable.length; block++) this.#mark(this.refcountTable.offsetAt(block), clusterSize)
     for (const { l1TableOffset, l1Size } of this.snapshots) this.#mark(l1TableOffset, l1Size * 8)
+    const bitmaps = findExtension(this.content.extensions, extensionType.bitmaps)
+    if (bitmaps?.length === 24) {
+      const { directoryOffset, directorySize } = decodeBitmapsExtension(bitmaps)
+      this.#mark(directoryOffset, directorySize)
+    }
     this.remapTables()
   }
 

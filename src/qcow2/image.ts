@@ -13,7 +13,12 @@ import {
   type WriteZeroesOptions,
 } from '../block/device.ts'
 import { openFile } from '../block/file.ts'
+import { checkImageLocks } from '../block/file-lock.ts'
+import { openSource, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
+import { checkOpenImage } from './check-open.ts'
+import type { CheckReport } from './check-report.ts'
+import type { CheckOptions } from './check.ts'
 import { planLayout, writeLayout, type LayoutOptions } from './create.ts'
 import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
@@ -27,21 +32,26 @@ import { writeActive } from './write.ts'
 import { storeClusters, writeCompressed } from './write-compressed.ts'
 import { zeroActive } from './zero.ts'
 
-/** Where an image is: a path, a `file:` URL, or any device, which the image then owns and closes. */
-export type ImageSource = string | URL | BlockDevice
-
 /** Options of {@link Qcow2Image.open}. */
 export interface OpenOptions extends ReferenceOptions, CallOptions {
   /** Default false. */
   readonly readOnly?: boolean | undefined
   /** Bytes of memory for cached metadata tables. Default 32 MiB. */
   readonly cacheSize?: number | undefined
+  /** Direct I/O for paths: past the page cache. Default false. */
+  readonly direct?: boolean | undefined
+  /** Requests of at most this many bytes to files are made synchronously; see `openFile`. Default 0. */
+  readonly syncLimit?: number | undefined
+  /** Read an image even while a running QEMU writes to it: what is read may contradict itself. */
+  readonly forceShare?: boolean | undefined
 }
 
 /** Options of {@link Qcow2Image.create}. */
 export interface CreateOptions extends LayoutOptions, Omit<ReferenceOptions, 'backing' | 'dataFile'>, CallOptions {
   /** Bytes of memory for cached metadata tables. Default 32 MiB. */
   readonly cacheSize?: number | undefined
+  /** Direct I/O for paths: past the page cache. Default false. */
+  readonly direct?: boolean | undefined
   /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
   readonly exclusive?: boolean | undefined
 }
@@ -73,15 +83,15 @@ export class Qcow2Image extends BaseDevice {
    * @throws Qcow2Error `ERR_FORMAT` not an image or malformed, `ERR_UNSUPPORTED` features this library
    * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`.
    */
-  static async open(source: ImageSource, options: OpenOptions = {}): Promise<Qcow2Image> {
+  static async open(source: Source, options: OpenOptions = {}): Promise<Qcow2Image> {
     options.signal?.throwIfAborted()
-    const readOnly = options.readOnly === true || (isDevice(source) && source.readOnly)
-    const device = isDevice(source) ? source : await openFile(source, { readOnly })
+    const readOnly = options.readOnly === true || isReadOnly(source)
+    const device = await openSource(source, { ...defined(options), readOnly })
     try {
       const context = await rootContext(pathOf(source), options, openNested)
-      return new Qcow2Image(await openEngine(device, { readOnly, cacheSize: options.cacheSize, context }))
+      return new Qcow2Image(await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context }))
     } catch (error) {
-      if (!isDevice(source)) await device.close()
+      if (device !== source) await device.close()
       throw error
     }
   }
@@ -95,17 +105,17 @@ export class Qcow2Image extends BaseDevice {
    * Makes a new image and opens it for writing. A device must be empty or is overwritten.
    * @throws RangeError or TypeError for options outside the format, `ERR_EXISTS` with `exclusive`.
    */
-  static async create(target: ImageSource, options: CreateOptions): Promise<Qcow2Image> {
+  static async create(target: Source, options: CreateOptions): Promise<Qcow2Image> {
     options.signal?.throwIfAborted()
     const layout = planLayout(options)
-    const device = isDevice(target) ? target : await openFile(target, { create: options.exclusive === true ? 'wx' : 'w' })
+    const { references, probeBackingFormat, cacheSize } = options
+    const device = await createTarget(target, options)
     try {
       await writeLayout(hostFile(device), layout)
-      const { references, probeBackingFormat, cacheSize } = options
       const context = await rootContext(pathOf(target), { references, probeBackingFormat }, openNested)
       return new Qcow2Image(await openEngine(device, { readOnly: false, cacheSize, context }))
     } catch (error) {
-      if (!isDevice(target)) await device.close()
+      if (device !== target) await device.close()
       throw error
     }
   }
@@ -174,6 +184,15 @@ export class Qcow2Image extends BaseDevice {
     return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'forget'))
   }
 
+  /**
+   * Checks the whole image, and repairs it if asked: `leaks` frees what nothing refers to, `all` also
+   * repairs corruptions. Requests wait meanwhile.
+   */
+  check(options: CheckOptions & { readonly repair?: 'leaks' | 'all' | undefined } = {}): Promise<CheckReport> {
+    this.assertOpen()
+    return checkOpenImage(this.#engine, options)
+  }
+
   /** @internal The parts of the image, for the layers of this folder. */
   get engine(): Engine {
     return this.#engine
@@ -205,16 +224,34 @@ export class Qcow2Image extends BaseDevice {
   }
 }
 
-function isDevice(source: ImageSource): source is BlockDevice {
-  return typeof source === 'object' && !(source instanceof URL)
+/** A fresh file for a path; anything else as it is. A file that a running QEMU uses is left alone. */
+async function createTarget(target: Source, options: CreateOptions): Promise<BlockDevice> {
+  if (typeof target !== 'string' && !(target instanceof URL)) return openSource(target)
+  const flags = options.direct === undefined ? {} : { direct: options.direct }
+  if (options.exclusive === true) return openFile(target, { ...flags, create: 'wx' })
+  await checkImageLocks(target, 'write').catch((error: unknown) => {
+    if (Qcow2Error.is(error)) throw error
+  })
+  return openFile(target, { ...flags, create: 'w' })
 }
 
-function pathOf(source: ImageSource): string | undefined {
+/** The options a caller gave, without those set to undefined. */
+function defined(options: OpenOptions): { direct?: boolean; syncLimit?: number; forceShare?: boolean; signal?: AbortSignal } {
+  const { direct, syncLimit, forceShare, signal } = options
+  return Object.fromEntries(Object.entries({ direct, syncLimit, forceShare, signal }).filter(([, value]) => value !== undefined))
+}
+
+function isReadOnly(source: Source): boolean {
+  if (source instanceof URL) return source.protocol !== 'file:'
+  return typeof source === 'object' && 'readOnly' in source && source.readOnly
+}
+
+function pathOf(source: Source): string | undefined {
   if (typeof source === 'string') return source
-  return source instanceof URL ? decodeURIComponent(source.pathname) : (source as { path?: string }).path
+  if (source instanceof URL) return source.protocol === 'file:' ? decodeURIComponent(source.pathname) : undefined
+  return 'path' in source && typeof source.path === 'string' ? source.path : undefined
 }
 
 async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {
-  const engine = await openEngine(device, { readOnly: true, context })
-  return Qcow2Image.over(engine)
+  return Qcow2Image.over(await openEngine(device, { readOnly: true, context }))
 }

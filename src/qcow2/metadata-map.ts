@@ -39,6 +39,12 @@ export class MetadataMap {
     })
   }
 
+  /** Unmarks everything. */
+  clear(): void {
+    this.#pages.clear()
+    this.#end = 0
+  }
+
   /** True if the range touches a marked cluster. */
   overlaps(offset: number, length: number): boolean {
     const first = Math.floor(offset / this.#clusterSize)

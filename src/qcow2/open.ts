@@ -6,13 +6,15 @@ import type { BlockDevice } from '../block/device.ts'
 import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
 import { FormatError, UnsupportedError } from '../core/errors.ts'
-import { Engine, type DataCipher } from './engine.ts'
+import { Engine, type DataCipher, type EngineState } from './engine.ts'
 import { extensionType, findExtension } from './extensions.ts'
 import { incompatible } from './features.ts'
+import { prepareFirstWrite } from './first-write.ts'
 import { decodeHeaderCluster, type HeaderCluster } from './header.ts'
 import { HostFile } from './host-file.ts'
 import { PointerTable } from './pointer-table.ts'
 import { openBacking, openDataFile, type ReferenceContext } from './references.ts'
+import { repairImage } from './repair.ts'
 import { readSnapshotTable } from './snapshot-list.ts'
 
 /** How an engine is opened on a device. */
@@ -20,8 +22,6 @@ export interface OpenEngineOptions {
   readonly readOnly: boolean
   /** Bytes of the metadata caches; default 32 MiB. */
   readonly cacheSize?: number | undefined
-  /** Open although the corrupt or dirty bit is set, for repairing. */
-  readonly forRepair?: boolean | undefined
   /** Makes the cipher of an encrypted image. */
   readonly openCipher?: ((content: HeaderCluster, host: HostFile) => Promise<DataCipher>) | undefined
   readonly context: ReferenceContext
@@ -55,13 +55,12 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
   const content = await readHeaderCluster(host)
   const { header } = content
   refuseState(content, options)
+  if (!readOnly && (header.incompatibleFeatures & incompatible.dirty) !== 0n) {
+    await repairDirty(host)
+    return openEngine(device, options)
+  }
   const cipher = header.cryptMethod === 'none' ? undefined : await options.openCipher?.(content, host)
-  const refcountEntries = readOnly ? 0 : (header.refcountTableClusters * 2 ** header.clusterBits) / 8
-  const [l1Table, refcountTable, snapshots] = await Promise.all([
-    PointerTable.read(host, header.l1TableOffset, header.l1Size),
-    PointerTable.read(host, header.refcountTableOffset, refcountEntries),
-    readSnapshotTable(host, header),
-  ])
+  const state = await readState(host, content, readOnly)
   const opened: BlockDevice[] = []
   try {
     const dataDevice = await openData(content, readOnly, context)
@@ -71,15 +70,12 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
     return new Engine({
       host,
       dataFile: dataDevice === undefined ? undefined : hostFile(dataDevice),
-      content,
-      l1Table,
-      refcountTable,
-      snapshots: snapshots.records,
-      snapshotTableLength: snapshots.length,
+      ...state,
       backing,
       readOnly,
       cacheSize: options.cacheSize ?? defaultCacheSize,
       cipher,
+      prepareFirstWrite,
     })
   } catch (error) {
     for (const each of opened) await each.close()
@@ -87,25 +83,39 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
   }
 }
 
+/** Reads the tables a header names; the refcount table only for writing. */
+export async function readState(host: HostFile, content: HeaderCluster, readOnly: boolean): Promise<EngineState> {
+  const { header } = content
+  const refcountEntries = readOnly ? 0 : (header.refcountTableClusters * 2 ** header.clusterBits) / 8
+  const [l1Table, refcountTable, snapshots] = await Promise.all([
+    PointerTable.read(host, header.l1TableOffset, header.l1Size),
+    PointerTable.read(host, header.refcountTableOffset, refcountEntries),
+    readSnapshotTable(host, header),
+  ])
+  return { content, l1Table, refcountTable, snapshots: snapshots.records, snapshotTableLength: snapshots.length }
+}
+
+/** Sets right the refcounts that the last writer postponed and did not get to. */
+async function repairDirty(host: HostFile): Promise<void> {
+  const report = await repairImage(host.device, { repair: 'all' })
+  if (report.corruptions === 0 && report.checkErrors === 0) return
+  throw new FormatError(
+    `the dirty bit is set, and repairing left ${report.corruptions} corruptions and ${report.checkErrors} check errors`,
+    { structure: 'header', field: 'incompatible_features', offset: 72 },
+    'ERR_CORRUPT',
+  )
+}
+
 function refuseState(content: HeaderCluster, options: OpenEngineOptions): void {
   const { header } = content
-  const has = (bit: bigint): boolean => (header.incompatibleFeatures & bit) !== 0n
   if (header.cryptMethod !== 'none' && options.openCipher === undefined) {
     throw new UnsupportedError(`header: crypt_method is ${header.cryptMethod}; the image is encrypted and needs a key (offset 32)`, [
       `encryption ${header.cryptMethod}`,
     ])
   }
-  if (options.readOnly || options.forRepair === true) return
-  if (has(incompatible.corrupt)) {
+  if (!options.readOnly && (header.incompatibleFeatures & incompatible.corrupt) !== 0n) {
     throw new FormatError(
       'the corrupt bit is set: the image may be opened read-only, or repaired with repair: "all"',
-      { structure: 'header', field: 'incompatible_features', offset: 72 },
-      'ERR_CORRUPT',
-    )
-  }
-  if (has(incompatible.dirty)) {
-    throw new FormatError(
-      'the dirty bit is set: refcounts have to be repaired before the image is written',
       { structure: 'header', field: 'incompatible_features', offset: 72 },
       'ERR_CORRUPT',
     )

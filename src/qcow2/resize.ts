@@ -6,6 +6,7 @@
  */
 import { UnsupportedError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
+import { prepareResize } from './first-write.ts'
 import { maxDiskSize, requiredL1Size } from './geometry.ts'
 import { growL1 } from './l2-tables.ts'
 import { PointerTable, tableBytes } from './pointer-table.ts'
@@ -32,6 +33,7 @@ export async function resizeDisk(engine: Engine, size: number): Promise<void> {
   }
   if (size === engine.header.size) return
   if (engine.untouched) await engine.touch()
+  await prepareResize(engine)
   await settle(engine)
   if (size > engine.header.size) await grow(engine, size)
   else await shrink(engine, size)

@@ -92,12 +92,22 @@ export async function addSnapshot(
   l1.bytes.set(disk.l1.subarray(0, disk.entries * 8))
   tables.forEach((offset, index) => l1.set(disk.entries + index, offset))
   const l1TableOffset = await writeTable(engine, l1.bytes.subarray(0, l1Size * 8))
+  try {
+    return await listSnapshot(engine, details, disk, { l1TableOffset, l1Size, vmStateSize: vmState?.size ?? 0 })
+  } catch (error) {
+    engine.metadataMap.remove(l1TableOffset, l1Size * 8)
+    if (l1Size > 0) engine.allocator.free(l1TableOffset, l1Size * 8)
+    throw error
+  }
+}
+
+type Stored = Pick<SnapshotRecord, 'l1TableOffset' | 'l1Size' | 'vmStateSize'>
+
+async function listSnapshot(engine: Engine, details: SnapshotDetails, disk: CapturedDisk, stored: Stored): Promise<SnapshotRecord> {
   const record: SnapshotRecord = {
     ...details,
+    ...stored,
     id: nextSnapshotId(engine.snapshots),
-    l1TableOffset,
-    l1Size,
-    vmStateSize: vmState?.size ?? 0,
     diskSize: disk.size,
     unknownExtraData: new Uint8Array(0),
     extraDataLength: 24,

@@ -32,6 +32,8 @@ export class VmStateArea implements WriteSink {
   readonly #engine: Engine
   readonly #guestBase: number
   readonly #runs: Run[] = []
+  /** Offsets of L2 tables written by `finish`. */
+  readonly #tables: number[] = []
   /** Clusters that have a place. */
   #placed = 0
   #reserve = { offset: 0, clusters: 0 }
@@ -96,18 +98,18 @@ export class VmStateArea implements WriteSink {
 
   /** Writes the L2 tables for a state of `size` bytes and gives back what was reserved and not used. */
   async finish(size: number): Promise<StoredVmState> {
-    const { engine, tables } = { engine: this.#engine, tables: [] as number[] }
+    const engine = this.#engine
     const { clusterSize, l2Entries } = engine.geometry
     this.#giveBackReserve()
     const bytes = engine.host.allocate(clusterSize)
     for (let first = 0; first * clusterSize < size; first += l2Entries) {
       this.#fillTable(bytes, first)
       const { offset } = await engine.allocator.allocateContiguous(1)
+      this.#tables.push(offset)
       engine.l2Tables.forget(offset, clusterSize)
       await engine.host.write(offset, bytes)
-      tables.push(offset)
     }
-    return { tables, size }
+    return { tables: this.#tables, size }
   }
 
   /** The L2 table for the clusters from `first` on. */
@@ -129,12 +131,12 @@ export class VmStateArea implements WriteSink {
   }
 
   /** Gives everything back. Nothing may be in flight. */
-  async discard(tables: readonly number[] = []): Promise<void> {
+  async discard(): Promise<void> {
     await this.#placing.catch(() => undefined)
     const { allocator, geometry } = this.#engine
     this.#giveBackReserve()
     for (const { host, clusters } of this.#runs.splice(0)) allocator.free(host, clusters * geometry.clusterSize)
-    for (const offset of tables) allocator.free(offset, geometry.clusterSize)
+    for (const offset of this.#tables.splice(0)) allocator.free(offset, geometry.clusterSize)
   }
 
   #giveBackReserve(): void {

@@ -36,12 +36,14 @@ export async function zeroLocked(engine: Engine, guest: number, length: number, 
   const end = guest + length
   const partial = mode === 'keep' || mode === 'unmap'
   const unit = partial ? subclusterSize : clusterSize
-  const first = Math.min(end, Math.ceil(guest / unit) * unit)
+  const first = Math.ceil(guest / unit) * unit
   // what lies behind the end of the disk belongs to its last cluster
-  const last = end >= engine.header.size ? Math.ceil(end / clusterSize) * clusterSize : Math.max(first, Math.floor(end / unit) * unit)
-  if (partial && guest < first) await writeZeroBytes(engine, guest, first)
+  const last = end >= engine.header.size ? Math.ceil(end / clusterSize) * clusterSize : Math.floor(end / unit) * unit
+  const head = Math.min(first, end)
+  if (partial && guest < head) await writeZeroBytes(engine, guest, head)
+  if (first >= end) return
   if (first < last) await zeroWhole(engine, first, last, mode)
-  if (partial && first <= last && last < end) await writeZeroBytes(engine, last, end)
+  if (partial && last < end) await writeZeroBytes(engine, last, end)
 }
 
 async function writeZeroBytes(engine: Engine, from: number, to: number): Promise<void> {
