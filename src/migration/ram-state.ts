@@ -3,9 +3,8 @@
  * neighbouring pages are read in one request, deltas applied to their base.
  */
 import { anyRequest, BaseDevice, checkRange, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
-import { inflateZlib } from '../codec/inflate-stream.ts'
 import { Qcow2Error } from '../core/errors.ts'
-import { streamError } from './format.ts'
+import { inflatePage } from './compressed-page.ts'
 import { absentPage, zeroPage, type PageCounts, type RamIndex } from './ram-index.ts'
 import type { RamBlock } from './records.ts'
 import { applyXbzrle } from './xbzrle.ts'
@@ -140,8 +139,7 @@ export class RamState {
     for (; entry < 0; ) {
       const encoded = this.#index.encoded(entry)
       if (encoded.kind === 'compressed') {
-        const problem = inflateZlib(await this.#device.read(encoded.position, encoded.length, options), page)
-        if (problem !== undefined) throw streamError('compressed page', 'zlib stream', problem, encoded.position)
+        inflatePage(await this.#device.read(encoded.position, encoded.length, options), page, encoded.position)
         break
       }
       deltas.push(encoded)
