@@ -189,6 +189,7 @@ export class MigrationParser {
   #continue(from: Continuation): void {
     for (const { id, idstr } of from.sections) this.#sections.set(id, { id, idstr, instanceId: 0, versionId: idstr === 'ram' ? 4 : 1 })
     this.#ram = this.#newRam(from.blocks)
+    this.#iterating = true
     this.#state = this.#element
   }
 

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { plainStream, strippedStream } from '../../src/migration/convert.ts'
+import { splitStream } from '../../src/migration/stream-parts.ts'
 import { VmState } from '../../src/migration/vm-state.ts'
 import { capture, expected, sha256, wholeStreams } from './captures.ts'
 
@@ -43,6 +44,18 @@ test('a plain savevm stream keeps its length when written again', async () => {
   const again = await bytesOf(plainStream(vm))
   const parts = 7 // PART sections beyond the first, each with its frame and block name
   expect(Math.abs(again.length - vm.streamLength)).toBeLessThan(parts * 60)
+})
+
+test.each(wholeStreams)('%s: the parts to start the VM again', async (name) => {
+  await using vm = await VmState.index(new MemoryDevice(capture(name)))
+  const parts = splitStream(await bytesOf(vm.rest('before')), await bytesOf(vm.rest('after')))
+  expect(parts).toMatchObject({ machine: vm.machine, footers: true, ramSectionId: vm.ramSection.sectionId })
+  expect(parts.blocks.map(({ name: block }) => block)).toEqual(vm.ram.blocks.map(({ name: block }) => block))
+  expect(parts.vmDescription.length).toBe(expected[name]!.vmdesc_length! + 5)
+  expect(parts.earlyDevices.length > 0).toBe(name.includes('virtio-mem'))
+  const sections = [...vm.devices].slice(name.includes('virtio-mem') ? 1 : 0)
+  const length = sections.reduce((sum, device) => sum + device.length + 14 + Buffer.byteLength(device.name) + 5, 0)
+  expect(parts.devices.length).toBe(length)
 })
 
 test('zero pages can be left out', async () => {
