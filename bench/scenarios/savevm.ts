@@ -3,8 +3,9 @@ import { randomFillSync } from 'node:crypto'
 import * as fs from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { openFile, ReadAheadPrefetcher } from '../../src/block.ts'
+import { openFile } from '../../src/block.ts'
 import { Qcow2Image } from '../../src/index.ts'
+import { loadVmState, saveVmState } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
 import { measure, type GroupResult, type Measured, type RatioQuestion, type Variant } from '../harness.ts'
 import { GuestMemory, Loader } from '../load.ts'
@@ -117,7 +118,7 @@ function oursSaves({ context, qemus, stream }: Setup, image: string): Variant {
     },
     async run() {
       await using target = await Qcow2Image.create(await openFile(image, { direct: true, create: 'wx' }), { size: diskSize })
-      await target.snapshots.create({ name: 'snap', vmState: pieces(stream) })
+      await saveVmState(target, pieces(stream), { name: 'snap' })
       return undefined
     },
     async finish() {
@@ -167,7 +168,7 @@ async function loadGroup(setup: Setup): Promise<GroupResult> {
   const image = join(context.folder, 'loaded.qcow2')
   {
     await using target = await Qcow2Image.create(await openFile(image, { direct: true, create: 'wx' }), { size: diskSize })
-    await target.snapshots.create({ name: 'snap', vmState: pieces(stream) })
+    await saveVmState(target, pieces(stream), { name: 'snap' })
   }
   const variants: Variant[] = [oursLoads(setup, image), ...qemus.map((qemu) => qemuLoads(setup, qemu, image))]
   const result = await measure({
@@ -191,8 +192,7 @@ function oursLoads({ memory, context }: Setup, image: string): Variant {
       await using source = await Qcow2Image.open(await openFile(image, { direct: true, readOnly: true }), { readOnly: true })
       await using snapshot = await source.snapshots.open('snap')
       const loader = new Loader(memory)
-      await using ahead = new ReadAheadPrefetcher(snapshot.vmState)
-      for await (const piece of ahead) loader.push(piece)
+      for await (const piece of loadVmState(snapshot)) loader.push(piece)
       loader.end()
       return undefined
     },
