@@ -4,6 +4,7 @@
  * the image becomes a saved VM.
  */
 import type { CallOptions } from '../block/device.ts'
+import type { Source } from '../block/source.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import { RangeLock } from '../core/lock.ts'
 import { inflatePage } from '../migration/compressed-page.ts'
@@ -12,7 +13,7 @@ import type { MigrationRecord, RamBlock, RamPagesRecord } from '../migration/rec
 import { StreamRest } from '../migration/stream-rest.ts'
 import { encodeRecord } from '../migration/writer.ts'
 import { isZero } from '../migration/zero.ts'
-import { Qcow2Image, type CreateOptions, type ImageSource } from '../qcow2/image.ts'
+import { Qcow2Image, type CreateOptions } from '../qcow2/image.ts'
 import type { SnapshotInfo } from '../qcow2/snapshot-info.ts'
 import { alignBlock, encodeLayout, type AbsentRange, type RamImageBlock } from './ram-image-layout.ts'
 import { PageGatherer, pageState, type PageArea } from './ram-image-pages.ts'
@@ -96,7 +97,7 @@ export class RamImageWriter implements SaveSink {
   }
 
   /** A writer that makes a new image in `target`, a path or an empty device. */
-  static to(target: ImageSource, options: NewRamImageOptions = {}): RamImageWriter {
+  static to(target: Source, options: NewRamImageOptions = {}): RamImageWriter {
     const { backing } = options
     const incremental = backing !== undefined
     const extendedL2 = options.extendedL2 ?? incremental

@@ -4,11 +4,12 @@
  */
 import { type BlockDevice, type CallOptions, checkRange } from '../block/device.ts'
 import { slice } from '../block/slice.ts'
+import type { Source } from '../block/source.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
 import { isZero, RamPart, ramPartCapacity } from '../migration/ram-part.ts'
 import { splitStream, type StreamParts } from '../migration/stream-parts.ts'
-import { Qcow2Image, type ImageSource, type OpenOptions } from '../qcow2/image.ts'
+import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
 import type { SnapshotDevice } from '../qcow2/snapshot-device.ts'
 import { absentAsZero } from './ram-image-absent.ts'
 import { decodeLayout, decodeTrailer, trailerLength, type RamImageBlock, type RamImageLayout } from './ram-image-layout.ts'
@@ -76,7 +77,7 @@ export class RamImage extends Resource implements PageSource {
    * @throws Qcow2Error `ERR_NOT_FOUND` if the image holds no such snapshot, `ERR_FORMAT` if its layout
    * is damaged, `ERR_STREAM` if the rest of the stream is
    */
-  static async open(source: ImageSource, options: OpenRamImageOptions = {}): Promise<RamImage> {
+  static async open(source: Source, options: OpenRamImageOptions = {}): Promise<RamImage> {
     const given = source instanceof Qcow2Image
     const image = given ? source : await Qcow2Image.open(source, { readOnly: true, ...options })
     const owned: AsyncDisposable[] = given ? [] : [image]
