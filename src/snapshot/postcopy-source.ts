@@ -31,10 +31,11 @@ import {
   recvBitmap,
 } from '../migration/postcopy.ts'
 import type { ReturnPathMessage } from '../migration/return-path.ts'
-import { encodeRecord, type WritableRecord } from '../migration/writer.ts'
+import { encodeRecord } from '../migration/writer.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
 import { PageServer, type PageServerOptions, type PageServerReport } from './page-server.ts'
 import type { PageSource } from './page-source.ts'
+import { ramSection } from './ram-frame.ts'
 import { ReturnPathReader } from './return-path-reader.ts'
 
 /** How a saved VM is sent. */
@@ -162,13 +163,13 @@ export class PostcopySource {
 
   #sendOpening(): void {
     const { pageSize, blocks, head, earlyDevices, devices } = this.#source
-    const pageSizes = blocks.map(({ name }) => this.#hostPageSize(name))
+    const pageSizes = blocks.map(({ name }) => this.#options.hostPageSizes?.[name] ?? pageSize)
     const opening = [
       head,
       openReturnPath(),
       ping(firstPing),
       postcopyAdvise([pageSize, ...pageSizes], pageSize),
-      ...this.#ramStart(),
+      ...ramSection(this.#source, 'start', this.#options.hostPageSizes),
       earlyDevices,
       ...blocks.flatMap(({ name, length }) => postcopyRamDiscard(name, [{ offset: 0, length }])),
       ...packaged([postcopyListen(), devices, ping(runPing), postcopyRun()]),
@@ -176,31 +177,11 @@ export class PostcopySource {
     for (const bytes of opening) if (bytes.length > 0) this.#stream.write(bytes)
   }
 
-  #ramStart(): Uint8Array[] {
-    const { blocks, pageSize } = this.#source
-    const entries = blocks.map(({ name, length }, index): WritableRecord => {
-      const hostPageSize = this.#hostPageSize(name)
-      return { kind: 'ram-block', block: { index, name, length, ...(hostPageSize !== pageSize && { hostPageSize }) } }
-    })
-    return this.#section('start', [{ kind: 'ram-size', total: blocks.reduce((sum, { length }) => sum + length, 0) }, ...entries])
-  }
-
-  #section(type: 'start' | 'end', body: readonly WritableRecord[]): Uint8Array[] {
-    const { ramSectionId: id, footers } = this.#source
-    const records: WritableRecord[] = [
-      { kind: 'section', type, id, idstr: 'ram', instanceId: 0, versionId: 4 },
-      ...body,
-      { kind: 'ram-mark', mark: 'eos' },
-      ...(footers ? [{ kind: 'footer', id } as const] : []),
-    ]
-    return records.map((record) => encodeRecord(record))
-  }
-
   /** RAM END, EOF, and SHUT as the answer. */
   async #finish(): Promise<void> {
     this.#enter('completing')
     const shut = this.#reader.expect('shut', this.#timeout, 'the destination does not complete')
-    for (const bytes of [...this.#section('end', []), encodeRecord({ kind: 'eof' })]) this.#stream.write(bytes)
+    for (const bytes of [...ramSection(this.#source, 'end'), encodeRecord({ kind: 'eof' })]) this.#stream.write(bytes)
     const { value } = await shut
     if (value !== 0) throw new Qcow2Error('ERR_STREAM', `the destination reports failure (SHUT ${value})`)
     this.#enter('complete')
@@ -247,10 +228,6 @@ export class PostcopySource {
     if (this.#phase === 'complete') return
     this.#reader.fail(reason)
     this.#server.fail(reason)
-  }
-
-  #hostPageSize(block: string): number {
-    return this.#options.hostPageSizes?.[block] ?? this.#source.pageSize
   }
 }
 

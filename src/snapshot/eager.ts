@@ -1,0 +1,86 @@
+/**
+ * A saved VM as an ordinary migration stream: for destinations that cannot take it by postcopy, and to
+ * store it for QEMU's `loadvm`. Owns the order of the stream; pages come from a {@link PageSource}.
+ */
+import type { CallOptions } from '../block/device.ts'
+import { RamPart, ramPartCapacity } from '../migration/ram-part.ts'
+import { isZero } from '../migration/zero.ts'
+import { encodeRecord } from '../migration/writer.ts'
+import { dataRanges } from './data-ranges.ts'
+import type { PageSource, SavedRamBlock } from './page-source.ts'
+import { ramSection } from './ram-frame.ts'
+
+/** Options of {@link migrationStream}. */
+export interface MigrationStreamOptions extends CallOptions {
+  /**
+   * `drop` leaves pages of zeroes out, which suits a fresh VM (`-incoming`, `-loadvm`); `keep` sends them, which
+   * `loadvm` in a running VM needs. Default `drop`.
+   */
+  readonly zeroPages?: 'keep' | 'drop' | undefined
+}
+
+/** Bytes of RAM in one PART section. */
+const partSize = 1 << 20
+
+/** The bytes of the whole stream, in order. A chunk is valid until the next is asked for. */
+export async function* migrationStream(
+  source: PageSource,
+  options: MigrationStreamOptions = {},
+): AsyncGenerator<Uint8Array, void, undefined> {
+  yield source.head
+  yield* ramSection(source, 'start')
+  if (source.earlyDevices.length > 0) yield source.earlyDevices
+  for (const block of source.blocks) yield* blockPages(source, block, options)
+  yield* ramSection(source, 'end')
+  yield source.devices
+  yield encodeRecord({ kind: 'eof' })
+  if (source.vmDescription.length > 0) yield source.vmDescription
+}
+
+/** Two reads in turn: one runs while the other's pages are sent. */
+async function* blockPages(
+  source: PageSource,
+  block: SavedRamBlock,
+  options: MigrationStreamOptions,
+): AsyncGenerator<Uint8Array, void, undefined> {
+  const keep = options.zeroPages === 'keep'
+  const part = partOf(source)
+  const read = (offset: number, length: number): { offset: number; reading: Promise<Uint8Array> } => {
+    const reading = block.content.read(offset, length, options)
+    reading.catch(() => undefined) // reported where it is awaited
+    return { offset, reading }
+  }
+  let ahead: { offset: number; reading: Promise<Uint8Array> } | undefined
+  for await (const range of keep ? everything(block) : dataRanges(block.content, source.pageSize, partSize, options.signal)) {
+    const next = read(range.offset, range.length)
+    if (ahead !== undefined) yield* encodePages(part, source, block, ahead.offset, await ahead.reading, keep)
+    ahead = next
+  }
+  if (ahead !== undefined) yield* encodePages(part, source, block, ahead.offset, await ahead.reading, keep)
+}
+
+function* everything(block: SavedRamBlock): Generator<{ offset: number; length: number }, void, undefined> {
+  for (let offset = 0; offset < block.length; offset += partSize) {
+    yield { offset, length: Math.min(partSize, block.length - offset) }
+  }
+}
+
+function* encodePages(
+  part: RamPart,
+  { pageSize }: PageSource,
+  block: SavedRamBlock,
+  offset: number,
+  bytes: Uint8Array,
+  keep: boolean,
+): Generator<Uint8Array, void, undefined> {
+  part.begin(block.name)
+  for (let at = 0; at < bytes.length; at += pageSize) {
+    if (!isZero(bytes, at, pageSize)) part.page(offset + at, bytes, at)
+    else if (keep) part.zero(offset + at)
+  }
+  if (!part.empty) yield part.finish()
+}
+
+function partOf({ pageSize, ramSectionId: sectionId, footers }: PageSource): RamPart {
+  return new RamPart(new Uint8Array(ramPartCapacity(partSize / pageSize, pageSize)), { pageSize, sectionId, footers })
+}
