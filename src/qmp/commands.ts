@@ -86,6 +86,7 @@ export interface QmpCommands {
   'query-version': Command<Nothing, QmpGreeting['version']>
   'query-kvm': Command<Nothing, { readonly enabled: boolean; readonly present: boolean }>
   'query-migrate': Command<Nothing, MigrationInfo>
+  'query-migrate-parameters': Command<Nothing, Readonly<Record<string, unknown>>>
   'query-migrate-capabilities': Command<Nothing, readonly MigrationCapability[]>
   'query-block': Command<Nothing, readonly BlockInfo[]>
   'query-named-block-nodes': Command<{ flat?: boolean }, readonly BlockNode[]>
@@ -96,6 +97,7 @@ export interface QmpCommands {
   'migrate-pause': Command<Nothing, Nothing>
   'migrate-start-postcopy': Command<Nothing, Nothing>
   'migrate-set-capabilities': Command<{ capabilities: readonly MigrationCapability[] }, Nothing>
+  'migrate-continue': Command<{ state: 'pre-switchover' }, Nothing>
   'migrate-set-parameters': Command<Record<string, unknown>, Nothing>
   'blockdev-snapshot-sync': Command<
     {
@@ -108,7 +110,11 @@ export interface QmpCommands {
     },
     Nothing
   >
+  'blockdev-snapshot-delete-internal-sync': Command<{ device: string; id?: string; name?: string }, unknown>
+  'block-commit': Command<{ 'job-id': string; 'device': string; 'top-node'?: string; 'base-node'?: string }, Nothing>
+  'block-job-complete': Command<{ device: string }, Nothing>
   'transaction': Command<{ actions: readonly { type: string; data: Record<string, unknown> }[] }, Nothing>
+  'query-yank': Command<Nothing, readonly { readonly type: string }[]>
   'human-monitor-command': Command<{ 'command-line': string }, string>
   'pmemsave': Command<{ val: number; size: number; filename: string }, Nothing>
 }

@@ -8,8 +8,8 @@ export interface DataRange {
 }
 
 /**
- * The runs of `content` that are not known to be zero, in order, disjoint, grown to multiples of `align`
- * (cut at the end of the content) and cut into pieces of at most `most` bytes, a multiple of `align`.
+ * The runs of `content` that are not known to be zero, in order and disjoint: grown to multiples of `align` (cut at
+ * the end of the content), neighbours merged, in pieces of at most `most` bytes, a multiple of `align`.
  */
 export async function* dataRanges(
   content: BlockDevice,
@@ -17,12 +17,17 @@ export async function* dataRanges(
   most: number,
   signal?: AbortSignal,
 ): AsyncGenerator<DataRange, void, undefined> {
-  let next = 0
-  for await (const { start, length, zero, data, present, compressed } of content.map({ signal })) {
-    if (zero || !(data || compressed || present)) continue
-    const end = Math.min(Math.ceil((start + length) / align) * align, content.size)
-    next = Math.max(next, start - (start % align))
-    for (; next < end; next += most) yield { offset: next, length: Math.min(most, end - next) }
-    next = Math.min(next, end)
+  let start = 0
+  let end = 0
+  for await (const extent of content.map({ signal })) {
+    if (extent.zero || !(extent.data || extent.compressed)) continue
+    const first = extent.start - (extent.start % align)
+    if (first > end) {
+      if (end > start) yield { offset: start, length: end - start }
+      start = first
+    }
+    end = Math.min(Math.ceil((extent.start + extent.length) / align) * align, content.size)
+    for (; end - start >= most; start += most) yield { offset: start, length: most }
   }
+  if (end > start) yield { offset: start, length: end - start }
 }

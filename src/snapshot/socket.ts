@@ -75,8 +75,3 @@ export class MigrationListener extends Resource {
     })
   }
 }
-
-/** The chunks of a connection until the peer ends it. A connection that breaks rejects. */
-export function chunksOfStream(stream: DuplexStream): AsyncIterable<Uint8Array> {
-  return stream as unknown as AsyncIterable<Uint8Array>
-}

@@ -6,6 +6,7 @@
  */
 import type { ChildProcessWithoutNullStreams } from 'node:child_process'
 import { existsSync } from 'node:fs'
+import { createServer, type Server } from 'node:net'
 import { join, resolve } from 'node:path'
 import { expect, onTestFinished } from 'vitest'
 import { QmpClient } from '../../src/qmp/client.ts'
@@ -51,6 +52,7 @@ export class Guest {
   readonly lines: string[] = []
   /** What QEMU wrote to stderr. */
   stderr = ''
+  readonly #serial: Server
   #rest = ''
   #qmp: QmpClient | undefined
   readonly #exited: Promise<number | null>
@@ -59,8 +61,10 @@ export class Guest {
   private constructor(qemu: Qemu, options: GuestOptions) {
     this.qemu = qemu
     this.folder = tempFolder()
-    this.process = qemu.system(...commandLine(this.qmpPath, options))
-    this.process.stdout.setEncoding('utf8').on('data', (text: string) => this.#read(text))
+    // A socket of its own: QEMU writes messages of its own to stdout, in the middle of the guest's lines.
+    this.#serial = createServer((socket) => socket.setEncoding('utf8').on('data', (text: string) => this.#read(text)))
+    this.#serial.listen(this.#serialPath)
+    this.process = qemu.system(...commandLine(this.#serialPath, this.qmpPath, options))
     this.process.stderr.setEncoding('utf8').on('data', (text: string) => (this.stderr += text))
     this.#exited = new Promise((settle) => {
       this.process.on('close', (code) => {
@@ -75,12 +79,23 @@ export class Guest {
   static async boot(qemu: Qemu, options: GuestOptions = {}): Promise<Guest> {
     const guest = new Guest(qemu, options)
     await guest.until(() => existsSync(guest.qmpPath), 'monitor socket')
-    guest.#qmp = await QmpClient.connect(guest.qmpPath, { timeout: 20_000 })
+    // The socket's file is there a moment before QEMU listens.
+    for (let tries = 0; guest.#qmp === undefined; tries++) {
+      guest.#qmp = await QmpClient.connect(guest.qmpPath, { timeout: 20_000 }).catch((error: unknown) => {
+        if (tries === 100 || !guest.running) throw error
+        return undefined
+      })
+      if (guest.#qmp === undefined) await new Promise((wake) => setTimeout(wake, 10))
+    }
     return guest
   }
 
   get qmpPath(): string {
     return join(this.folder, 'qmp')
+  }
+
+  get #serialPath(): string {
+    return join(this.folder, 'serial')
   }
 
   /** The monitor, with out-of-band execution. */
@@ -152,6 +167,7 @@ export class Guest {
     await this.#qmp?.close()
     if (this.running) this.process.kill('SIGKILL')
     await this.#exited
+    this.#serial.close()
   }
 
   #read(text: string): void {
@@ -168,11 +184,12 @@ export class Guest {
   }
 }
 
-function commandLine(qmpPath: string, options: GuestOptions): string[] {
+function commandLine(serialPath: string, qmpPath: string, options: GuestOptions): string[] {
   const { memory = 4, machine = 'pc', disks = [], incoming, loadvm, paused, args = [] } = options
   return [
     ...['-M', machine, '-m', String(memory), '-bios', firmware],
-    ...['-nodefaults', '-vga', 'none', '-display', 'none', '-serial', 'stdio'],
+    ...['-nodefaults', '-vga', 'none', '-display', 'none'],
+    ...['-chardev', `socket,id=serial,path=${serialPath}`, '-serial', 'chardev:serial'],
     ...['-chardev', `socket,id=qmp,path=${qmpPath},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control'],
     ...disks.flatMap((disk, index) => ['-blockdev', `driver=qcow2,node-name=d${index},file.driver=file,file.filename=${disk}`]),
     ...disks.flatMap((_disk, index) => ['-device', `virtio-blk-pci,drive=d${index},id=disk${index}`]),

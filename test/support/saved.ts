@@ -3,8 +3,9 @@ import { MemoryDevice } from '../../src/block/memory.ts'
 import { ramFlag } from '../../src/migration/format.ts'
 import { MigrationParser } from '../../src/migration/parser.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription } from '../../src/migration/vm-description.ts'
+import { ChunkReader } from '../../src/snapshot/chunk-reader.ts'
 import type { PageSource } from '../../src/snapshot/page-source.ts'
-import { MigrationListener, chunksOfStream } from '../../src/snapshot/socket.ts'
+import { MigrationListener } from '../../src/snapshot/socket.ts'
 import type { Guest } from './guest.ts'
 
 /** A whole stream as a page source. Zero pages are part of the content, so all of it is data. */
@@ -62,6 +63,6 @@ export async function captureStream(guest: Guest, background = true): Promise<Ui
   const accepted = listener.accept()
   await guest.qmp.execute('migrate', { uri: listener.uri })
   const chunks: Uint8Array[] = []
-  for await (const chunk of chunksOfStream(await accepted)) chunks.push(chunk)
+  for await (const chunk of new ChunkReader(await accepted)) chunks.push(chunk)
   return new Uint8Array(Buffer.concat(chunks))
 }

@@ -1,0 +1,64 @@
+/**
+ * Reads a connection chunk by chunk. Unlike a Node stream's own iterator it leaves the connection alone when
+ * the loop is left early: whoever sends may have to be read to the end all the same.
+ */
+import { Qcow2Error } from '../core/errors.ts'
+import type { DuplexStream } from '../qmp/duplex.ts'
+
+/** Bytes held before the sender is made to wait. */
+const highWater = 1 << 20
+
+/** The incoming side of a connection. Make one for each connection, at once. */
+export class ChunkReader implements AsyncIterable<Uint8Array> {
+  readonly #stream: DuplexStream
+  readonly #queue: Uint8Array[] = []
+  #held = 0
+  #ended = false
+  #failure: Error | undefined
+  #wake: (() => void) | undefined
+
+  constructor(stream: DuplexStream) {
+    this.#stream = stream
+    stream.on('data', (chunk: Uint8Array) => {
+      this.#queue.push(chunk)
+      this.#held += chunk.length
+      if (this.#held >= highWater) stream.pause()
+      this.#wake?.()
+    })
+    stream.on('end', () => {
+      this.#ended = true
+      this.#wake?.()
+    })
+    stream.on('error', (error: Error) => this.#fail(error))
+    stream.on('close', () => this.#fail(new Qcow2Error('ERR_STREAM', 'the connection was closed before its end')))
+  }
+
+  /** Goes on where the last iteration stopped, until the peer has ended its side. A broken connection rejects. */
+  async *[Symbol.asyncIterator](): AsyncGenerator<Uint8Array, void, undefined> {
+    for (;;) {
+      const chunk = this.#queue.shift()
+      if (chunk !== undefined) {
+        this.#held -= chunk.length
+        if (this.#held < highWater) this.#stream.resume()
+        yield chunk
+      } else if (this.#ended) {
+        return
+      } else if (this.#failure !== undefined) {
+        throw this.#failure
+      } else {
+        this.#stream.resume()
+        await new Promise<void>((resolve) => (this.#wake = resolve))
+      }
+    }
+  }
+
+  /** Reads to the end and forgets what comes. */
+  async drain(): Promise<void> {
+    for await (const _chunk of this) this.#held = 0
+  }
+
+  #fail(error: Error): void {
+    this.#failure ??= error
+    this.#wake?.()
+  }
+}

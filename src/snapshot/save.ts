@@ -1,0 +1,312 @@
+/**
+ * Saves a running VM through its monitor. Owns the order of commands, when the guest may run again, and
+ * that a failure leaves the VM as it was; where the state is kept is a {@link SaveSink}'s business.
+ *
+ * ```
+ *  background, without disks         background, with disks          stop
+ *  migrate                           stop                            stop
+ *    (QEMU stops the guest for         snapshot of the disks           snapshot of the disks
+ *    a moment by itself)               migrate                         migrate
+ *  … pages …                           first page section: cont        … pages …
+ *                                    … pages …                       end of stream: cont
+ * ```
+ *
+ * When the first page section of a background snapshot has arrived, memory is write-protected: the guest
+ * may run, and its writes wait for the old content to be saved. QEMU's event `active` is too early for that.
+ */
+import type { CallOptions } from '../block/device.ts'
+import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import type { Qmp } from '../qmp/client.ts'
+import type { MigrationInfo } from '../qmp/commands.ts'
+import type { DuplexStream } from '../qmp/duplex.ts'
+import { capture } from './capture.ts'
+import { ChunkReader } from './chunk-reader.ts'
+import { freezeDisks, thawDisks, type DiskSnapshot, type FrozenDisk } from './disk-snapshots.ts'
+import { acceleratorOf, makeManifest, type Manifest } from './manifest.ts'
+import { notWithBackgroundSnapshot, withMigrationSettings, type MigrationSettings } from './migration-settings.ts'
+import type { SaveSink } from './save-sink.ts'
+import { MigrationListener } from './socket.ts'
+import type { StreamSummary } from './stream-check.ts'
+
+/**
+ * How the guest's memory is read: `background` while it runs on, write-protected; `stop` while it stands
+ * still; `precopy` while it runs, with changed pages sent again and a stop at the end.
+ */
+export type SaveMode = 'background' | 'stop' | 'precopy'
+
+/** Where QEMU connects to. {@link MigrationListener} is one. */
+export interface MigrationReceiver {
+  /** For QEMU's `migrate`. */
+  readonly uri: string
+  accept(options?: CallOptions): Promise<DuplexStream>
+}
+
+/** Options of {@link saveTo}. */
+export interface SaveToOptions extends CallOptions {
+  /** Default `background`. */
+  readonly mode?: SaveMode | undefined
+  /** What to do where QEMU or the host refuses a background snapshot; default: fail and say why. */
+  readonly fallback?: 'stop' | 'precopy' | undefined
+  /** Disks to freeze at the same instant. */
+  readonly disks?: readonly DiskSnapshot[] | undefined
+  /** What the manifest says of the sink. */
+  readonly memory?: Manifest['memory'] | undefined
+  /** Where QEMU connects to; default a unix socket in a new folder. */
+  readonly receiver?: MigrationReceiver | undefined
+  /** Milliseconds QEMU may take to report completion after the stream has ended; default 30 000. */
+  readonly timeout?: number | undefined
+  /** Bytes received so far. */
+  readonly onProgress?: ((bytes: number) => void) | undefined
+}
+
+/** What a save did. */
+export interface SaveReport {
+  readonly mode: SaveMode
+  readonly summary: StreamSummary
+  readonly manifest: Manifest
+  /** Milliseconds the guest stood still, by the timestamps of QEMU's events; 0 if it was paused before. */
+  readonly stoppedFor: number
+  /** Milliseconds in all. */
+  readonly took: number
+}
+
+/** No limit on the bandwidth, in bytes a second. */
+const unlimited = 2 ** 40
+
+/**
+ * Saves the VM's memory and device state into `sink`. The guest goes on as it was, running or paused.
+ *
+ * It succeeds only if the stream ended cleanly with a matching VM description, QEMU reports completion, and
+ * QEMU counts as many pages as arrived. Otherwise the sink is aborted, frozen disks are merged back, the
+ * guest is set running if it was, and the error says what happened.
+ *
+ * @throws QmpError (`ERR_QMP`) where QEMU refuses, FormatError (`ERR_STREAM`) for an incomplete stream.
+ */
+export async function saveTo(qmp: Qmp, sink: SaveSink, options: SaveToOptions = {}): Promise<SaveReport> {
+  options.signal?.throwIfAborted()
+  const { mode = 'background', fallback } = options
+  const attempt = new Attempt(qmp, sink, options)
+  try {
+    return await attempt.run(mode)
+  } catch (error) {
+    const refused = mode === 'background' && !attempt.started && Qcow2Error.is(error, 'ERR_QMP')
+    if (refused && fallback !== undefined) return new Attempt(qmp, sink, options).run(fallback)
+    if (!attempt.captured) await sink.abort(error)
+    if (!refused) throw error
+    const help = `no background snapshot of this VM: ${error.message}; ask for the fallback 'stop' or 'precopy', or see doctor()`
+    throw new Qcow2Error('ERR_QMP', help, { cause: error })
+  }
+}
+
+/** One try with one mode. */
+class Attempt {
+  /** QEMU took the command to migrate. */
+  started = false
+  /** The sink has been finished or aborted. */
+  captured = false
+  readonly #qmp: Qmp
+  readonly #sink: SaveSink
+  readonly #options: SaveToOptions
+  #disks: FrozenDisk[] = []
+  #stopped = false
+
+  constructor(qmp: Qmp, sink: SaveSink, options: SaveToOptions) {
+    this.#qmp = qmp
+    this.#sink = sink
+    this.#options = options
+  }
+
+  async run(mode: SaveMode): Promise<SaveReport> {
+    const began = performance.now()
+    const { running } = await this.#qmp.execute('query-status')
+    const version = await this.#qmp.execute('query-version')
+    // QEMU 7.2 starts a paused guest after a background snapshot, 10.0 leaves it paused. Memory that does not change
+    // needs no protection anyway.
+    if (!running && mode !== 'stop' && version.qemu.major < 10) return this.run('stop')
+    const accelerator = await acceleratorOf(this.#qmp)
+    if (mode === 'precopy' && accelerator === 'tcg' && version.qemu.major < 8) {
+      throw new UnsupportedError(`QEMU ${version.qemu.major}.${version.qemu.minor} without KVM loses changed pages in a live precopy; use mode 'background' or 'stop'`)
+    }
+    const clock = new StopClock(this.#qmp)
+    try {
+      const summary = await withMigrationSettings(this.#qmp, this.#settings(mode), () => this.#migrate(mode, running))
+      const memory = this.#options.memory ?? { kind: 'stream' }
+      const manifest = makeManifest(summary, { qemu: version, accelerator, memory, disks: this.#disks, running })
+      return { mode, summary, manifest, stoppedFor: await clock.stoppedFor(running), took: performance.now() - began }
+    } finally {
+      await clock.close()
+    }
+  }
+
+  #settings(mode: SaveMode): MigrationSettings {
+    const off = Object.fromEntries([...notWithBackgroundSnapshot, 'background-snapshot'].map((name) => [name, false]))
+    const pause = mode === 'precopy' && this.#diskSnapshots.length > 0
+    return {
+      capabilities: {
+        ...off,
+        'events': true,
+        ...(mode === 'background' && { 'background-snapshot': true }),
+        ...(pause && { 'pause-before-switchover': true }),
+      },
+      parameters: { 'max-bandwidth': unlimited },
+    }
+  }
+
+  get #diskSnapshots(): readonly DiskSnapshot[] {
+    return this.#options.disks ?? []
+  }
+
+  async #migrate(mode: SaveMode, running: boolean): Promise<StreamSummary> {
+    const own = this.#options.receiver === undefined ? await MigrationListener.open() : undefined
+    const receiver = this.#options.receiver ?? own!
+    const events = this.#qmp.events('MIGRATION')
+    let reader: ChunkReader | undefined
+    let stream: DuplexStream | undefined
+    try {
+      this.#stopped = running && (mode === 'stop' || (mode === 'background' && this.#diskSnapshots.length > 0))
+      if (this.#stopped) await this.#qmp.execute('stop')
+      if (mode !== 'precopy') this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
+      await this.#qmp.execute('migrate', { uri: receiver.uri })
+      this.started = true
+      stream = await receiver.accept()
+      reader = new ChunkReader(stream)
+      const switching = mode === 'precopy' && this.#diskSnapshots.length > 0 ? this.#freezeAtSwitchover(events) : undefined
+      switching?.catch(() => stream?.destroy())
+      const summary = await this.#receive(mode, running, reader)
+      await switching
+      return summary
+    } catch (error) {
+      await this.#undo(mode, running, reader, error)
+      throw error
+    } finally {
+      stream?.destroy()
+      await events.return?.()
+      await own?.close()
+    }
+  }
+
+  async #receive(mode: SaveMode, running: boolean, reader: ChunkReader): Promise<StreamSummary> {
+    this.captured = true
+    const { signal, onProgress } = this.#options
+    const summary = await capture(reader, this.#sink, {
+      signal,
+      onProgress,
+      onFirstPages: () => (mode === 'background' && this.#stopped ? this.#resume(true) : undefined),
+      accept: (whole) => this.#confirm(whole),
+    })
+    await this.#resume(running)
+    return summary
+  }
+
+  /** QEMU must say the same as the stream. */
+  async #confirm(summary: StreamSummary): Promise<void> {
+    const info = await this.#ended(this.#options.timeout ?? 30_000)
+    if (info.status !== 'completed') {
+      throw new Qcow2Error('ERR_QMP', `migrate: QEMU reports ${String(info.status)}: ${info['error-desc'] ?? 'no reason given'}`)
+    }
+    const counted = (info.ram?.normal ?? 0) + (info.ram?.duplicate ?? 0)
+    const arrived = summary.pages.data + summary.pages.zero
+    if (counted === arrived) return
+    throw new Qcow2Error('ERR_STREAM', `QEMU counts ${counted} pages, ${arrived} have arrived: the saved memory is incomplete`)
+  }
+
+  /**
+   * Waits until QEMU has ended the migration and cleaned up behind it. A status alone is not enough: before the
+   * clean-up, memory may still be write-protected, and switching the capability off would leave it so for ever
+   * (QEMU 7.2: the guest hangs). The channel that can be yanked goes last.
+   */
+  async #ended(timeout: number): Promise<MigrationInfo> {
+    const deadline = performance.now() + timeout
+    for (;;) {
+      const info = await this.#qmp.execute('query-migrate')
+      const over = info.status === undefined || ['completed', 'failed', 'cancelled', 'none'].includes(info.status)
+      if (over && !(await this.#qmp.execute('query-yank')).some(({ type }) => type === 'migration')) return info
+      if (performance.now() > deadline) {
+        throw new Qcow2Error('ERR_QMP', `migrate: no more comes, but QEMU reports ${String(info.status)} for ${timeout} ms`)
+      }
+      await pause(2)
+    }
+  }
+
+  /** A live precopy stops the guest by itself; the disks are frozen between that and the last pages. */
+  async #freezeAtSwitchover(events: ReturnType<Qmp['events']>): Promise<void> {
+    for await (const { data } of events) {
+      const status = data?.['status']
+      if (status === 'failed' || status === 'cancelled') return
+      if (status !== 'pre-switchover') continue
+      this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
+      await this.#qmp.execute('migrate-continue', { state: 'pre-switchover' })
+      return
+    }
+  }
+
+  async #resume(running: boolean): Promise<void> {
+    if (!running) return
+    const status = await this.#qmp.execute('query-status')
+    if (!status.running) await this.#qmp.execute('cont')
+  }
+
+  /**
+   * The VM is to be what it was. A background snapshot is read to its end, never cancelled: QEMU 7.2 leaves memory
+   * write-protected when one fails, and the guest hangs at its next write.
+   */
+  async #undo(mode: SaveMode, running: boolean, reader: ChunkReader | undefined, cause: unknown): Promise<void> {
+    const failures: unknown[] = []
+    const step = (task: () => Promise<unknown>): Promise<unknown> => task().catch((error: unknown) => failures.push(error))
+    if (this.started) {
+      if (mode === 'background' && reader !== undefined) await step(() => reader.drain())
+      else await step(() => this.#qmp.execute('migrate_cancel'))
+      await step(() => this.#ended(10_000))
+    }
+    await step(() => this.#resume(running))
+    await step(() => thawDisks(this.#qmp, this.#disks))
+    this.#disks = []
+    if (failures.length === 0) return
+    const words = failures.map((failure) => (failure instanceof Error ? failure.message : String(failure))).join('; ')
+    const first = cause instanceof Error ? cause.message : String(cause)
+    throw new Qcow2Error('ERR_QMP', `save failed (${first}), and the VM could not be set back: ${words}`, { cause })
+  }
+}
+
+/** Adds up the times between STOP and RESUME. */
+class StopClock {
+  readonly #events: ReturnType<Qmp['events']>
+  readonly #collecting: Promise<void>
+  #stopped: number | undefined
+  #total = 0
+  #wake: (() => void) | undefined
+
+  constructor(qmp: Qmp) {
+    this.#events = qmp.events('STOP', 'RESUME')
+    this.#collecting = this.#collect().catch(() => undefined)
+  }
+
+  /** Milliseconds so far; waits a moment for a RESUME that is still under way. */
+  async stoppedFor(running: boolean): Promise<number> {
+    if (!running) return 0
+    if (this.#stopped !== undefined) await Promise.race([pause(1000), new Promise<void>((wake) => (this.#wake = wake))])
+    return this.#total
+  }
+
+  async close(): Promise<void> {
+    await this.#events.return?.()
+    await this.#collecting
+  }
+
+  async #collect(): Promise<void> {
+    for await (const { event, timestamp } of this.#events) {
+      const at = (timestamp?.seconds ?? 0) * 1000 + (timestamp?.microseconds ?? 0) / 1000
+      if (event === 'STOP') {
+        this.#stopped ??= at
+      } else if (this.#stopped !== undefined) {
+        this.#total += at - this.#stopped
+        this.#stopped = undefined
+        this.#wake?.()
+      }
+    }
+  }
+}
+
+function pause(milliseconds: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds))
+}
