@@ -36,6 +36,7 @@ export async function capture(source: ByteSource, sink: SaveSink, options: Captu
     for await (const chunk of chunksOf(source, options)) {
       check.push(chunk)
       const writing = sink.write?.(chunk)
+      writing?.catch(() => undefined) // reported where it is awaited
       if (!started && check.partSeen) {
         started = true
         await options.onFirstPages?.()
