@@ -2,7 +2,7 @@
  * Names of files that other files refer to. Owns what a path means on this system; opens nothing.
  */
 import { realpath } from 'node:fs/promises'
-import { dirname, isAbsolute, relative, resolve } from 'node:path'
+import { basename, dirname, isAbsolute, join, relative, resolve } from 'node:path'
 
 /**
  * The file a name refers to, when it is stored in the file at `from`: a relative name is appended to
@@ -14,9 +14,15 @@ export function resolveReference(from: string, name: string): string {
   return cut < 0 ? name : from.slice(0, cut + 1) + name
 }
 
-/** True if the file at `path`, symbolic links followed, lies in the directory of `from` or below it. */
-export async function isInTreeOf(from: string, path: string): Promise<boolean> {
-  const [tree, file] = await Promise.all([realpath(dirname(resolve(from))), realpath(path)])
+/**
+ * True if the file at `path`, symbolic links followed, lies in the directory of `from` or below it. With
+ * `mayBeNew` the file need not exist, only its directory.
+ */
+export async function isInTreeOf(from: string, path: string, mayBeNew = false): Promise<boolean> {
+  const [tree, file] = await Promise.all([realpath(dirname(resolve(from))), realpath(path).catch(async (error: unknown) => {
+    if (!mayBeNew) throw error
+    return join(await realpath(dirname(resolve(path))), basename(path))
+  })])
   const way = relative(tree, file)
   return way !== '' && !way.startsWith('..') && !isAbsolute(way)
 }

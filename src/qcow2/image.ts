@@ -24,7 +24,7 @@ import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
 import { hostFile, openEngine } from './open.ts'
 import { readLayer } from './read.ts'
-import { rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { createDataFile, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
 import { resizeDisk } from './resize.ts'
 import { closeEngine } from './shutdown.ts'
 import { Snapshots } from './snapshots.ts'
@@ -113,6 +113,7 @@ export class Qcow2Image extends BaseDevice {
     try {
       await writeLayout(hostFile(device), layout)
       const context = await rootContext(pathOf(target), { references, probeBackingFormat }, openNested)
+      if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
       return new Qcow2Image(await openEngine(device, { readOnly: false, cacheSize, context }))
     } catch (error) {
       if (device !== target) await device.close()

@@ -129,7 +129,7 @@ async function openData(content: HeaderCluster, readOnly: boolean, context: Refe
   if (name === undefined) {
     throw new UnsupportedError('the image has an external data file and does not name it; give it as `dataFile`', ['external data file'])
   }
-  return openDataFile(new TextDecoder().decode(name), readOnly, context)
+  return openDataFile(new TextDecoder().decode(name), { readOnly }, context)
 }
 
 async function openBackingOf(content: HeaderCluster, context: ReferenceContext): Promise<BlockDevice | undefined> {

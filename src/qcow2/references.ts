@@ -93,13 +93,26 @@ export async function openBacking(name: string, format: string | undefined, cont
   }
 }
 
-/** Opens the external data file an image names. A relative name is relative to the working directory, as in QEMU. */
-export async function openDataFile(name: string, readOnly: boolean, context: ReferenceContext): Promise<BlockDevice> {
+/**
+ * Opens the external data file an image names. A relative name is relative to the working directory, as
+ * in QEMU. `create` makes or empties the file, after the policy allowed it.
+ */
+export async function openDataFile(
+  name: string,
+  options: { readonly readOnly: boolean; readonly create?: boolean },
+  context: ReferenceContext,
+): Promise<BlockDevice> {
   const reference = { kind: 'data file', name, format: 'raw', from: context.path, path: isPath(name) ? name : undefined } as const
   const decision = await decide(reference, context)
   if (typeof decision !== 'boolean') return decision
   if (!decision || reference.path === undefined) throw refused(reference)
-  return openFile(reference.path, { readOnly })
+  return openFile(reference.path, options.create === true ? { create: 'w' } : { readOnly: options.readOnly })
+}
+
+/** Makes the data file of a new image: empty, of the size of the disk. */
+export async function createDataFile(name: string, size: number, context: ReferenceContext): Promise<void> {
+  await using device = await openDataFile(name, { readOnly: false, create: true }, context)
+  await device.resize(size)
 }
 
 function describe(kind: Reference['kind'], name: string, format: string | undefined, context: ReferenceContext): Reference {
@@ -121,7 +134,7 @@ async function decide(reference: Reference, context: ReferenceContext): Promise<
   if (policy === 'none' || reference.path === undefined) return false
   if (policy === 'any' || context.root === undefined) return policy === 'any'
   try {
-    return await isInTreeOf(context.root, reference.path)
+    return await isInTreeOf(context.root, reference.path, reference.kind === 'data file')
   } catch (cause) {
     throw new Qcow2Error('ERR_NOT_FOUND', `${reference.kind} ${reference.path} cannot be found (named in ${reference.from ?? 'the image'})`, { cause })
   }

@@ -139,13 +139,20 @@ function actionFor(engine: Engine, state: ClusterState, from: number, to: number
   return (touchedSubclusters(engine, from, to) & ~state.alloc) === 0 ? 'in place' : 'reuse'
 }
 
-/** The bytes of a cluster that must be valid if `[from, to)` of it is written. */
+/**
+ * The bytes of a cluster that must be written if the payload is `[from, to)` of it. Subclusters that
+ * stay where they are are not written around the payload: other requests may be writing them.
+ */
 function span(engine: Engine, state: ClusterState, action: Action, from: number, to: number): { from: number; to: number } {
   const { clusterSize, subclusterSize } = engine.geometry
   if (state.kind === 'compressed') return { from: 0, to: clusterSize }
   let first = Math.floor(from / subclusterSize)
   let end = Math.ceil(to / subclusterSize)
-  if (action === 'allocate' && state.alloc !== 0) {
+  if (action === 'reuse') {
+    const keeps = (index: number): boolean => ((state.alloc >>> index) & 1) !== 0
+    return { from: keeps(first) ? from : first * subclusterSize, to: keeps(end - 1) ? to : end * subclusterSize }
+  }
+  if (state.alloc !== 0) {
     first = Math.min(first, 31 - Math.clz32(state.alloc & -state.alloc))
     end = Math.max(end, 32 - Math.clz32(state.alloc))
   }
