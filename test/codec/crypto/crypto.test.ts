@@ -144,7 +144,7 @@ describeWithQemu('encryption', (qemu) => {
     ['aes-128', 'xts', 'plain', 'sha256'],
   ]
   const long = process.env['QCOW2_LONG'] === '1'
-  test.runIf(long).each(foreign)('so is %s %s %s %s', async (algorithm, mode, iv, hash) => {
+  test.each(long ? foreign : foreign.slice(1, 2))('so is %s %s %s %s', async (algorithm, mode, iv, hash) => {
     const path = `${tempFolder()}/a.luks`
     const options = `,cipher-alg=${algorithm},cipher-mode=${mode},ivgen-alg=${iv},hash-alg=${hash}`
     await createLuksVolume(iv === 'essiv' ? `${options},ivgen-hash-alg=sha256` : options, path)
