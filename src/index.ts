@@ -6,6 +6,7 @@ export * from "./core/errors.ts"
 export * from './qcow2/image.ts'
 export { checkImage, type CheckOptions } from './qcow2/check.ts'
 export type { CheckFinding, CheckReport } from './qcow2/check-report.ts'
+export * from './qcow2/convert.ts'
 export type { LayoutOptions, Preallocation } from './qcow2/create.ts'
 export type { CompressionType } from './qcow2/header.ts'
 export type { Reference, ReferenceOptions, ReferencePolicy } from './qcow2/references.ts'

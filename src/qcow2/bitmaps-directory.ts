@@ -22,7 +22,9 @@ const autoFlag = 2
 const dirtyTracking = 1
 
 /** The limits QEMU enforces. */
-export const bitmapLimits = {
+export const bitmapLimits: Readonly<
+  Record<'count' | 'directoryBytes' | 'tableEntries' | 'bitmapBytes' | 'minGranularityBits' | 'maxGranularityBits' | 'nameBytes', number>
+> = {
   count: 65535,
   directoryBytes: 65535 * 1024,
   tableEntries: 0x800_0000,
@@ -31,7 +33,7 @@ export const bitmapLimits = {
   minGranularityBits: 9,
   maxGranularityBits: 31,
   nameBytes: 1023,
-} as const
+}
 
 /** One entry of the bitmap directory. */
 export interface BitmapRecord {

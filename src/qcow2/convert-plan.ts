@@ -1,0 +1,68 @@
+/**
+ * What of a source has to be looked at when it is converted: a list of pieces, cut so that each fits a
+ * buffer and begins at a boundary of the target. Moves no data.
+ */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+
+/** A piece of the disk. */
+export interface ConvertPiece {
+  readonly start: number
+  /** At most the piece size; ends at a boundary, or at the end of the disk. */
+  readonly length: number
+  /** Nothing has to be read: it is all zeroes. */
+  readonly zero: boolean
+}
+
+/** How a source is cut. */
+export interface PlanOptions extends CallOptions {
+  /** Pieces begin and end at multiples of this, the cluster size of the target. */
+  readonly boundary: number
+  /** Bytes of the largest piece, a multiple of `boundary`. */
+  readonly pieceSize: number
+  /** Leave out zeroes and what was never written: the target reads so by itself. */
+  readonly skipZeroes: boolean
+  /** Leave out what the source has only from its backing file: the target has the same. */
+  readonly skipBacking: boolean
+}
+
+/** The pieces of a source, in ascending order. */
+export async function* convertPieces(source: BlockDevice, options: PlanOptions): AsyncGenerator<ConvertPiece, void, undefined> {
+  const { boundary } = options
+  let run = { start: 0, end: 0, zero: true }
+  let covered = 0
+  for await (const extent of source.map({ signal: options.signal })) {
+    const kind = kindOf(extent, options)
+    if (kind === 'skip') continue
+    const zero = kind === 'zero'
+    let first = Math.max(covered, Math.floor(extent.start / boundary) * boundary)
+    const last = Math.min(source.size, Math.ceil((extent.start + extent.length) / boundary) * boundary)
+    // a boundary cluster that data and zeroes share is data
+    if (zero && !run.zero) first = Math.max(first, run.end)
+    if (first >= last) continue
+    if (zero === run.zero && first <= run.end && run.end > run.start) {
+      run.end = Math.max(run.end, last)
+      continue
+    }
+    if (run.zero) run.end = Math.min(run.end, first)
+    yield* cut(run.start, run.end, run.zero, options)
+    covered = Math.max(covered, run.end)
+    run = { start: Math.max(first, covered), end: last, zero }
+  }
+  yield* cut(run.start, run.end, run.zero, options)
+}
+
+function kindOf(extent: { depth: number; present: boolean; zero: boolean; data: boolean }, options: PlanOptions): 'skip' | 'zero' | 'data' {
+  if (options.skipBacking && (extent.depth > 0 || !extent.present)) return 'skip'
+  if (extent.data && !extent.zero) return 'data'
+  return options.skipZeroes ? 'skip' : 'zero'
+}
+
+function* cut(start: number, end: number, zero: boolean, options: PlanOptions): Generator<ConvertPiece, void, undefined> {
+  const { pieceSize } = options
+  for (let at = start; at < end; ) {
+    // pieces end at multiples of their size, so that requests are aligned as well as can be
+    const stop = Math.min(end, (Math.floor(at / pieceSize) + 1) * pieceSize)
+    yield { start: at, length: stop - at, zero }
+    at = stop
+  }
+}

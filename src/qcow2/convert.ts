@@ -1,0 +1,265 @@
+/**
+ * Converting disks: into a new qcow2 image in one pass, or onto any device. Owns what `qemu-img convert`
+ * decides (what is skipped, what is zero, what is compressed); layout and buffers are elsewhere.
+ */
+import { isZero } from '../bytes/zero.ts'
+import { CodecPool } from '../codec/worker-pool.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { pad } from '../block/pad.ts'
+import { allocateAligned } from '../block/slab.ts'
+import { runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
+import { convertPieces, type ConvertPiece } from './convert-plan.ts'
+import type { LayoutOptions } from './create.ts'
+import type { HostFile } from './host-file.ts'
+import { ImageWriter } from './image-writer.ts'
+import { InFlight } from './in-flight.ts'
+import { hostFile } from './open.ts'
+
+/** How far a conversion is. */
+export interface ConvertProgress {
+  /** Bytes of the source that are dealt with. */
+  readonly done: number
+  /** Size of the source in bytes. */
+  readonly total: number
+}
+
+/** Options of {@link copyDevice}. */
+export interface CopyOptions extends CallOptions {
+  /**
+   * Runs of zeroes of at least this many bytes are not written as data. 0 writes everything, so that all
+   * space is allocated. Default 4096, as `qemu-img convert -S`.
+   */
+  readonly sparseSize?: number | undefined
+  /** The target reads as zeroes everywhere: zeroes need not be written at all. Default: it does if it had to grow from empty. */
+  readonly targetIsZero?: boolean | undefined
+  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
+}
+
+/** Options of {@link convertToQcow2}. */
+export interface ConvertToQcow2Options
+  extends Omit<LayoutOptions, 'size' | 'preallocation' | 'dataFile' | 'dataFileRaw'>,
+    CallOptions {
+  /** Store clusters compressed where that makes them smaller. Default false. */
+  readonly compressed?: boolean | undefined
+  /** Threads that compress; default the number of cores. */
+  readonly workers?: number | undefined
+  /** 0 allocates all clusters, also those of zeroes. Default 4096; any other value means the same here. */
+  readonly sparseSize?: number | undefined
+  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
+}
+
+/** Bytes of a buffer, and buffers in flight: enough to keep a disk streaming, little enough to stay in the cache. */
+const pieceBytes = 1 << 20
+const lanes = 4
+
+/**
+ * Writes the content of `source` into `host` as a new qcow2 image. The target's whole content is
+ * replaced. Memory stays below 32 MiB whatever the size.
+ *
+ * With `backing` the image becomes an overlay: only what `source` itself holds is copied, not what it
+ * has from its own backing file, which must read like the backing file named.
+ * @throws what reading the source or writing the host throws; RangeError or TypeError for options the
+ * format does not allow. After an error the host is not a qcow2 image.
+ */
+export async function convertToQcow2(source: BlockDevice, host: BlockDevice, options: ConvertToQcow2Options = {}): Promise<void> {
+  const file = hostFile(host)
+  // whatever was there is gone: an old header must not survive a conversion that fails
+  if (host.size > 0) await host.resize(0).catch(() => file.write(0, file.allocate(Math.min(host.size, 512))))
+  const { compressed, workers, sparseSize = 4096, signal, onProgress, ...layout } = options
+  const writer = new ImageWriter(file, { ...layout, size: source.size })
+  const { clusterSize } = writer.geometry
+  // version 2 cannot say "zeroes" over a backing file, it stores them
+  const skipZeroes = sparseSize > 0 && (options.backing === undefined || writer.header.version === 3)
+  const conversion: Conversion = { source: pad(source), file, writer, options, skipZeroes }
+  const pieces = convertPieces(source, {
+    boundary: clusterSize,
+    pieceSize: Math.max(pieceBytes, clusterSize),
+    skipZeroes: options.backing === undefined && sparseSize > 0,
+    skipBacking: options.backing !== undefined,
+    signal,
+  })
+  const lane = laneOptions(source, Math.max(pieceBytes, clusterSize), allocatorFor(source, host), { signal, onProgress })
+  if (compressed === true) {
+    await using pool = new CodecPool({ clusterSize, type: writer.header.compressionType, workers })
+    await runLanes(pieces, { ...lane, lanes: pool.depth }, (job) => storeCompressed(conversion, pool, job))
+  } else {
+    await runLanes(pieces, lane, (job) => storePlain(conversion, job))
+  }
+  await writer.finish()
+  onProgress?.({ done: source.size, total: source.size })
+}
+
+interface Conversion {
+  readonly source: BlockDevice
+  readonly file: HostFile
+  readonly writer: ImageWriter
+  readonly options: ConvertToQcow2Options
+  /** Clusters of zeroes are not stored. */
+  readonly skipZeroes: boolean
+}
+
+/** Reads a piece, drops clusters of zeroes and writes the others as few runs. */
+async function storePlain(conversion: Conversion, job: Job): Promise<void> {
+  const { writer, file } = conversion
+  const { clusterSize } = writer.geometry
+  const clusters = await readClusters(conversion, job)
+  const kept = keepData(conversion, job, clusters)
+  await job.turn()
+  const writes = (writer.writes = new InFlight())
+  for (let i = 0; i < clusters; ) {
+    const guest = job.piece.start + i * clusterSize
+    if (kept[i] === dropped) {
+      storeZero(conversion, guest)
+      i++
+      continue
+    }
+    let end = i + 1
+    while (end < clusters && kept[end] !== dropped) end++
+    const run = writer.data(guest, end - i)
+    const at = kept[i]! * clusterSize
+    addWrite(writes, file, run.offset, job.buffer.subarray(at, at + run.clusters * clusterSize))
+    i += run.clusters
+  }
+  job.done()
+  await writes.settle()
+}
+
+/** Reads a piece, compresses its clusters on another thread and packs them. */
+async function storeCompressed(conversion: Conversion, pool: CodecPool, job: Job): Promise<void> {
+  const { writer, file } = conversion
+  const { clusterSize } = writer.geometry
+  const clusters = await readClusters(conversion, job)
+  const kept = keepData(conversion, job, clusters)
+  const count = kept.reduce((most, place) => Math.max(most, place + 1), 0)
+  const result = count === 0 ? undefined : await pool.compress(job.buffer.subarray(0, count * clusterSize))
+  await job.turn()
+  const writes = (writer.writes = new InFlight())
+  let packed = 0
+  for (let i = 0; i < clusters; i++) {
+    const guest = job.piece.start + i * clusterSize
+    const place = kept[i]!
+    const length = place === dropped ? 0 : result!.lengths[place]!
+    if (place === dropped) {
+      storeZero(conversion, guest)
+    } else if (length > 0) {
+      writer.compressed(guest, result!.bytes.subarray(packed, packed + length))
+      packed += length
+    } else {
+      const { offset } = writer.data(guest, 1)
+      addWrite(writes, file, offset, job.buffer.subarray(place * clusterSize, (place + 1) * clusterSize))
+    }
+  }
+  result?.release()
+  job.done()
+  await writes.settle()
+}
+
+/** Fills the buffer with the piece, zeroes behind the end of the disk; the number of clusters. */
+async function readClusters({ source, writer, options }: Conversion, { piece, buffer }: Job): Promise<number> {
+  const { clusterSize } = writer.geometry
+  const clusters = Math.ceil(piece.length / clusterSize)
+  if (piece.zero) {
+    buffer.fill(0, 0, clusters * clusterSize)
+  } else {
+    await source.readInto(piece.start, buffer.subarray(0, piece.length), { signal: options.signal })
+    buffer.fill(0, piece.length, clusters * clusterSize)
+  }
+  return clusters
+}
+
+/** In the result of {@link keepData}: the cluster is zeroes and was left out. */
+const dropped = -1
+
+/** Moves the clusters worth storing to the front of the buffer; for each cluster its place there. */
+function keepData({ writer, skipZeroes }: Conversion, { piece, buffer }: Job, clusters: number): number[] {
+  const { clusterSize } = writer.geometry
+  const places = new Array<number>(clusters).fill(dropped)
+  let kept = 0
+  for (let i = 0; i < clusters; i++) {
+    const at = i * clusterSize
+    if (skipZeroes && (piece.zero || isZero(buffer, at, clusterSize))) continue
+    if (kept !== i) buffer.copyWithin(kept * clusterSize, at, at + clusterSize)
+    places[i] = kept++
+  }
+  return places
+}
+
+/** A cluster of zeroes: over a backing file it has to say so. */
+function storeZero({ writer, options }: Conversion, guest: number): void {
+  if (options.backing !== undefined) writer.zero(guest)
+}
+
+function addWrite(writes: InFlight, file: HostFile, offset: number, bytes: Uint8Array): void {
+  writes.add(file.write(offset, bytes))
+}
+
+/**
+ * Makes `target` read like `source`: any devices, images among them. A growable target gets the size of
+ * the source; any other must be at least as large, and keeps what lies behind. Durable when it resolves.
+ * @throws RangeError if the target is too small; what reading and writing throw.
+ */
+export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {
+  const { sparseSize = 4096, signal, onProgress } = options
+  const fresh = target.growable && target.size === 0
+  const blank = (options.targetIsZero ?? fresh) && sparseSize > 0
+  if (target.growable && target.size !== source.size) await target.resize(source.size)
+  if (target.size < source.size) {
+    throw new RangeError(`the target has ${target.size} bytes, the source ${source.size}; resize the target first`)
+  }
+  const copy: Copy = { source: pad(source), target: pad(target), sparseSize, blank, signal }
+  const pieces = convertPieces(source, { boundary: 4096, pieceSize: pieceBytes, skipZeroes: blank, skipBacking: false, signal })
+  await runLanes(pieces, laneOptions(source, pieceBytes, allocatorFor(source, target), { signal, onProgress }), (job) => copyPiece(copy, job))
+  await target.flush({ signal })
+  onProgress?.({ done: source.size, total: source.size })
+}
+
+function allocatorFor(a: BlockDevice, b: BlockDevice): (length: number) => Uint8Array {
+  const aligned = a.limits.memoryAlignment > 1 || b.limits.memoryAlignment > 1
+  return aligned ? allocateAligned : (length) => new Uint8Array(length)
+}
+
+interface Copy extends CallOptions {
+  readonly source: BlockDevice
+  readonly target: BlockDevice
+  readonly sparseSize: number
+  readonly blank: boolean
+}
+
+async function copyPiece({ source, target, sparseSize, blank, signal }: Copy, job: Job): Promise<void> {
+  const { piece, buffer } = job
+  job.done()
+  const bytes = buffer.subarray(0, piece.length)
+  if (piece.zero) {
+    if (sparseSize > 0) return target.writeZeroes(piece.start, piece.length, { unmap: true, signal })
+    bytes.fill(0)
+  } else {
+    await source.readInto(piece.start, bytes, { signal })
+  }
+  const writes = new InFlight()
+  for (let at = 0; at < bytes.length; ) {
+    const zero = sparseSize > 0 && isZero(bytes, at, Math.min(sparseSize, bytes.length - at))
+    const end = runEnd(bytes, at, sparseSize, zero)
+    if (!zero) writes.add(target.write(piece.start + at, bytes.subarray(at, end), { signal }))
+    else if (!blank) writes.add(target.writeZeroes(piece.start + at, end - at, { unmap: true, signal }))
+    at = end
+  }
+  await writes.settle()
+}
+
+/** Where a run of grains that are all zeroes, or all not, ends. */
+function runEnd(bytes: Uint8Array, from: number, grain: number, zero: boolean): number {
+  if (grain === 0) return bytes.length
+  let at = from + grain
+  while (at < bytes.length && isZero(bytes, at, Math.min(grain, bytes.length - at)) === zero) at += grain
+  return Math.min(at, bytes.length)
+}
+
+function laneOptions(
+  source: BlockDevice,
+  length: number,
+  allocate: (length: number) => Uint8Array,
+  { signal, onProgress }: { signal?: AbortSignal | undefined; onProgress?: ((progress: ConvertProgress) => void) | undefined },
+): LaneOptions {
+  const onPiece = (piece: ConvertPiece): void => onProgress?.({ done: piece.start + piece.length, total: source.size })
+  return { lanes, allocate: () => allocate(length), onPiece, signal }
+}

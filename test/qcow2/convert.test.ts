@@ -1,0 +1,189 @@
+import { readFileSync, writeFileSync } from 'node:fs'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import { openFile } from '../../src/block/file.ts'
+import { MemoryDevice } from '../../src/block/memory.ts'
+import { checkImage } from '../../src/qcow2/check.ts'
+import { convertToQcow2, copyDevice, type ConvertToQcow2Options } from '../../src/qcow2/convert.ts'
+import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { describeWithQemu } from '../support/qemu.ts'
+import { tempFolder } from '../support/temp.ts'
+
+const numRuns = process.env['QCOW2_LONG'] === '1' ? 1000 : 80
+
+interface Piece {
+  length: number
+  kind: 'zero' | 'text' | 'noise'
+}
+
+/** A disk of runs that are zero, compress well, or do not compress. */
+function diskOf(pieces: readonly Piece[]): Uint8Array {
+  const disk = new Uint8Array(Math.ceil(pieces.reduce((sum, { length }) => sum + length, 0) / 512) * 512)
+  let at = 0
+  let state = 1
+  for (const { length, kind } of pieces) {
+    for (let i = 0; i < length; i++, at++) {
+      if (kind === 'zero') continue
+      state = (Math.imul(state, 1103515245) + 12345) >>> 0
+      disk[at] = kind === 'text' ? 97 + ((at >> 7) % 26) : state >>> 24
+    }
+  }
+  return disk
+}
+
+const piece = fc.record({
+  length: fc.oneof(fc.integer({ min: 1, max: 3000 }), fc.integer({ min: 1, max: 60_000 }), fc.constantFrom(512, 4096, 65536, 131072)),
+  kind: fc.constantFrom('zero', 'text', 'noise'),
+})
+const disk = fc.array(piece, { maxLength: 12 }).map((pieces) => diskOf(pieces as Piece[]))
+
+const options: fc.Arbitrary<ConvertToQcow2Options> = fc
+  .record({
+    clusterBits: fc.integer({ min: 9, max: 18 }),
+    refcountBits: fc.constantFrom(1, 2, 4, 8, 16, 32, 64),
+    extendedL2: fc.boolean(),
+    version: fc.constantFrom(2 as const, 3 as const, 3 as const),
+    compressed: fc.boolean(),
+    sparseSize: fc.constantFrom(0, 4096),
+  })
+  .map(({ clusterBits, refcountBits, extendedL2, version, compressed, sparseSize }) => ({
+    clusterSize: 2 ** (extendedL2 && version === 3 ? Math.max(14, clusterBits) : clusterBits),
+    version,
+    ...(version === 3 ? { refcountBits, extendedL2 } : {}),
+    compressed,
+    workers: 1,
+    sparseSize,
+  }))
+
+async function contentOf(image: Qcow2Image): Promise<Uint8Array> {
+  return image.read(0, image.size)
+}
+
+test('any disk converts to an image that is sound and reads the same, with any parameters', async () => {
+  await fc.assert(
+    fc.asyncProperty(disk, options, async (bytes, chosen) => {
+      const host = new MemoryDevice(0, { growable: true })
+      await convertToQcow2(new MemoryDevice(bytes), host, chosen)
+      expect(await checkImage(host)).toMatchObject({ corruptions: 0, leaks: 0, checkErrors: 0, findings: [] })
+      await using image = await Qcow2Image.open(host, { readOnly: true })
+      expect(Buffer.compare(await contentOf(image), bytes)).toBe(0)
+    }),
+    { numRuns },
+  )
+})
+
+test('an image copies onto any device, and nothing of what was there remains', async () => {
+  await fc.assert(
+    fc.asyncProperty(disk, fc.boolean(), fc.constantFrom(0, 512, 4096, 65536), async (bytes, growable, sparseSize) => {
+      const host = new MemoryDevice(0, { growable: true })
+      await convertToQcow2(new MemoryDevice(bytes), host, { clusterSize: 4096 })
+      const target = new MemoryDevice(growable ? 0 : new Uint8Array(bytes.length).fill(0xdd), { growable })
+      await using image = await Qcow2Image.open(host, { readOnly: true })
+      await copyDevice(image, target, { sparseSize })
+      expect(Buffer.compare(target.bytes, bytes)).toBe(0)
+    }),
+    { numRuns },
+  )
+})
+
+test('an overlay holds only what its source holds itself, zeroes included', async () => {
+  await fc.assert(
+    fc.asyncProperty(disk, fc.array(fc.record({ at: fc.nat(), length: fc.integer({ min: 1, max: 40_000 }), zero: fc.boolean() }), { maxLength: 5 }), fc.constantFrom(512, 4096, 65536), async (bytes, writes, clusterSize) => {
+      if (bytes.length === 0) return
+      const backing = { file: 'base.raw', format: 'raw' }
+      const sourceHost = new MemoryDevice(0, { growable: true })
+      await using source = await Qcow2Image.create(sourceHost, { size: bytes.length, clusterSize: 4096, backing, references: () => new MemoryDevice(bytes) })
+      const model = bytes.slice()
+      for (const { at, length, zero } of writes) {
+        const offset = at % bytes.length
+        const part = model.subarray(offset, Math.min(bytes.length, offset + length))
+        part.fill(zero ? 0 : 0x5a)
+        await source.write(offset, part.slice())
+      }
+      const host = new MemoryDevice(0, { growable: true })
+      await convertToQcow2(source, host, { clusterSize, backing })
+      expect(await checkImage(host)).toMatchObject({ corruptions: 0, leaks: 0 })
+      await using image = await Qcow2Image.open(host, { readOnly: true, references: () => new MemoryDevice(bytes) })
+      expect(Buffer.compare(await contentOf(image), model)).toBe(0)
+      let allocated = 0
+      for await (const extent of image.map()) if (extent.depth === 0 && extent.present) allocated += extent.length
+      const touched = writes.reduce((sum, { length }) => sum + length + 2 * clusterSize + 2 * 4096, 0)
+      expect(allocated).toBeLessThanOrEqual(touched)
+    }),
+    { numRuns: Math.ceil(numRuns / 2) },
+  )
+})
+
+test('a failing source fails the conversion, ends what is under way and leaves no image', async () => {
+  const source = new MemoryDevice(diskOf([{ length: 8 << 20, kind: 'text' }]))
+  let reads = 0
+  const readInto = source.readInto.bind(source)
+  const failing = Object.assign(source, {
+    readInto: (offset: number, target: Uint8Array) => (++reads === 5 ? Promise.reject(new Error('no more')) : readInto(offset, target)),
+  })
+  for (const compressed of [false, true]) {
+    reads = 0
+    const host = new MemoryDevice(0, { growable: true })
+    await expect(convertToQcow2(failing, host, { compressed, workers: 2 })).rejects.toThrow('no more')
+    await expect(checkImage(host)).rejects.toMatchObject({ code: 'ERR_FORMAT' })
+  }
+})
+
+test('it can be aborted, and tells how far it is', async () => {
+  const source = new MemoryDevice(diskOf([{ length: 8 << 20, kind: 'text' }]))
+  const controller = new AbortController()
+  const seen: number[] = []
+  const converting = convertToQcow2(source, new MemoryDevice(0, { growable: true }), {
+    signal: controller.signal,
+    onProgress: ({ done }) => {
+      seen.push(done)
+      if (seen.length === 2) controller.abort(new Error('enough'))
+    },
+  })
+  await expect(converting).rejects.toThrow('enough')
+  expect(seen.length).toBeGreaterThanOrEqual(2)
+  expect(seen.length).toBeLessThan(8)
+})
+
+describeWithQemu('convert', (qemu) => {
+  const bytes = diskOf([
+    { length: 300_000, kind: 'text' },
+    { length: 5_000_000, kind: 'zero' },
+    { length: 400_000, kind: 'noise' },
+    { length: 2_000_000, kind: 'text' },
+    { length: 70_000, kind: 'zero' },
+    { length: 1024, kind: 'text' },
+  ])
+  const shapes: ConvertToQcow2Options[] = [
+    {},
+    { compressed: true },
+    { clusterSize: 512, refcountBits: 1, compressed: true },
+    { clusterSize: 512, refcountBits: 64 },
+    { clusterSize: 2 << 20, compressed: true },
+    { clusterSize: 16384, extendedL2: true, compressed: true },
+    { version: 2, clusterSize: 4096, compressed: true },
+    { clusterSize: 4096, sparseSize: 0 },
+  ]
+
+  test.each(shapes)('qemu-img agrees with an image converted here: %o', async (shape) => {
+    const folder = tempFolder()
+    writeFileSync(`${folder}/source.raw`, bytes)
+    {
+      await using source = await openFile(`${folder}/source.raw`, { readOnly: true })
+      await using host = await openFile(`${folder}/ours.qcow2`, { create: 'w' })
+      await convertToQcow2(source, host, shape)
+    }
+    expect(await qemu.img('check', '-f', 'qcow2', `${folder}/ours.qcow2`)).toMatchObject({ code: 0 })
+    expect(await qemu.img('compare', '-f', 'raw', '-F', 'qcow2', `${folder}/source.raw`, `${folder}/ours.qcow2`)).toMatchObject({ code: 0 })
+  })
+
+  test.each(['zlib', 'zstd'])('images compressed by qemu-img (%s) read the same', async (type) => {
+    const folder = tempFolder()
+    writeFileSync(`${folder}/source.raw`, bytes)
+    await qemu.imgOk('convert', '-f', 'raw', '-O', 'qcow2', '-c', '-o', `compression_type=${type}`, `${folder}/source.raw`, `${folder}/theirs.qcow2`)
+    await using image = await Qcow2Image.open(`${folder}/theirs.qcow2`, { readOnly: true })
+    await using target = await openFile(`${folder}/out.raw`, { create: 'w' })
+    await copyDevice(image, target)
+    expect(Buffer.compare(readFileSync(`${folder}/out.raw`), bytes)).toBe(0)
+  })
+})
