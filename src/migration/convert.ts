@@ -30,10 +30,21 @@ export async function* plainStream(vm: VmState, options: PlainStreamOptions = {}
   yield* vm.rest('after', options)
 }
 
-/** The VM's stream without any page: machine, RAM block list, devices, VM description. */
+/**
+ * The VM's stream without any page: machine, RAM block list, devices, VM description. An empty section
+ * marks the place of the pages.
+ */
 export async function* strippedStream(vm: VmState, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   yield* vm.rest('before', options)
+  yield emptyPart(vm)
   yield* vm.rest('after', options)
+}
+
+/** A PART section of RAM without pages. Without any PART, device sections would seem to come before RAM. */
+export function emptyPart(vm: VmState): Uint8Array {
+  const { sectionId, footers } = vm.ramSection
+  const { pageSize } = vm.ram
+  return new RamPart(new Uint8Array(ramPartCapacity(0, pageSize)), { sectionId, pageSize, footers }).begin('ram').finish()
 }
 
 async function* blockParts(vm: VmState, block: RamBlock, options: PlainStreamOptions): AsyncGenerator<Uint8Array, void, undefined> {
