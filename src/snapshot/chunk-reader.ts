@@ -20,7 +20,8 @@ export class ChunkReader implements AsyncIterable<Uint8Array> {
   constructor(stream: DuplexStream) {
     this.#stream = stream
     stream.on('data', (chunk: Uint8Array) => {
-      this.#queue.push(chunk)
+      // Plain arrays: the slice() of a Buffer would share memory where a copy is meant.
+      this.#queue.push(new Uint8Array(chunk.buffer, chunk.byteOffset, chunk.length))
       this.#held += chunk.length
       if (this.#held >= highWater) stream.pause()
       this.#wake?.()

@@ -1,0 +1,74 @@
+/** Saved VMs of every kind, made by real QEMUs. */
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import { expect } from 'vitest'
+import { openFile } from '../../src/block/file.ts'
+import { openSaved } from '../../src/snapshot/open-saved.ts'
+import { RamImageWriter } from '../../src/snapshot/ram-image-writer.ts'
+import { deviceStreamSink } from '../../src/snapshot/save-sink.ts'
+import { saveTo } from '../../src/snapshot/save.ts'
+import { checkGuestMemory, Guest, type GuestMemory, type GuestOptions } from './guest.ts'
+import type { Qemu } from './qemu.ts'
+import { tempFolder } from './temp.ts'
+
+/** What holds a saved VM. */
+export type SaveKind = 'RAM image' | 'stream file' | 'savevm' | 'mapped-ram'
+
+/** The kinds a QEMU can make. */
+export function saveKinds(qemu: Qemu): SaveKind[] {
+  return qemu.major >= 9 ? ['RAM image', 'stream file', 'savevm', 'mapped-ram'] : ['RAM image', 'stream file', 'savevm']
+}
+
+/** A saved VM on disk and what its memory says. */
+export interface Save {
+  readonly file: string
+  readonly memory: GuestMemory
+}
+
+/** Boots a guest, lets it run, saves it, and ends it. */
+export async function makeSave(qemu: Qemu, kind: SaveKind, options: GuestOptions = {}): Promise<Save> {
+  const folder = tempFolder()
+  const file = join(folder, kind === 'RAM image' || kind === 'savevm' ? 'saved.qcow2' : 'saved.mig')
+  // The image for savevm has no device, so that every kind is of the same machine.
+  const args = [...(options.args ?? [])]
+  if (kind === 'savevm') {
+    await qemu.imgOk('create', '-f', 'qcow2', file, '1M')
+    args.push('-blockdev', `driver=qcow2,node-name=vmstate,file.driver=file,file.filename=${file}`)
+  }
+  const guest = await Guest.boot(qemu, { ...options, args })
+  await guest.run(5)
+  await save(guest, kind, file)
+  await guest.kill()
+  return { file, memory: await memoryOf(file) }
+}
+
+/** What the memory of a saved VM says. */
+export async function memoryOf(file: string): Promise<GuestMemory> {
+  await using saved = await openSaved(file)
+  const memory = await checkGuestMemory((offset, length) => saved.blocks[0]!.content.read(offset, length))
+  expect(memory.problems).toEqual([])
+  return memory
+}
+
+async function save(guest: Guest, kind: SaveKind, file: string): Promise<void> {
+  const { qmp } = guest
+  switch (kind) {
+    case 'RAM image':
+      await saveTo(qmp, RamImageWriter.to(file))
+      break
+    case 'stream file': {
+      await using device = await openFile(file, { create: 'w' })
+      await saveTo(qmp, deviceStreamSink(device))
+      break
+    }
+    case 'savevm':
+      expect(await qmp.execute('human-monitor-command', { 'command-line': 'savevm snap' })).toBe('')
+      break
+    case 'mapped-ram':
+      await qmp.execute('stop')
+      await qmp.execute('migrate-set-capabilities', { capabilities: [{ capability: 'mapped-ram', state: true }] })
+      await qmp.execute('migrate', { uri: `file:${file}` })
+      await expect.poll(async () => (await qmp.execute('query-migrate')).status, { timeout: 20_000, interval: 10 }).toBe('completed')
+      expect(existsSync(file)).toBe(true)
+  }
+}
