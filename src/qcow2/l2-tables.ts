@@ -106,6 +106,7 @@ export async function growL1(engine: Engine, entries: number, wanted?: number): 
   const bytes = new Uint8Array(clusters * clusterSize)
   bytes.set(old.bytes.subarray(0, old.length * 8))
   await engine.host.write(offset, bytes)
+  await engine.host.flush()
   engine.metadataMap.add(offset, bytes.length)
   await engine.writeHeader({ l1Size: length, l1TableOffset: offset })
   engine.l1Table = new PointerTable(offset, length, bytes)
