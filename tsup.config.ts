@@ -1,7 +1,7 @@
 import { rmSync } from 'node:fs'
 import { defineConfig, type Options } from 'tsup'
 
-const doors = ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/nbd.ts', 'src/snapshot.ts']
+const doors = ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/nbd.ts', 'src/snapshot.ts', 'src/testing.ts']
 
 // both builds write to the same folder, so neither may clear it
 rmSync('dist', { recursive: true, force: true })

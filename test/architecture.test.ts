@@ -25,7 +25,7 @@ const layers: Record<string, readonly string[]> = {
 }
 
 /** Files and folders that may import `node:` modules. */
-const mayUseNode = [/^codec\//, /^block\/file[^/]*\.ts$/, /^block\/http\.ts$/, /^qmp\/socket\.ts$/, /^snapshot\/socket\.ts$/, /^snapshot\/host[^/]*\.ts$/, /^nbd\/socket\.ts$/, /^cli\//, /^cli\.ts$/]
+const mayUseNode = [/^codec\//, /^block\/file[^/]*\.ts$/, /^block\/http\.ts$/, /^qmp\/socket\.ts$/, /^snapshot\/socket\.ts$/, /^snapshot\/host[^/]*\.ts$/, /^nbd\/socket\.ts$/, /^testing\/qemu-img\.ts$/, /^cli\//, /^cli\.ts$/]
 
 interface Import {
   from: string

@@ -1,0 +1,63 @@
+/** The model that an image is compared with: a plain array of bytes, and copies of it as snapshots. */
+
+/** A disk that is nothing but its bytes. */
+export class ModelDisk {
+  /** What a guest reads. */
+  bytes: Uint8Array
+  readonly #snapshots = new Map<string, Uint8Array>()
+  #created = 0
+
+  /** @param content size in bytes, or the bytes, which are copied */
+  constructor(content: number | Uint8Array) {
+    this.bytes = typeof content === 'number' ? new Uint8Array(content) : content.slice()
+  }
+
+  /** Size in bytes. */
+  get size(): number {
+    return this.bytes.length
+  }
+
+  /** Names of the snapshots, oldest first. */
+  get snapshots(): string[] {
+    return [...this.#snapshots.keys()]
+  }
+
+  /** What the snapshot holds. */
+  snapshot(name: string): Uint8Array {
+    const bytes = this.#snapshots.get(name)
+    if (bytes === undefined) throw new RangeError(`the model has no snapshot ${name}`)
+    return bytes
+  }
+
+  write(offset: number, bytes: Uint8Array): void {
+    this.bytes.set(bytes, offset)
+  }
+
+  writeZeroes(offset: number, length: number): void {
+    this.bytes.fill(0, offset, offset + length)
+  }
+
+  resize(size: number): void {
+    const bytes = new Uint8Array(size)
+    bytes.set(this.bytes.subarray(0, Math.min(size, this.size)))
+    this.bytes = bytes
+  }
+
+  /** A name that no snapshot had before. */
+  get newName(): string {
+    return `snapshot ${this.#created}`
+  }
+
+  createSnapshot(name: string): void {
+    this.#created++
+    this.#snapshots.set(name, this.bytes.slice())
+  }
+
+  applySnapshot(name: string): void {
+    this.bytes = this.snapshot(name).slice()
+  }
+
+  deleteSnapshot(name: string): void {
+    this.#snapshots.delete(name)
+  }
+}
