@@ -5,13 +5,15 @@
  *   | header | refcount table | refcount blocks | L1 table | L2 tables, data (if preallocated) |
  */
 import { Qcow2Error } from '../core/errors.ts'
+import type { EngineState } from './engine.ts'
 import { encodeExtensions, extensionType, type Extension } from './extensions.ts'
 import { autoclear, compatible, encodeFeatureNames, featureNames, incompatible } from './features.ts'
 import { clustersFor, geometryOf, maxDiskSize, refcountClusters, requiredL1Size, type Geometry } from './geometry.ts'
 import { encodeHeaderCluster, type CompressionType, type Header, type HeaderCluster } from './header.ts'
-import type { HostFile } from './host-file.ts'
+import type { HostFile, Piece } from './host-file.ts'
 import { copiedFlag, offsetHigh, offsetLow } from './l2-entry.ts'
 import { maxBackingFormatName, maxL1Bytes, maxRefcountTableBytes } from './limits.ts'
+import { PointerTable, tableBytes } from './pointer-table.ts'
 import { refcountLayout } from './refcount-layout.ts'
 
 /** How much of a new image's space is arranged beforehand, as `qemu-img create -o preallocation` has it. */
@@ -196,11 +198,11 @@ export async function writeLayout(host: HostFile, layout: Layout): Promise<void>
   const { geometry, content, clusters, l1Clusters, data, l2Tables } = layout
   const { clusterSize } = geometry
   const { header } = content
-  await writeRefcounts(host, layout)
+  const pieces = refcountPieces(layout)
   if (layout.preallocation !== 'off') await writeMapping(host, layout)
   const lastIsL1 = l2Tables.clusters === 0
   const end = lastIsL1 && l1Clusters > 0 ? header.l1TableOffset + header.l1Size * 8 : clusters * clusterSize
-  await host.ensureSize(end)
+  await Promise.all([host.writeAll(pieces), host.ensureSize(end)])
   if (layout.preallocation === 'falloc' || layout.preallocation === 'full') {
     const zeroes = host.allocate(Math.min(pieceBytes, data.clusters * clusterSize)).fill(0)
     const stop = data.offset + data.clusters * clusterSize
@@ -212,22 +214,47 @@ export async function writeLayout(host: HostFile, layout: Layout): Promise<void>
 }
 
 /** The refcount table, and blocks that count every cluster of the layout once. */
-async function writeRefcounts(host: HostFile, layout: Layout): Promise<void> {
+function refcountPieces(layout: Layout): Piece[] {
   const { geometry, refcountBlocks, clusters, content } = layout
   const { clusterSize, refcountsPerBlock } = geometry
   const counters = refcountLayout(geometry.refcountOrder)
-  const table = new Uint8Array(refcountBlocks.clusters * 8)
-  const view = new DataView(table.buffer)
+  const pieces: Piece[] = [{ offset: content.header.refcountTableOffset, bytes: refcountEntries(layout) }]
   for (let block = 0; block < refcountBlocks.clusters; block++) {
-    const offset = refcountBlocks.offset + block * clusterSize
-    view.setUint32(block * 8, offsetHigh(offset))
-    view.setUint32(block * 8 + 4, offsetLow(offset))
     const used = Math.min(refcountsPerBlock, clusters - block * refcountsPerBlock)
     const bytes = new Uint8Array(Math.ceil((used * counters.bits) / 8))
     for (let i = 0; i < used; i++) counters.set(bytes, i, 1)
-    await host.write(offset, bytes)
+    pieces.push({ offset: refcountBlocks.offset + block * clusterSize, bytes })
   }
-  await host.write(content.header.refcountTableOffset, table)
+  return pieces
+}
+
+/** The entries in use of the refcount table. */
+function refcountEntries(layout: Layout): Uint8Array {
+  const { geometry, refcountBlocks } = layout
+  const bytes = new Uint8Array(refcountBlocks.clusters * 8)
+  const view = new DataView(bytes.buffer)
+  for (let block = 0; block < refcountBlocks.clusters; block++) {
+    const offset = refcountBlocks.offset + block * geometry.clusterSize
+    view.setUint32(block * 8, offsetHigh(offset))
+    view.setUint32(block * 8 + 4, offsetLow(offset))
+  }
+  return bytes
+}
+
+/** What opening a fresh image without preallocation would read. */
+export function freshState(layout: Layout): EngineState {
+  const { content, geometry } = layout
+  const { header } = content
+  const refcounts = (header.refcountTableClusters * geometry.clusterSize) / 8
+  const table = tableBytes(refcounts)
+  table.set(refcountEntries(layout))
+  return {
+    content,
+    l1Table: new PointerTable(header.l1TableOffset, header.l1Size),
+    refcountTable: new PointerTable(header.refcountTableOffset, refcounts, table),
+    snapshots: [],
+    snapshotTableLength: 0,
+  }
 }
 
 /** Maps every cluster to its preallocated place: L1, then one L2 table behind the other. */

@@ -80,9 +80,9 @@ export class Engine {
   /** Held while L2 tables are made or replaced, or the L1 table grows. */
   readonly tableLock: Mutex = new Mutex()
   content: HeaderCluster
-  l1Table: PointerTable
+  /** The guest disk as it is now. */
+  active: Layer
   refcountTable: PointerTable
-  backing: BlockDevice | undefined
   snapshots: readonly SnapshotRecord[]
   /** Bytes the snapshot table takes in the file. */
   snapshotTableLength: number
@@ -102,9 +102,8 @@ export class Engine {
     this.cipher = parts.cipher
     this.#prepareFirstWrite = parts.prepareFirstWrite
     this.content = parts.content
-    this.l1Table = parts.l1Table
+    this.active = { l1: parts.l1Table, backing: parts.backing }
     this.refcountTable = parts.refcountTable
-    this.backing = parts.backing
     this.snapshots = parts.snapshots
     this.snapshotTableLength = parts.snapshotTableLength
     this.geometry = geometryOf({
@@ -130,9 +129,20 @@ export class Engine {
     return this.content.header
   }
 
-  /** The guest disk as it is now. */
-  get active(): Layer {
-    return { l1: this.l1Table, backing: this.backing }
+  get l1Table(): PointerTable {
+    return this.active.l1
+  }
+
+  set l1Table(table: PointerTable) {
+    this.active = { l1: table, backing: this.active.backing }
+  }
+
+  get backing(): BlockDevice | undefined {
+    return this.active.backing
+  }
+
+  set backing(device: BlockDevice | undefined) {
+    this.active = { l1: this.active.l1, backing: device }
   }
 
   /** Writes everything back. */

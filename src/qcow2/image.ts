@@ -19,10 +19,10 @@ import { Qcow2Error } from '../core/errors.ts'
 import { checkOpenImage } from './check-open.ts'
 import type { CheckReport } from './check-report.ts'
 import type { CheckOptions } from './check.ts'
-import { planLayout, writeLayout, type LayoutOptions } from './create.ts'
+import { freshState, planLayout, writeLayout, type LayoutOptions } from './create.ts'
 import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
-import { hostFile, openEngine } from './open.ts'
+import { assembleEngine, hostFile, openEngine, readState } from './open.ts'
 import { readLayer } from './read.ts'
 import { createDataFile, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
 import { resizeDisk } from './resize.ts'
@@ -110,11 +110,15 @@ export class Qcow2Image extends BaseDevice {
     const layout = planLayout(options)
     const { references, probeBackingFormat, cacheSize } = options
     const device = await createTarget(target, options)
+    const host = hostFile(device)
     try {
-      await writeLayout(hostFile(device), layout)
       const context = await rootContext(pathOf(target), { references, probeBackingFormat }, openNested)
       if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
-      return new Qcow2Image(await openEngine(device, { readOnly: false, cacheSize, context }))
+      await writeLayout(host, layout)
+      const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
+      const engine = await assembleEngine(host, state, { readOnly: false, cacheSize, context })
+      engine.untouched = false
+      return new Qcow2Image(engine)
     } catch (error) {
       if (device !== target) await device.close()
       throw error
@@ -132,12 +136,16 @@ export class Qcow2Image extends BaseDevice {
 
   protected onRead(offset: number, target: Uint8Array): Promise<void> {
     const engine = this.#engine
+    const { requests } = engine
     if (engine.readOnly) return readLayer(engine, engine.active, offset, target)
-    return engine.requests.run(() => readLayer(engine, engine.active, offset, target))
+    if (!requests.held) return requests.track(readLayer(engine, engine.active, offset, target))
+    return requests.run(() => readLayer(engine, engine.active, offset, target))
   }
 
   protected onWrite(offset: number, source: Uint8Array): Promise<void> {
-    return this.#engine.requests.run(() => writeActive(this.#engine, offset, source))
+    const engine = this.#engine
+    if (!engine.requests.held) return engine.requests.track(writeActive(engine, offset, source))
+    return engine.requests.run(() => writeActive(engine, offset, source))
   }
 
   protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
@@ -229,10 +237,12 @@ export class Qcow2Image extends BaseDevice {
 async function createTarget(target: Source, options: CreateOptions): Promise<BlockDevice> {
   if (typeof target !== 'string' && !(target instanceof URL)) return openSource(target)
   const flags = options.direct === undefined ? {} : { direct: options.direct }
-  if (options.exclusive === true) return openFile(target, { ...flags, create: 'wx' })
-  await checkImageLocks(target, 'write').catch((error: unknown) => {
-    if (Qcow2Error.is(error)) throw error
-  })
+  try {
+    return await openFile(target, { ...flags, create: 'wx' })
+  } catch (error) {
+    if (options.exclusive === true || !Qcow2Error.is(error, 'ERR_EXISTS')) throw error
+  }
+  await checkImageLocks(target, 'write')
   return openFile(target, { ...flags, create: 'w' })
 }
 

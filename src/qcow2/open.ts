@@ -50,7 +50,7 @@ export async function readHeaderCluster(host: HostFile): Promise<HeaderCluster> 
 
 /** Opens an engine. The device stays the caller's if it fails. */
 export async function openEngine(device: BlockDevice, options: OpenEngineOptions): Promise<Engine> {
-  const { readOnly, context } = options
+  const { readOnly } = options
   const host = hostFile(device)
   const content = await readHeaderCluster(host)
   const { header } = content
@@ -60,12 +60,22 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
     return openEngine(device, options)
   }
   const cipher = header.cryptMethod === 'none' ? undefined : await options.openCipher?.(content, host)
-  const state = await readState(host, content, readOnly)
+  return assembleEngine(host, await readState(host, content, readOnly), options, cipher)
+}
+
+/** Follows the references of an image whose state is known, and puts the engine together. */
+export async function assembleEngine(
+  host: HostFile,
+  state: EngineState,
+  options: OpenEngineOptions,
+  cipher?: DataCipher,
+): Promise<Engine> {
+  const { readOnly, context } = options
   const opened: BlockDevice[] = []
   try {
-    const dataDevice = await openData(content, readOnly, context)
+    const dataDevice = await openData(state.content, readOnly, context)
     if (dataDevice !== undefined) opened.push(dataDevice)
-    const backing = await openBackingOf(content, context)
+    const backing = await openBackingOf(state.content, context)
     if (backing !== undefined) opened.push(backing)
     return new Engine({
       host,

@@ -42,20 +42,17 @@ export class Requests {
     return this.#gate !== undefined
   }
 
-  /** Counts `task` as in flight. Starts it at once unless requests are held back. */
-  run<T>(task: () => Promise<T>): Promise<T> {
-    if (this.#gate !== undefined) return this.#gate.then(() => this.run(task))
+  /** Counts a request that has just been started, in the same turn, while requests are not held back. */
+  track<T>(running: Promise<T>): Promise<T> {
     const generation = this.#generation
     generation.begin()
-    let running: Promise<T>
-    try {
-      running = task()
-    } catch (error) {
-      generation.end()
-      throw error
-    }
     running.then(generation.end, generation.end)
     return running
+  }
+
+  /** Starts `task` as a request: at once, or when requests are no longer held back. */
+  run<T>(task: () => Promise<T>): Promise<T> {
+    return this.#gate === undefined ? this.track(task()) : this.#gate.then(() => this.run(task))
   }
 
   /** Resolves when every request that is in flight now has ended. */
