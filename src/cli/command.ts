@@ -93,8 +93,8 @@ export interface CommandDefinition<O extends OptionDefinitions = OptionDefinitio
   readonly examples: readonly Example[]
   /** Exit codes beside 0 and 1. */
   readonly exitCodes?: Readonly<Record<number, string>>
-  /** The exit code of a failure; default 1. */
-  readonly failure?: (error: unknown) => number
+  /** The exit code of a failure other than wrong usage; default 1, or what an `ExitError` says. */
+  readonly failure?: (error: unknown) => number | undefined
   /** A last argument that begins with `-` and a digit is a value, not an option (as in `resize`). */
   readonly signedLast?: true
   readonly run: (context: Context<O>) => Promise<number>

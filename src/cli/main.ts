@@ -58,8 +58,8 @@ async function failure(error: unknown, definition: CommandDefinition, path: stri
     return terminal.signal.reason instanceof Interrupted ? terminal.signal.reason.exitCode : 130
   }
   await report(error, terminal, path)
-  if (error instanceof ExitError) return error.exitCode
-  return definition.failure?.(error) ?? 1
+  if (error instanceof UsageError) return 1
+  return definition.failure?.(error) ?? (error instanceof ExitError ? error.exitCode : 1)
 }
 
 /** One run of a command: what it told about itself. */

@@ -26,12 +26,12 @@ export interface Terminal {
 
 /** Colours for a sink, or none where `NO_COLOR` is set or nobody looks. */
 export interface Palette {
-  bold(text: string): string
-  dim(text: string): string
-  red(text: string): string
-  green(text: string): string
-  yellow(text: string): string
-  blue(text: string): string
+  readonly bold: (text: string) => string
+  readonly dim: (text: string) => string
+  readonly red: (text: string) => string
+  readonly green: (text: string) => string
+  readonly yellow: (text: string) => string
+  readonly blue: (text: string) => string
 }
 
 /** The palette that suits `sink`. */

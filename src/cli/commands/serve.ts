@@ -1,0 +1,101 @@
+import { once } from 'node:events'
+import type { BlockDevice } from '../../block/device.ts'
+import { VmState } from '../../migration/vm-state.ts'
+import type { NbdExport } from '../../nbd/export.ts'
+import { NbdServer } from '../../nbd/server.ts'
+import { listen, type NbdAddress } from '../../nbd/socket.ts'
+import { command } from '../command.ts'
+import { ExitError, UsageError } from '../errors.ts'
+import type { OpenedImage } from '../image/open.ts'
+import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, quietOption } from '../image/options.ts'
+
+export const serveCommand = command({
+  name: 'serve',
+  summary: 'Serve an image, a snapshot, VM state or guest RAM over NBD',
+  description: [
+    'Any NBD client can use it: QEMU itself, qemu-io, nbdcopy, the Linux kernel. The address is printed when clients can connect. It goes on until it is interrupted; then everything is flushed.',
+    'base:allocation and qemu:allocation-depth tell clients where the data is.',
+  ],
+  options: {
+    socket: { value: 'PATH', file: true, help: 'listen on a unix socket' },
+    port: { value: 'PORT', help: 'listen on TCP; 0 takes a free port' },
+    bind: { value: 'HOST', help: 'with --port: the address to listen on; default 127.0.0.1. Whoever can connect can read and write' },
+    'read-only': { short: 'r', help: 'refuse changes' },
+    name: { short: 'x', value: 'NAME', help: 'name of the export; default the empty name, which clients ask for by default' },
+    description: { short: 'D', value: 'TEXT', help: 'what listings say of the export' },
+    vmstate: { help: 'serve the VM state of IMAGE@SNAPSHOT instead of its disk' },
+    ram: { value: 'BLOCK', help: 'serve this RAM block of IMAGE@SNAPSHOT, for example pc.ram' },
+    'max-connections': { value: 'COUNT', help: 'connections at once; default 16' },
+    once: { help: 'end when the last client leaves' },
+    ...formatOption,
+    ...imageOptsOption,
+    ...forceShareOption,
+    ...objectOption,
+    ...quietOption,
+  },
+  arguments: [{ name: 'IMAGE', help: 'the image' }],
+  examples: [
+    { line: 'qcow2 serve disk.qcow2 --socket /tmp/disk.nbd', shows: 'for one host' },
+    { line: "qemu-io -f raw 'nbd+unix:///?socket=/tmp/disk.nbd' -c 'read 0 512'", shows: 'a client' },
+    { line: 'qcow2 serve disk.qcow2@before-update --port 10809', shows: 'an old state of the disk, read-only, on TCP' },
+    { line: 'qcow2 serve vm.qcow2@running --ram pc.ram --socket /tmp/ram.nbd', shows: 'the memory of a saved VM' },
+  ],
+  async run(context) {
+    const { options, args, print, warn, signal } = context
+    const address = addressOf(options)
+    const maxConnections = countOf(options['max-connections'])
+    const stateOnly = options.vmstate || options.ram !== undefined
+    const readOnly = options['read-only'] || stateOnly || args[0]!.includes('@')
+    const opened = await openArgument(context, { readOnly })
+    const closers: (() => Promise<void>)[] = [() => opened.close()]
+    try {
+      const device = stateOnly ? await stateDevice(opened, options.ram, closers) : opened.device
+      const entry: NbdExport = { name: options.name ?? '', description: options.description, device, readOnly }
+      const gone = new AbortController()
+      const server = new NbdServer([entry], {
+        maxConnections,
+        onConnectionError: (error) => warn(error instanceof Error ? error.message : String(error)),
+        onConnections: (open) => {
+          if (open === 0 && options.once) gone.abort()
+        },
+      })
+      const listener = await listen(server, address)
+      closers.push(() => listener.close())
+      if (!options.quiet) await print(listener.uri(entry.name))
+      await until(AbortSignal.any([signal, gone.signal]))
+      return 0
+    } finally {
+      for (const close of closers.reverse()) await close()
+    }
+  },
+})
+
+function addressOf(options: { socket: string | undefined; port: string | undefined; bind: string | undefined }): NbdAddress {
+  const { socket, port, bind } = options
+  if ((socket === undefined) === (port === undefined)) throw new UsageError('one of --socket and --port is needed')
+  if (socket !== undefined) return { path: socket }
+  const number = Number(port)
+  if (!/^\d+$/.test(port!) || number > 65535) throw new UsageError(`--port expects a number from 0 to 65535, not '${port!}'`)
+  return { host: bind ?? '127.0.0.1', port: number }
+}
+
+function countOf(text: string | undefined): number | undefined {
+  if (text === undefined) return undefined
+  if (!/^[1-9]\d{0,5}$/.test(text)) throw new UsageError(`--max-connections expects a positive number, not '${text}'`)
+  return Number(text)
+}
+
+/** The VM state behind a snapshot, or a stream file itself; or one RAM block in it. */
+async function stateDevice(opened: OpenedImage, ram: string | undefined, closers: (() => Promise<void>)[]): Promise<BlockDevice> {
+  const state = opened.image === undefined ? opened.device : opened.snapshot?.vmState
+  if (state === undefined) throw new ExitError(1, `name the snapshot: ${opened.filename}@SNAPSHOT`)
+  if (state.size === 0) throw new ExitError(1, `${opened.filename} has no VM state`)
+  if (ram === undefined) return state
+  const vm = await VmState.index(state, { keepOpen: true })
+  closers.push(() => vm.close())
+  return vm.ram.device(ram)
+}
+
+async function until(signal: AbortSignal): Promise<void> {
+  if (!signal.aborted) await once(signal, 'abort')
+}

@@ -1,0 +1,52 @@
+/** Finding the VM state a name means: a snapshot's, or a stream file itself. */
+import type { BlockDevice } from '../../block/device.ts'
+import { VmState } from '../../migration/vm-state.ts'
+import type { Context, OptionDefinitions } from '../command.ts'
+import { ExitError } from '../errors.ts'
+import { couldNotOpen, type OpenedImage } from './open.ts'
+import { openerFor } from './options.ts'
+
+/** An indexed VM state and what it stands on. */
+export interface OpenedVmState {
+  readonly name: string
+  readonly vm: VmState
+  readonly close: () => Promise<void>
+}
+
+/**
+ * Opens and indexes the VM state of `IMAGE@SNAPSHOT`, of an image's only snapshot that has one, or of
+ * a stream file (plain, mapped-ram, of libvirt, compressed).
+ */
+export async function openVmState<O extends OptionDefinitions>(context: Context<O>, name: string): Promise<OpenedVmState> {
+  const opened = await openImageOrStream(context, name)
+  try {
+    const vm = await VmState.index(stateOf(opened), { keepOpen: true, signal: context.signal })
+    const close = async (): Promise<void> => {
+      await vm.close()
+      await opened.close()
+    }
+    return { name: opened.filename, vm, close }
+  } catch (error) {
+    await opened.close()
+    if (error instanceof ExitError || context.signal.aborted) throw error
+    throw couldNotOpen(name, error)
+  }
+}
+
+/** An image at a snapshot with VM state, or a file taken as it is. */
+async function openImageOrStream<O extends OptionDefinitions>(context: Context<O>, name: string): Promise<OpenedImage> {
+  const opener = openerFor(context)
+  const opened = await opener.name(name, { readOnly: true, withoutBacking: true })
+  if (opened.image === undefined || opened.snapshot !== undefined) return opened
+  const saved = [...opened.image.snapshots].filter(({ vmStateSize }) => vmStateSize > 0)
+  await opened.close()
+  if (saved.length === 1) return opener.name(`${name}@${saved[0]!.id}`, { readOnly: true, withoutBacking: true })
+  const names = saved.map((snapshot) => `${name}@${snapshot.name}`).join(', ')
+  throw new ExitError(1, saved.length === 0 ? `${name} has no snapshot with VM state` : `name one of ${names}`)
+}
+
+function stateOf(opened: OpenedImage): BlockDevice {
+  if (opened.snapshot === undefined) return opened.host
+  if (opened.snapshot.vmState.size === 0) throw new ExitError(1, `${opened.filename} has no VM state`)
+  return opened.snapshot.vmState
+}

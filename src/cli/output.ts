@@ -1,0 +1,81 @@
+/** Where a command puts bytes: a file, or stdout for `-`. */
+import { unlink } from 'node:fs/promises'
+import type { BlockDevice } from '../block/device.ts'
+import { openFile } from '../block/file.ts'
+import { AlignedWriteQueue } from '../block/write-queue.ts'
+import type { Context, OptionDefinitions } from './command.ts'
+import type { Progress } from './progress.ts'
+
+/** Writes a stream of bytes. A file that could not be written whole is removed. */
+export async function writeStream<O extends OptionDefinitions>(
+  context: Context<O>,
+  path: string,
+  chunks: AsyncIterable<Uint8Array>,
+  total: number,
+  progress: Progress,
+): Promise<number> {
+  let done = 0
+  const count = (chunk: Uint8Array): void => {
+    context.signal.throwIfAborted()
+    done += chunk.length
+    progress.update(Math.min(done, total), total)
+  }
+  if (path === '-') {
+    for await (const chunk of chunks) {
+      await context.terminal.stdout.write(chunk)
+      count(chunk)
+    }
+  } else {
+    await intoFile(path, async (file) => {
+      const queue = new AlignedWriteQueue(file)
+      for await (const chunk of chunks) {
+        await queue.write(chunk)
+        count(chunk)
+      }
+      await queue.close()
+      await file.resize(done)
+    })
+  }
+  progress.finish()
+  return done
+}
+
+/** Copies a device's bytes, leaving holes in a file where it is known to be zero. */
+export async function writeDevice<O extends OptionDefinitions>(context: Context<O>, path: string, device: BlockDevice, progress: Progress): Promise<void> {
+  const { signal } = context
+  if (path === '-') {
+    await writeStream(context, path, contentOf(device, signal), device.size, progress)
+    return
+  }
+  await intoFile(path, async (file) => {
+    await file.resize(device.size)
+    for await (const { start, length, zero } of device.map({ signal })) {
+      for (let at = start; at < start + length && !zero; at += piece) {
+        const bytes = await device.read(at, Math.min(piece, start + length - at), { signal })
+        await file.write(at, bytes, { signal })
+        progress.update(at, device.size)
+      }
+    }
+  })
+  progress.finish()
+}
+
+const piece = 1 << 20
+
+/** All bytes of a device, in pieces. */
+export async function* contentOf(device: BlockDevice, signal: AbortSignal): AsyncGenerator<Uint8Array, void, undefined> {
+  for (let at = 0; at < device.size; at += piece) yield await device.read(at, Math.min(piece, device.size - at), { signal })
+}
+
+async function intoFile(path: string, task: (file: BlockDevice) => Promise<void>): Promise<void> {
+  const file = await openFile(path, { create: 'w' })
+  try {
+    await task(file)
+    await file.flush()
+    await file.close()
+  } catch (error) {
+    await file.close()
+    await unlink(path).catch(() => undefined)
+    throw error
+  }
+}

@@ -1,0 +1,148 @@
+/** `vmstate` on real saved VMs: inside images, as streams, of libvirt's kind. */
+import { readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { gunzipSync, gzipSync } from 'node:zlib'
+import { describe, expect, test } from 'vitest'
+import { VmState } from '../../src/migration/vm-state.ts'
+import { MemoryDevice } from '../../src/block/memory.ts'
+import { checkGuestMemory } from '../support/guest.ts'
+import { tempFolder } from '../support/temp.ts'
+import { run } from './run.ts'
+
+const captures = join(import.meta.dirname, '../fixtures/captures')
+const capture = (name: string): Buffer => gunzipSync(readFileSync(join(captures, `${name}.gz`)))
+
+function file(name: string, bytes: Uint8Array): string {
+  const path = join(tempFolder(), name)
+  writeFileSync(path, bytes)
+  return path
+}
+
+const savedImage = (): string => file('vm.qcow2', capture('qemu100-savevm.qcow2'))
+const state = capture('qemu100-savevm.vmstate')
+
+interface Shown {
+  machine: string
+  pageSize: number
+  ram: { name: string; length: number; dataPages: number }[]
+  devices: { name: string }[]
+}
+
+describe('vmstate ls', () => {
+  test('lists the snapshots that hold a VM', async () => {
+    const image = savedImage()
+    await run(['snapshot', '-c', 'disk only', image])
+    const { stdout, code } = await run(['vmstate', 'ls', '--output=json', image])
+    expect(code).toBe(0)
+    expect(JSON.parse(stdout)).toMatchObject([{ id: '1', name: 'snap1', 'vm-state-size': state.length }])
+    expect((await run(['vmstate', 'ls', image])).stdout).toMatch(/^Snapshot list:\nID .*\n1 +snap1 .*\n$/)
+  })
+})
+
+describe('vmstate show', () => {
+  test.each([
+    ['IMAGE@NAME', (): string => `${savedImage()}@snap1`],
+    ['IMAGE@ID', (): string => `${savedImage()}@1`],
+    ['IMAGE with one saved VM', savedImage],
+    ['a stream', (): string => file('vm.mig', state)],
+    ['a compressed stream', (): string => file('vm.mig.gz', gzipSync(state))],
+  ])('%s', async (_name, make) => {
+    const { code, stdout } = await run(['vmstate', 'show', '--output=json', make()])
+    expect(code).toBe(0)
+    const shown = JSON.parse(stdout) as Shown
+    expect(shown).toMatchObject({ machine: expect.stringMatching(/^pc-/) as string, pageSize: 4096 })
+    expect(shown.ram.find(({ name }) => name === 'pc.ram')).toMatchObject({ length: 4 << 20 })
+    expect(shown.devices.map(({ name }) => name)).toContain('cpu')
+  })
+
+  test('for people', async () => {
+    const { stdout } = await run(['vmstate', 'show', savedImage()])
+    expect(stdout).toMatch(/^machine: pc-/m)
+    expect(stdout).toMatch(/^pc\.ram +4 MiB +\d+ +\d+ +\d+$/m)
+  })
+
+  test('the fields of one device', async () => {
+    const { stdout } = await run(['vmstate', 'show', '--device', 'cpu', savedImage()])
+    expect(JSON.parse(stdout)).toHaveProperty(['env.regs'])
+  })
+
+  test.each([
+    ['vmstate show /nonexistent', "Could not open '/nonexistent': No such file or directory"],
+    ['vmstate shwo x', "Command not found: vmstate shwo; did you mean 'show'?"],
+    ['vmstate', 'a command is missing'],
+  ])('%s fails', async (line, message) => {
+    const { code, stderr } = await run(line)
+    expect(code).toBe(1)
+    expect(stderr).toContain(message)
+  })
+
+  test('an image without VM state, and a file that is none, say so on one line', async () => {
+    const image = join(tempFolder(), 'x')
+    await run(['create', '-q', '-f', 'qcow2', image, '1M'])
+    expect(await run(['vmstate', 'show', image])).toMatchObject({ code: 1, stderr: `qcow2: ${image} has no snapshot with VM state\n` })
+    const { code, stderr } = await run(['vmstate', 'show', file('junk', Buffer.alloc(5000, 7))])
+    expect(code).toBe(1)
+    expect(stderr).toMatch(/^qcow2: Could not open .*\n$/)
+  })
+})
+
+describe('vmstate extract', () => {
+  test('writes memory as the guest had it, to a file and to stdout', async () => {
+    const image = savedImage()
+    const output = join(tempFolder(), 'ram')
+    expect(await run(['vmstate', 'extract', image, 'pc.ram', output])).toMatchObject({ code: 0, stderr: '' })
+    const ram = readFileSync(output)
+    expect(await checkGuestMemory((offset, length) => ram.subarray(offset, offset + length))).toMatchObject({ consistent: true })
+    const piped = await run(['vmstate', 'extract', image, 'pc.ram', '-', '--offset', '0x8000', '--length', '64k'])
+    expect(Buffer.compare(piped.bytes, ram.subarray(0x8000, 0x8000 + 65536))).toBe(0)
+  })
+
+  test('writes a device as it is in the stream', async () => {
+    const image = savedImage()
+    await using vm = await VmState.index(new MemoryDevice(state))
+    const device = vm.device('cpu')
+    const { bytes } = await run(['vmstate', 'extract', '--device', image, 'cpu', '-'])
+    expect(Buffer.compare(bytes, state.subarray(device.offset, device.offset + device.length))).toBe(0)
+  })
+
+  test('refuses what is not there', async () => {
+    const image = savedImage()
+    expect((await run(['vmstate', 'extract', image, 'pc.rom9', '-'])).stderr).toContain("no RAM block 'pc.rom9'")
+    expect((await run(['vmstate', 'extract', image, 'pc.ram', '-', '--offset', '1G'])).stderr).toContain('reach past its end')
+  })
+})
+
+describe('vmstate export', () => {
+  test('stored: byte for byte', async () => {
+    const output = join(tempFolder(), 'stream')
+    expect(await run(['vmstate', 'export', savedImage(), output])).toMatchObject({ code: 0 })
+    expect(Buffer.compare(readFileSync(output), state)).toBe(0)
+  })
+
+  test.each(['qemu100-mappedram.mig', 'qemu100-xbzrle.mig', 'qemu72-compress.mig'])('plain: %s becomes a stream with the same memory', async (name) => {
+    const source = file('source', capture(name))
+    const output = join(tempFolder(), 'plain')
+    expect(await run(['vmstate', 'export', '--form=plain', source, output])).toMatchObject({ code: 0, stderr: '' })
+    const { code, stdout } = await run(['vmstate', 'diff', source, output])
+    expect(stdout).toBe('The VMs are equal.\n')
+    expect(code).toBe(0)
+  })
+})
+
+describe('vmstate diff', () => {
+  test('tells pages and fields, exit code 1', async () => {
+    const changed = Buffer.from(state)
+    await using vm = await VmState.index(new MemoryDevice(Buffer.from(state)))
+    const device = vm.device('i8259')
+    changed[device.offset]! ^= 1
+    const { code, stdout } = await run(['vmstate', 'diff', '--output=json', file('a', state), file('b', changed)])
+    expect(code).toBe(1)
+    const { ram, devices } = JSON.parse(stdout) as { ram: unknown[]; devices: { device: string }[] }
+    expect(ram).toEqual([])
+    expect(devices.map(({ device }) => device)).toEqual(['i8259 (0)'])
+  })
+
+  test('what cannot be compared is exit code 2', async () => {
+    expect(await run(['vmstate', 'diff', '/nonexistent', '/nonexistent'])).toMatchObject({ code: 2 })
+  })
+})
