@@ -7,12 +7,15 @@
  * 8), negative: -(1 + number in the side table).
  */
 import { streamError, ramFlag } from './format.ts'
+import { PageTable, segmentPages } from './page-table.ts'
 import type { RamBlock, RamPagesRecord } from './records.ts'
 
 /** The entry of a page that the stream does not contain. */
 export const absentPage = 0
 /** The entry of a zero page. */
 export const zeroPage = 1
+
+const noEntries: Float64Array = new Float64Array(0)
 
 /** How many page records of each sort a stream has. */
 export interface PageCounts {
@@ -43,7 +46,7 @@ export class RamIndex {
   readonly counts: PageCounts = { normal: 0, zero: 0, xbzrle: 0, compressed: 0, duplicate: 0 }
   readonly pageSize: number
   /** Entries by block index, then by page. */
-  readonly entries: Float64Array[] = []
+  readonly entries: PageTable[] = []
   readonly #encoded: EncodedPage[] = []
 
   constructor(pageSize: number) {
@@ -52,7 +55,7 @@ export class RamIndex {
 
   /** Adds a block whose pages are all absent so far. */
   addBlock(block: RamBlock): void {
-    this.entries[block.index] = new Float64Array(block.length / this.pageSize)
+    this.entries[block.index] = new PageTable(block.length / this.pageSize)
   }
 
   /** Takes in a batch of pages of a stream that lies in the file as it was parsed. */
@@ -60,19 +63,26 @@ export class RamIndex {
     const entries = this.entries[record.block.index]!
     const { count, flags, pageOffsets, positions, bytesOffset, pageSize } = record
     const { counts } = this
+    let first = -1
+    let segment: Float64Array = noEntries
     for (let i = 0; i < count; i++) {
-      const page = pageOffsets[i]! / pageSize
+      const number = pageOffsets[i]! / pageSize
+      const page = number % segmentPages
+      if (number - page !== first) {
+        first = number - page
+        segment = entries.segment(number)
+      }
       const flag = flags[i]!
-      const before = entries[page]!
+      const before = segment[page]!
       if (before !== absentPage) counts.duplicate++
       if ((flag & ramFlag.page) !== 0) {
         counts.normal++
-        entries[page] = bytesOffset + positions[i]!
+        segment[page] = bytesOffset + positions[i]!
       } else if ((flag & ramFlag.zero) !== 0) {
         counts.zero++
-        entries[page] = zeroPage
+        segment[page] = zeroPage
       } else {
-        entries[page] = this.#addEncoded(record, i, before)
+        segment[page] = this.#addEncoded(record, i, before)
       }
     }
   }
@@ -84,13 +94,13 @@ export class RamIndex {
   addMapped(block: RamBlock, bitmap: Uint8Array): void {
     const entries = this.entries[block.index]!
     const { pagesOffset, bitmapOffset } = block.mapped!
-    for (let bit = entries.length; bit < bitmap.length * 8; bit++) {
-      if ((bitmap[bit >>> 3]! & (1 << (bit & 7))) === 0) continue
-      throw streamError('mapped-ram bitmap', 'bitmap', `bit ${bit} of RAM block '${block.name}' is set; it has ${entries.length} pages`, bitmapOffset)
+    for (let bit = entries.pages; bit < bitmap.length * 8; bit++) {
+      if ((bitmap[Math.floor(bit / 8)]! & (1 << (bit & 7))) === 0) continue
+      throw streamError('mapped-ram bitmap', 'bitmap', `bit ${bit} of RAM block '${block.name}' is set; it has ${entries.pages} pages`, bitmapOffset)
     }
-    for (let page = 0; page < entries.length; page++) {
-      const set = (bitmap[page >>> 3]! & (1 << (page & 7))) !== 0
-      entries[page] = set ? pagesOffset + page * this.pageSize : zeroPage
+    for (let page = 0; page < entries.pages; page++) {
+      const set = (bitmap[Math.floor(page / 8)]! & (1 << (page & 7))) !== 0
+      entries.set(page, set ? pagesOffset + page * this.pageSize : zeroPage)
       if (set) this.counts.normal++
       else this.counts.zero++
     }
@@ -99,9 +109,9 @@ export class RamIndex {
   /** Takes every page of a mapped-ram block as raw, whatever its bitmap says. */
   markAllMapped(block: RamBlock): void {
     const entries = this.entries[block.index]!
-    for (let page = 0; page < entries.length; page++) entries[page] = block.mapped!.pagesOffset + page * this.pageSize
-    this.counts.normal += entries.length
-    this.counts.zero -= entries.length
+    for (let page = 0; page < entries.pages; page++) entries.set(page, block.mapped!.pagesOffset + page * this.pageSize)
+    this.counts.normal += entries.pages
+    this.counts.zero -= entries.pages
   }
 
   /** The page that a negative entry stands for. */

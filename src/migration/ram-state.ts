@@ -5,6 +5,7 @@
 import { anyRequest, BaseDevice, checkRange, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { inflatePage } from './compressed-page.ts'
+import type { PageTable } from './page-table.ts'
 import { absentPage, zeroPage, type PageCounts, type RamIndex } from './ram-index.ts'
 import type { RamBlock } from './records.ts'
 import { applyXbzrle } from './xbzrle.ts'
@@ -68,8 +69,9 @@ export class RamState {
 
   /** What the stream has for the page at byte `offset` of a block. */
   pageKind(which: string | number, offset: number): 'absent' | 'zero' | 'data' {
-    const entry = this.#index.entries[this.block(which).index]![Math.floor(offset / this.pageSize)]
-    if (entry === undefined) throw new RangeError(`offset ${offset} is outside RAM block '${this.block(which).name}'`)
+    const block = this.block(which)
+    checkRange(offset, 1, block.length)
+    const entry = this.#index.entries[block.index]!.get(Math.floor(offset / this.pageSize))
     return entry === absentPage ? 'absent' : entry === zeroPage ? 'zero' : 'data'
   }
 
@@ -85,7 +87,7 @@ export class RamState {
     for (let at = 0; at < target.length; ) {
       const page = Math.floor((offset + at) / pageSize)
       const skip = (offset + at) % pageSize
-      const entry = entries[page]!
+      const entry = entries.get(page)
       if (entry <= zeroPage) {
         const part = target.subarray(at, at + pageSize - skip)
         if (entry < 0) part.set((await this.#decode(entry, options)).subarray(skip, skip + part.length))
@@ -99,25 +101,28 @@ export class RamState {
   }
 
   /** One past the last page of a run of raw pages that follow each other closely in the file. */
-  #runEnd(entries: Float64Array, first: number, limit: number): number {
+  #runEnd(entries: PageTable, first: number, limit: number): number {
     const { pageSize } = this
-    const start = entries[first]!
+    const start = entries.get(first)
+    let before = start
     let page = first + 1
     while (page < limit) {
-      const gap = entries[page]! - entries[page - 1]! - pageSize
-      if (entries[page]! <= zeroPage || gap < 0 || gap > maxGap || entries[page]! + pageSize - start > maxRead) break
+      const entry = entries.get(page)
+      const gap = entry - before - pageSize
+      if (entry <= zeroPage || gap < 0 || gap > maxGap || entry + pageSize - start > maxRead) break
+      before = entry
       page++
     }
     return page
   }
 
   /** Reads pages `first` to `last - 1` with one request; the number of bytes of `target` that it filled. */
-  async #readRun(entries: Float64Array, first: number, last: number, offset: number, target: Uint8Array, options?: CallOptions): Promise<number> {
+  async #readRun(entries: PageTable, first: number, last: number, offset: number, target: Uint8Array, options?: CallOptions): Promise<number> {
     const { pageSize } = this
     const from = Math.max(offset, first * pageSize)
     const to = Math.min(offset + target.length, last * pageSize)
-    const start = entries[first]! + (from - first * pageSize)
-    const end = entries[last - 1]! + (to - (last - 1) * pageSize)
+    const start = entries.get(first) + (from - first * pageSize)
+    const end = entries.get(last - 1) + (to - (last - 1) * pageSize)
     if (end - start === to - from) {
       await this.#device.readInto(start, target.subarray(from - offset, to - offset), options)
       return to - from
@@ -125,7 +130,7 @@ export class RamState {
     const span = await this.#device.read(start, end - start, options)
     for (let page = first; page < last; page++) {
       const begin = Math.max(from, page * pageSize)
-      const position = entries[page]! + (begin - page * pageSize) - start
+      const position = entries.get(page) + (begin - page * pageSize) - start
       const length = Math.min(to, (page + 1) * pageSize) - begin
       target.set(span.subarray(position, position + length), begin - offset)
     }
@@ -159,10 +164,16 @@ export class RamState {
     const end = offset + length
     for (let start = offset; start < end; ) {
       const first = Math.floor(start / pageSize)
-      const sort = sortOf(entries[first]!)
+      const entry = entries.get(first)
+      const sort = sortOf(entry)
       const raw = sort === 3
       let page = first + 1
-      while (page * pageSize < end && sortOf(entries[page]!) === sort && (!raw || entries[page] === entries[page - 1]! + pageSize)) page++
+      while (page * pageSize < end) {
+        const empty = sort === 0 ? entries.emptyUntil(page) : page
+        if (empty > page) page = empty
+        else if (sortOf(entries.get(page)) !== sort || (raw && entries.get(page) !== entry + (page - first) * pageSize)) break
+        else page++
+      }
       const stop = Math.min(end, page * pageSize)
       yield extent({
         start,
@@ -172,7 +183,7 @@ export class RamState {
         zero: sort < 2,
         data: sort > 1,
         compressed: sort === 2,
-        ...(raw && { offset: entries[first]! + (start - first * pageSize) }),
+        ...(raw && { offset: entry + (start - first * pageSize) }),
       })
       start = stop
     }

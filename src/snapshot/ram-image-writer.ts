@@ -19,6 +19,9 @@ import { alignBlock, encodeLayout, type AbsentRange, type RamImageBlock } from '
 import { PageGatherer, pageState, type PageArea } from './ram-image-pages.ts'
 import type { SaveSink } from './save-sink.ts'
 
+/** Most RAM, in bytes (4 TiB): bounds the bit map of pages. */
+const maxMemory = 2 ** 42
+
 /** Options of {@link RamImageWriter}. */
 export interface RamImageWriterOptions extends CallOptions {
   /** Name of the internal snapshot that makes the image a saved VM. Default `ram`. */
@@ -168,6 +171,7 @@ export class RamImageWriter implements SaveSink {
   /** The list of blocks is complete. */
   #begin(): PageGatherer {
     const size = alignBlock(this.#size)
+    if (size > maxMemory) throw new UnsupportedError(`the stream lists ${size} bytes of RAM; a RAM image holds up to ${maxMemory}`, ['RAM size'])
     this.#unit = Math.max(this.#unit, this.#pageSize)
     this.#seen = new Uint8Array(Math.ceil(size / this.#pageSize / 8))
     this.#written = new Uint8Array(Math.ceil(size / this.#unit))
