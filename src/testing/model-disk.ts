@@ -1,10 +1,16 @@
 /** The model that an image is compared with: a plain array of bytes, and copies of it as snapshots. */
 
+/** A snapshot of a {@link ModelDisk}. */
+export interface ModelSnapshot {
+  readonly disk: Uint8Array
+  readonly vmState: Uint8Array
+}
+
 /** A disk that is nothing but its bytes. */
 export class ModelDisk {
   /** What a guest reads. */
   bytes: Uint8Array
-  readonly #snapshots = new Map<string, Uint8Array>()
+  readonly #snapshots = new Map<string, ModelSnapshot>()
   #created = 0
 
   /** @param content size in bytes, or the bytes, which are copied */
@@ -23,10 +29,10 @@ export class ModelDisk {
   }
 
   /** What the snapshot holds. */
-  snapshot(name: string): Uint8Array {
-    const bytes = this.#snapshots.get(name)
-    if (bytes === undefined) throw new RangeError(`the model has no snapshot ${name}`)
-    return bytes
+  snapshot(name: string): ModelSnapshot {
+    const snapshot = this.#snapshots.get(name)
+    if (snapshot === undefined) throw new RangeError(`the model has no snapshot ${name}`)
+    return snapshot
   }
 
   write(offset: number, bytes: Uint8Array): void {
@@ -48,13 +54,13 @@ export class ModelDisk {
     return `snapshot ${this.#created}`
   }
 
-  createSnapshot(name: string): void {
+  createSnapshot(name: string, vmState: Uint8Array = new Uint8Array(0)): void {
     this.#created++
-    this.#snapshots.set(name, this.bytes.slice())
+    this.#snapshots.set(name, { disk: this.bytes.slice(), vmState })
   }
 
   applySnapshot(name: string): void {
-    this.bytes = this.snapshot(name).slice()
+    this.bytes = this.snapshot(name).disk.slice()
   }
 
   deleteSnapshot(name: string): void {

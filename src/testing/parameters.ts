@@ -12,6 +12,8 @@ export interface ImageParameters {
   readonly refcountBits: number
   /** 32 subclusters in each cluster; version 3, clusters of at least 16 KiB. */
   readonly extendedL2: boolean
+  /** Version 3 only. */
+  readonly lazyRefcounts: boolean
   readonly preallocation: 'off' | 'metadata'
   /** A raw backing file of this size with these seeded bytes. */
   readonly backing: { readonly size: number; readonly seed: number } | undefined
@@ -39,6 +41,7 @@ export function imageParameters(constraints: ParameterConstraints = {}): fc.Arbi
       version: fc.oneof({ weight: 4, arbitrary: fc.constant(3 as const) }, { weight: 1, arbitrary: fc.constant(2 as const) }),
       refcountBits: fc.constantFrom(16, 1, 2, 4, 8, 32, 64),
       extendedL2: fc.boolean(),
+      lazyRefcounts: fc.boolean(),
       preallocation: fc.oneof({ weight: 5, arbitrary: fc.constant('off' as const) }, { weight: 1, arbitrary: fc.constant('metadata' as const) }),
       backing: constraints.backing === false ? fc.constant(undefined) : fc.option(backing, { nil: undefined, freq: 2 }),
     })
@@ -58,6 +61,7 @@ function consistent(parameters: ImageParameters): ImageParameters {
   return {
     ...parameters,
     extendedL2,
+    lazyRefcounts: parameters.lazyRefcounts && version === 3,
     refcountBits: version === 2 ? 16 : parameters.refcountBits,
     preallocation: backing === undefined ? parameters.preallocation : 'off',
   }

@@ -17,6 +17,7 @@ const plain: ImageParameters = {
   version: 3,
   refcountBits: 16,
   extendedL2: false,
+  lazyRefcounts: false,
   preallocation: 'off',
   backing: undefined,
 }
@@ -77,6 +78,40 @@ const cases: readonly Case[] = [
     setup: [write(0, 60_000, 1), snapshot],
     operations: [{ kind: 'resize', size: 2048 * KiB }, write(2_000_000, 10_000, 2), flush, { kind: 'resize', size: 128 * KiB }, write(0, 50, 3), flush],
   },
+  {
+    name: 'VM state',
+    setup: [write(0, 60_000, 1), { kind: 'snapshot create', vmState: { length: 50_000, seed: 4 } }],
+    operations: [
+      write(1000, 5000, 2),
+      { kind: 'snapshot create', vmState: { length: 70_001, seed: 5 } },
+      { kind: 'snapshot apply', index: 0 },
+      flush,
+      { kind: 'snapshot delete', index: 0 },
+      write(0, 5000, 3),
+      flush,
+    ],
+  },
+  {
+    name: 'compressed writes',
+    operations: [
+      { kind: 'write compressed', offset: 0, length: 60_000, seed: 1 },
+      flush,
+      write(5000, 10_000, 2),
+      { kind: 'write compressed', offset: 20_000, length: 30_000, seed: 3 },
+      flush,
+    ],
+  },
+  {
+    name: 'concurrent writes',
+    setup: [write(0, 100_000, 1), snapshot],
+    operations: [
+      { kind: 'write concurrently', parts: [0, 9000, 20_000, 60_000, 150_000].map((offset, seed) => ({ offset, length: 9000, seed: seed + 2 })) },
+      flush,
+      { kind: 'write concurrently', parts: [3, 4100, 8200, 150_100, 200_000].map((offset, seed) => ({ offset, length: 4000, seed: seed + 9 })) },
+      flush,
+    ],
+  },
+  { name: 'lazy refcounts', parameters: { lazyRefcounts: true }, operations: [write(0, 50_000, 1), flush, write(90_000, 9000, 2), { kind: 'reopen' }] },
   { name: 'subclusters', parameters: { clusterSize: 16 * KiB, extendedL2: true }, operations: [write(300, 5000, 1), flush, write(9000, 700, 2), flush] },
   { name: 'version 2', parameters: { version: 2 }, operations: [write(0, 10_000, 1), snapshot, write(5000, 10_000, 2), flush] },
 ]
@@ -130,10 +165,9 @@ describeWithQemu('states after a power cut', (qemu) => {
       for (const { name, survives } of long ? losses : [losses[state % losses.length]!]) {
         writeFileSync(path, stateAt(run, at, survives(at)))
         const where = `cut before event ${at} of ${events}, ${name}`
-        const check = await qemuCheck(path, { qemuImg: qemu.path('qemu-img') })
-        if (!mayCopiedDiffer(run, at)) expect([0, 3], `${where}: ${check?.output}`).toContain(check?.exitCode)
-        const repaired = await qemuCheck(path, { qemuImg: qemu.path('qemu-img'), repair: 'leaks' })
-        expect(repaired, where).toMatchObject({ exitCode: 0, corruptions: 0, leaks: 0 })
+        const mayDiffer = mayCopiedDiffer(run, at)
+        const check = await qemuCheck(path, { qemuImg: qemu.path('qemu-img'), ...(mayDiffer ? { repair: 'leaks' } : {}) })
+        expect(mayDiffer ? [0] : [0, 3], `${where}: ${check?.output}`).toContain(check?.exitCode)
       }
     }
   })

@@ -9,13 +9,15 @@ import {
   buildImage,
   emptyFile,
   keepOpen,
-  ModelDisk,
+  touchedRanges,
   performOperations,
   powerCut,
   record,
   Recording,
   type ImageOperation,
   type ImageParameters,
+  type ModelDisk,
+  type ModelSnapshot,
   type Survival,
 } from '../../src/testing.ts'
 
@@ -26,11 +28,12 @@ interface Stage {
   readonly ended: number
   readonly operation: ImageOperation | undefined
   readonly disk: Uint8Array
-  readonly snapshots: ReadonlyMap<string, Uint8Array>
+  readonly snapshots: ReadonlyMap<string, ModelSnapshot>
 }
 
 /** An image with all that happened to it. */
 export interface CrashRun {
+  readonly parameters: ImageParameters
   readonly before: Uint8Array
   readonly recording: Recording
   readonly stages: readonly Stage[]
@@ -62,7 +65,7 @@ export async function recordOperations(
     },
     operations,
   )
-  return { before, recording, stages }
+  return { parameters, before, recording, stages }
 }
 
 function stageOf(model: ModelDisk, began: number, ended: number, operation: ImageOperation | undefined): Stage {
@@ -81,7 +84,7 @@ export async function expectSound(run: CrashRun, at: number, file: Uint8Array): 
   await using image = await Qcow2Image.open(new MemoryDevice(file, { readOnly: true }), { readOnly: true })
   const possible = possibleStages(run.stages, at)
   expect(possible.map(({ disk }) => disk.length), 'size of the disk').toContain(image.size)
-  expectFlushed(await image.read(0, image.size), possible)
+  expectFlushed(await image.read(0, image.size), possible, run.parameters.clusterSize)
   await expectSnapshots(image, possible)
 }
 
@@ -116,22 +119,22 @@ function possibleStages(stages: readonly Stage[], at: number): Stage[] {
 }
 
 /** A byte that no request has touched since the flush is one that the disk had at some stage since. */
-function expectFlushed(disk: Uint8Array, possible: readonly Stage[]): void {
+function expectFlushed(disk: Uint8Array, possible: readonly Stage[], clusterSize: number): void {
   if (possible.some((stage) => Buffer.compare(stage.disk, disk) === 0)) return
-  const touched = touchedSince(possible, disk.length)
+  const touched = touchedSince(possible, disk.length, clusterSize)
   for (let at = 0; at < disk.length; at++) {
     if (touched[at] === 1 || possible.some((stage) => at >= stage.disk.length || stage.disk[at] === disk[at])) continue
     expect.fail(`flushed byte ${at} reads ${disk[at]}, not ${possible[0]!.disk[at]}`)
   }
 }
 
-function touchedSince(possible: readonly Stage[], length: number): Uint8Array {
+function touchedSince(possible: readonly Stage[], length: number, clusterSize: number): Uint8Array {
   const touched = new Uint8Array(length)
   for (const [index, { operation }] of possible.entries()) {
-    if (index === 0 || operation === undefined || !('offset' in operation) || operation.kind === 'read') continue
-    const size = possible[index - 1]!.disk.length
-    const offset = size === 0 ? 0 : operation.offset % size
-    touched.fill(1, offset, Math.min(length, offset + operation.length))
+    if (index === 0 || operation === undefined || operation.kind === 'read') continue
+    for (const range of touchedRanges(operation, possible[index - 1]!.disk.length, clusterSize)) {
+      touched.fill(1, range.offset, Math.min(length, range.offset + range.length))
+    }
   }
   return touched
 }
@@ -146,7 +149,8 @@ async function expectSnapshots(image: Qcow2Image, possible: readonly Stage[]): P
     const expected = possible.find(({ snapshots }) => snapshots.has(name))?.snapshots.get(name)
     if (expected === undefined) expect.fail(`there is a snapshot ${name} that nobody made`)
     await using disk = await image.snapshots.open(name)
-    expect(Buffer.compare(await disk.read(0, disk.size), expected), `content of ${name}`).toBe(0)
+    expect(Buffer.compare(await disk.read(0, disk.size), expected.disk), `disk of ${name}`).toBe(0)
+    expect(Buffer.compare(await disk.vmState.read(0, disk.vmState.size), expected.vmState), `VM state of ${name}`).toBe(0)
   }
 }
 
