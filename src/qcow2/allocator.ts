@@ -76,13 +76,13 @@ export class Allocator implements Frees {
           await this.#roomFor(1)
           continue
         }
-        const { bytes } = await this.#refcounts.cache.load(run.slice)
+        const { cache, layout } = this.#refcounts
         const end = run.index + run.count
-        const first = this.#refcounts.layout.findFree(bytes, run.index, end)
-        if (first < end) {
-          const last = this.#refcounts.layout.findUsed(bytes, first, Math.min(end, first + most))
-          return this.#take(this.#hint + first - run.index, last - first, true)
-        }
+        const [first, last] = await cache.with(run.slice, ({ bytes }) => {
+          const free = layout.findFree(bytes, run.index, end)
+          return [free, layout.findUsed(bytes, free, Math.min(end, free + most))]
+        })
+        if (first < end) return await this.#take(this.#hint + first - run.index, last - first, true)
         this.#hint += run.count
       }
     })
@@ -231,9 +231,10 @@ export class Allocator implements Frees {
     for (let at = cluster; ; ) {
       const run = this.#refcounts.runAt(at, this.#geometry.refcountsPerBlock)
       if (run.slice === 0) return at
-      const { bytes } = await this.#refcounts.cache.load(run.slice)
-      const found = this.#refcounts.layout.findFree(bytes, run.index, run.index + run.count)
-      if (found < run.index + run.count) return at + found - run.index
+      const { cache, layout } = this.#refcounts
+      const end = run.index + run.count
+      const found = await cache.with(run.slice, ({ bytes }) => layout.findFree(bytes, run.index, end))
+      if (found < end) return at + found - run.index
       at += run.count
     }
   }

@@ -23,16 +23,22 @@ export async function readCompressed(
   if (offset + length > maxHostOffset) {
     throw new FormatError(`a compressed cluster at ${offset} is past 2^53`, { structure: 'L2 table' }, 'ERR_CORRUPT')
   }
-  const { clusterSize } = engine.geometry
-  const source = engine.host.allocate(length)
-  await engine.host.readInto(offset, source)
-  if (target.length === clusterSize) {
-    decompressCluster(engine.header.compressionType, source, target, offset)
+  if (target.length === engine.geometry.clusterSize) {
+    await decompressInto(engine, offset, length, target)
     return
   }
-  const cluster = new Uint8Array(clusterSize)
-  decompressCluster(engine.header.compressionType, source, cluster, offset)
+  const cluster = await engine.decompressed.get(offset, async () => {
+    const whole = new Uint8Array(engine.geometry.clusterSize)
+    await decompressInto(engine, offset, length, whole)
+    return whole
+  })
   target.set(cluster.subarray(inCluster, inCluster + target.length))
+}
+
+async function decompressInto(engine: Engine, offset: number, length: number, target: Uint8Array): Promise<void> {
+  const source = engine.host.allocate(length)
+  await engine.host.readInto(offset, source)
+  decompressCluster(engine.header.compressionType, source, target, offset)
 }
 
 /** Refuses compression where the format has none. */
@@ -62,6 +68,7 @@ export async function storeCompressed(engine: Engine, guest: number, payloads: r
   const { clusterSize, clusterBits, extendedL2 } = engine.geometry
   const places: Piece[] = []
   for (const bytes of payloads) places.push({ offset: await engine.packer.place(bytes.length), bytes })
+  engine.decompressed.clear()
   await engine.host.writeAll(places)
   for (const [index, { offset, bytes }] of places.entries()) {
     const { high, low } = encodeCompressed(offset, bytes.length, clusterBits)

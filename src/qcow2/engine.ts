@@ -6,6 +6,7 @@ import type { BlockDevice } from '../block/device.ts'
 import type { FormatError } from '../core/errors.ts'
 import { Mutex, RangeLock } from '../core/lock.ts'
 import { Allocator } from './allocator.ts'
+import { DecompressedClusters } from './decompressed.ts'
 import { decodeBitmapsExtension, extensionType, findExtension } from './extensions.ts'
 import { autoclear, incompatible } from './features.ts'
 import { geometryOf, type Geometry } from './geometry.ts'
@@ -58,6 +59,9 @@ export interface EngineParts extends EngineState {
   readonly prepareFirstWrite: (engine: Engine) => Promise<void>
 }
 
+/** The header is written in multiples of this, or whole clusters if they are smaller. */
+const headerUnit = 4096
+
 export class Engine {
   readonly host: HostFile
   /** Where guest data is: the image file itself or the external data file. */
@@ -73,6 +77,7 @@ export class Engine {
   /** Places for compressed data. */
   readonly packer: Packer
   readonly metadataMap: MetadataMap
+  readonly decompressed: DecompressedClusters
   readonly writeBack: WriteBack
   readonly requests: Requests = new Requests()
   /** Held, by guest cluster index, while the mapping of clusters changes. */
@@ -117,6 +122,7 @@ export class Engine {
     this.refcountBlocks = new TableCache(this.host, clusterSize, parts.cacheSize / 4, flush)
     this.refcounts = new Refcounts(this.geometry, refcountLayout(header.refcountOrder), this.refcountBlocks, this)
     this.metadataMap = new MetadataMap(this.geometry)
+    this.decompressed = new DecompressedClusters(clusterSize)
     this.allocator = new Allocator(this, this.refcounts)
     this.packer = new Packer(this.allocator, this.refcounts)
     this.writeBack = new WriteBack(this.host, this, this.allocator, () =>
@@ -188,13 +194,15 @@ export class Engine {
   }
 
   /**
-   * Replaces cluster 0 durably. Fields that belong together lie in its first sector, which reaches
-   * the disk whole; so a crash leaves the old header or the new one.
+   * Replaces what is in use of cluster 0, durably. Fields that belong together lie in its first sector,
+   * which reaches the disk whole; so a crash leaves the old header or the new one.
    */
   async writeHeader(fields: Partial<Header>, content: Partial<HeaderCluster> = {}): Promise<void> {
     const next: HeaderCluster = { ...this.content, ...content, header: { ...this.header, ...fields } }
-    const bytes = this.host.allocate(this.geometry.clusterSize).fill(0)
-    bytes.set(encodeHeaderCluster(next))
+    const encoded = encodeHeaderCluster(next)
+    const used = Math.max(encoded.length, encodeHeaderCluster(this.content).length)
+    const bytes = this.host.allocate(Math.min(this.geometry.clusterSize, Math.ceil(used / headerUnit) * headerUnit)).fill(0)
+    bytes.set(encoded)
     await this.host.write(0, bytes)
     await this.host.flush()
     this.content = next

@@ -125,9 +125,10 @@ export class Qcow2Image extends BaseDevice {
     }
   }
 
-  /** Virtual size of the disk in bytes. */
+  /** Virtual size of the disk in bytes: that of the header rounded down to a multiple of 512, as in QEMU. */
   get size(): number {
-    return this.#engine.header.size
+    const { size } = this.#engine.header
+    return size - (size % 512)
   }
 
   get readOnly(): boolean {
@@ -224,7 +225,7 @@ export class Qcow2Image extends BaseDevice {
   }
 
   protected override onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
-    return mapLayer(this.#engine, this.#engine.active, offset, length, options)
+    return mapLayer(this.#engine, () => this.#engine.active, offset, length, options)
   }
 
   protected async onClose(): Promise<void> {

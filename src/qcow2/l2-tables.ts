@@ -72,7 +72,7 @@ async function makeWritable(engine: Engine, index: number): Promise<void> {
     for (let part = 0; part < geometry.clusterSize; part += l2Tables.sliceSize) {
       await l2Tables.makeRoom()
       const bytes = engine.host.allocate(l2Tables.sliceSize).fill(0)
-      if (old !== 0) bytes.set((await l2Tables.load(old + part)).bytes)
+      if (old !== 0) await l2Tables.with(old + part, (slice) => bytes.set(slice.bytes))
       l2Tables.create(offset + part, bytes)
     }
     engine.l1Table.set(index, offset, copiedFlag)

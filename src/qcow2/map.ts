@@ -1,15 +1,18 @@
 /** The extents of a layer, as `qemu-img map` lists them, through the whole backing chain. */
 import { extent, type BlockDevice, type Extent, type MapOptions } from '../block/device.ts'
 import type { Engine, Layer } from './engine.ts'
-import { lookupLoading, newRun, type Run } from './mapping.ts'
+import { lookup, lookupLoading, newRun, type Run } from './mapping.ts'
 
 /** Flags of an extent; what is left is where it is. */
 type Flags = Omit<Extent, 'start' | 'length' | 'offset' | 'kind'>
 
-/** The extents of `[offset, offset + length)` of a layer, neighbours that differ in nothing merged. */
+/**
+ * The extents of `[offset, offset + length)` of a layer, neighbours that differ in nothing merged. The
+ * layer is asked for anew at each step: the active one may be replaced meanwhile.
+ */
 export async function* mapLayer(
   engine: Engine,
-  layer: Layer,
+  layer: () => Layer,
   offset: number,
   length: number,
   options: MapOptions = {},
@@ -34,7 +37,7 @@ function continues(a: Extent, b: Extent): boolean {
 
 async function* pieces(
   engine: Engine,
-  layer: Layer,
+  layer: () => Layer,
   offset: number,
   length: number,
   options: MapOptions,
@@ -43,16 +46,37 @@ async function* pieces(
   const end = offset + length
   for (let at = offset; at < end; ) {
     options.signal?.throwIfAborted()
-    await lookupLoading(engine, layer, at, end - at, run)
     const start = at
+    await (engine.readOnly ? find(engine, layer(), at, end, run) : engine.requests.run(() => find(engine, layer(), start, end, run)))
+    const { backing } = layer()
     at += run.length
-    if (run.kind === 'unallocated' && layer.backing !== undefined && start < layer.backing.size) {
-      at = Math.min(at, layer.backing.size)
-      yield* mapBacking(layer.backing, start, at - start, options)
+    if (run.kind === 'unallocated' && backing !== undefined && start < backing.size) {
+      at = Math.min(at, backing.size)
+      yield* mapBacking(backing, start, at - start, options)
     } else {
       yield describe(engine, run, start, at - start)
     }
   }
+}
+
+/** L2 slices read ahead when one is missing. */
+const slicesAhead = 8
+
+/** Looks up the run at `at`. Where tables have to be read for that, the next ones are read at the same time. */
+async function find(engine: Engine, layer: Layer, at: number, end: number, run: Run): Promise<void> {
+  if (lookup(engine, layer, at, end - at, run)) return
+  const { bytesPerL1Entry, clusterSize, l2EntrySize } = engine.geometry
+  const step = (engine.l2Tables.sliceSize / l2EntrySize) * clusterSize
+  for (let ahead = 1; ahead <= slicesAhead && at + ahead * step < end; ahead++) {
+    const guest = at + ahead * step
+    const index = Math.floor(guest / bytesPerL1Entry)
+    const table = layer.l1.offsetAt(index)
+    const entryAt = Math.floor((guest - index * bytesPerL1Entry) / clusterSize) * l2EntrySize
+    const slice = table + entryAt - (entryAt % engine.l2Tables.sliceSize)
+    // a failure shows when the mapping gets there
+    if (table !== 0 && table % clusterSize === 0) engine.l2Tables.load(slice).catch(() => undefined)
+  }
+  await lookupLoading(engine, layer, at, end - at, run)
 }
 
 function describe(engine: Engine, run: Run, start: number, length: number): Extent {

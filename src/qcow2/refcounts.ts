@@ -70,7 +70,7 @@ export class Refcounts {
   async get(cluster: number): Promise<number> {
     const run = this.runAt(cluster, 1)
     if (run.slice === 0) return 0
-    return this.layout.get((await this.cache.load(run.slice)).bytes, run.index)
+    return this.cache.with(run.slice, ({ bytes }) => this.layout.get(bytes, run.index))
   }
 
   /** The counter of a host cluster if its block is in memory or does not exist. */
@@ -86,9 +86,9 @@ export class Refcounts {
     for (let at = cluster; at < cluster + count; ) {
       const run = this.runAt(at, cluster + count - at)
       if (run.slice !== 0) {
-        const { bytes } = await this.cache.load(run.slice)
-        const found = this.layout.findUsed(bytes, run.index, run.index + run.count)
-        if (found < run.index + run.count) return at + found - run.index
+        const end = run.index + run.count
+        const found = await this.cache.with(run.slice, ({ bytes }) => this.layout.findUsed(bytes, run.index, end))
+        if (found < end) return at + found - run.index
       }
       at += run.count
     }
@@ -107,12 +107,11 @@ export class Refcounts {
       const run = this.runAt(at, cluster + count - at)
       try {
         if (run.slice === 0) throw belowZero(at)
-        let slice = this.cache.peek(run.slice)
-        while (slice === undefined) {
-          await this.cache.load(run.slice)
-          slice = this.cache.peek(run.slice)
-        }
-        const first = this.#adjustRun(slice, run, delta)
+        const slice = this.cache.peek(run.slice)
+        const first =
+          slice === undefined
+            ? await this.cache.with(run.slice, (loaded) => this.#adjustRun(loaded, run, delta))
+            : this.#adjustRun(slice, run, delta)
         freed ??= first
       } catch (error) {
         if (at > cluster) await this.adjust(cluster, at - cluster, -delta)

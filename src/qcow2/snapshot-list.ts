@@ -1,11 +1,10 @@
 /**
  * Reading and replacing the snapshot table of an open image.
  */
-import { FormatError } from '../core/errors.ts'
 import type { Header } from './header.ts'
 import type { HostFile } from './host-file.ts'
 import { maxSnapshotTableBytes } from './limits.ts'
-import { checkSnapshot, decodeSnapshot, type SnapshotRecord } from './snapshot-table.ts'
+import { checkSnapshot, decodeSnapshot, snapshotRecordLength, type SnapshotRecord } from './snapshot-table.ts'
 
 /** A snapshot table and how long it is. */
 export interface SnapshotTable {
@@ -28,15 +27,15 @@ export async function readSnapshotTable(host: HostFile, header: Header): Promise
   let bytes = await readTable(host, snapshotsOffset, Math.min(room, firstRead))
   let at = 0
   while (records.length < snapshotCount) {
-    try {
-      const { record, next } = decodeSnapshot(bytes, at, snapshotsOffset)
-      checkSnapshot(record, 2 ** clusterBits)
-      records.push(record.diskSize === undefined ? { ...record, diskSize: header.size } : record)
-      at = next
-    } catch (error) {
-      if (!(error instanceof FormatError) || bytes.length >= room) throw error
+    const length = snapshotRecordLength(bytes, at)
+    if (!(at + length <= bytes.length) && bytes.length < room) {
       bytes = await readTable(host, snapshotsOffset, Math.min(room, bytes.length * 4))
+      continue
     }
+    const { record, next } = decodeSnapshot(bytes, at, snapshotsOffset)
+    checkSnapshot(record, 2 ** clusterBits)
+    records.push(record.diskSize === undefined ? { ...record, diskSize: header.size } : record)
+    at = next
   }
   return { records, length: at }
 }

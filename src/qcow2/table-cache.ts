@@ -50,6 +50,8 @@ export class TableCache {
   readonly #loading = new Map<number, Promise<Slice>>()
   readonly #dirty = new Set<CachedSlice>()
   readonly #ring: CachedSlice[] = []
+  /** Memory of evicted slices, used again: fresh memory is slow. */
+  readonly #spare: Uint8Array[] = []
   #hand = 0
 
   /** `budget` in bytes; `writeBack` makes all slices clean. */
@@ -80,6 +82,15 @@ export class TableCache {
     const loading = this.#read(offset).finally(() => this.#loading.delete(offset))
     this.#loading.set(offset, loading)
     return loading
+  }
+
+  /** Runs `use` on the slice at a host offset, in the same turn in which it was looked up. */
+  async with<T>(offset: number, use: (slice: Slice) => T): Promise<T> {
+    for (;;) {
+      const slice = this.peek(offset)
+      if (slice !== undefined) return use(slice)
+      await this.load(offset)
+    }
   }
 
   /** Room for one more slice; call before `create` where memory has to stay bounded. */
@@ -147,7 +158,7 @@ export class TableCache {
 
   async #read(offset: number): Promise<Slice> {
     await this.makeRoom()
-    const bytes = this.#host.allocate(this.sliceSize)
+    const bytes = this.#spare.pop() ?? this.#host.allocate(this.sliceSize)
     await this.#host.readInto(offset, bytes)
     return this.#slices.get(offset) ?? this.#insert(offset, bytes)
   }
@@ -181,6 +192,7 @@ export class TableCache {
       if (slice.gone) continue
       this.#slices.delete(slice.offset)
       slice.gone = true
+      if (this.#spare.length < fewestSlices) this.#spare.push(slice.bytes)
       return true
     }
     return false

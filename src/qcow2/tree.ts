@@ -8,7 +8,7 @@
  */
 import { FormatError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
-import { compressedFlag, copiedFlag, decodeCompressed, entryOffset, zeroFlag } from './l2-entry.ts'
+import { compressedFlag, copiedFlag, decodeCompressed, entryOffset } from './l2-entry.ts'
 import type { Piece } from './host-file.ts'
 import { maxHostOffset } from './limits.ts'
 import type { PointerTable } from './pointer-table.ts'
@@ -20,22 +20,28 @@ interface L2Table {
   readonly offset: number
   readonly bytes: Uint8Array
   readonly view: DataView
+  /** The same bytes in the machine's order: enough to skip empty entries fast. */
+  readonly words: Uint32Array
 }
 
 /** Bytes of L2 tables read ahead. */
 const readAhead = 4 << 20
 
-/** The L2 tables of L1 entries `[0, entries)`, read several at a time. */
+/**
+ * The L2 tables of L1 entries `[0, entries)`, read several at a time. The memory of a table is used
+ * again once the next is asked for.
+ */
 async function* l2Tables(engine: Engine, l1: PointerTable, entries: number): AsyncGenerator<L2Table> {
   const { clusterSize } = engine.geometry
   const depth = Math.min(64, Math.max(2, Math.floor(readAhead / clusterSize)))
   const reading: Promise<L2Table>[] = []
+  const spare: Uint8Array[] = []
   let index = 0
   const fill = (): void => {
     while (reading.length < depth && index < entries) {
       const offset = l1.offsetAt(index)
       if (offset !== 0) {
-        const next = readTable(engine, l1, index, offset)
+        const next = readTable(engine, l1, index, offset, spare.pop() ?? engine.host.allocate(clusterSize))
         next.catch(() => undefined) // the error surfaces when its turn comes
         reading.push(next)
       }
@@ -46,19 +52,30 @@ async function* l2Tables(engine: Engine, l1: PointerTable, entries: number): Asy
     fill()
     const next = reading.shift()
     if (next === undefined) return
-    yield await next
+    const table = await next
+    yield table
+    spare.push(table.bytes)
   }
 }
 
-async function readTable(engine: Engine, l1: PointerTable, index: number, offset: number): Promise<L2Table> {
+async function readTable(engine: Engine, l1: PointerTable, index: number, offset: number, bytes: Uint8Array): Promise<L2Table> {
   const { clusterSize } = engine.geometry
   if (offset % clusterSize !== 0 || offset >= maxHostOffset) {
     const location = { structure: 'L1 table', offset: l1.offset + index * 8 }
     throw new FormatError(`entry ${index} is ${offset}, not the offset of a cluster`, location, 'ERR_CORRUPT')
   }
-  const bytes = engine.host.allocate(clusterSize)
   await engine.host.readInto(offset, bytes)
-  return { index, offset, bytes, view: new DataView(bytes.buffer, bytes.byteOffset, clusterSize) }
+  const { buffer, byteOffset } = bytes
+  return { index, offset, bytes, view: new DataView(buffer, byteOffset, clusterSize), words: new Uint32Array(buffer, byteOffset, clusterSize / 4) }
+}
+
+/** Byte position of the first entry from byte `at` on that has a bit set in its first word; the table's end if none. */
+function usedEntry(table: L2Table, at: number, entrySize: number): number {
+  const { words } = table
+  const step = entrySize / 4
+  let word = at / 4
+  while (word < words.length && (words[word]! | words[word + 1]!) === 0) word += step
+  return word * 4
 }
 
 /** Host clusters in pairs of first cluster and count, neighbours merged. */
@@ -77,10 +94,9 @@ class Runs {
 function ownedRuns(engine: Engine, table: L2Table): Runs {
   const { clusterSize, clusterBits, l2EntrySize } = engine.geometry
   const runs = new Runs()
-  for (let at = 0; at < clusterSize; at += l2EntrySize) {
+  for (let at = usedEntry(table, 0, l2EntrySize); at < clusterSize; at = usedEntry(table, at + l2EntrySize, l2EntrySize)) {
     const high = table.view.getUint32(at)
     const low = table.view.getUint32(at + 4)
-    if (high === 0 && (low & ~zeroFlag) === 0) continue
     if ((high & compressedFlag) !== 0) {
       const { offset, length } = decodeCompressed(high, low, clusterBits)
       const first = Math.floor(offset / clusterSize)
@@ -145,7 +161,7 @@ const sector = 4096
 async function setTableCopied(engine: Engine, table: L2Table, rule: CopiedRule): Promise<Piece[]> {
   const { clusterSize, l2EntrySize } = engine.geometry
   const changed = new Set<number>()
-  for (let at = 0; at < clusterSize; at += l2EntrySize) {
+  for (let at = usedEntry(table, 0, l2EntrySize); at < clusterSize; at = usedEntry(table, at + l2EntrySize, l2EntrySize)) {
     const high = table.view.getUint32(at)
     const low = table.view.getUint32(at + 4)
     const offset = (high & compressedFlag) === 0 ? entryOffset(high, low) : 0
