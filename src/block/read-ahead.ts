@@ -160,6 +160,7 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
     this.#stop.abort(new Qcow2Error('ERR_CLOSED', 'ReadAheadPrefetcher is closed'))
     this.drop()
     await Promise.all(this.#settling())
+    this.#pool.close()
   }
 
   readonly #onAbort = (): void => this.#stop.abort(this.#signal?.reason)

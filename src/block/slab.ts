@@ -67,6 +67,8 @@ export function zeroes(length: number): Uint8Array {
 export class SlabPool {
   /** Size of each slab in bytes. */
   readonly slabSize: number
+  readonly #memory: Uint8Array
+  readonly #count: number
   readonly #free: Uint8Array[] = []
 
   /**
@@ -78,9 +80,10 @@ export class SlabPool {
     if (!Number.isSafeInteger(count) || count < 1) throw new RangeError(`a pool has at least 1 slab, not ${count}`)
     this.slabSize = slabSize
     const stride = Math.ceil(slabSize / memoryPage) * memoryPage
-    const memory = allocateAligned(stride * count)
+    this.#memory = takeSpare(stride * count) ?? allocateAligned(stride * count)
+    this.#count = count
     for (let slab = count - 1; slab >= 0; slab--) {
-      this.#free.push(memory.subarray(slab * stride, slab * stride + slabSize))
+      this.#free.push(this.#memory.subarray(slab * stride, slab * stride + slabSize))
     }
   }
 
@@ -98,6 +101,31 @@ export class SlabPool {
   release(slab: Uint8Array): void {
     this.#free.push(slab)
   }
+
+  /** Ends the pool. If all slabs are back, a later pool of the same size gets their memory. */
+  close(): void {
+    if (this.#free.length === this.#count) keepSpare(this.#memory)
+    this.#free.length = 0
+  }
+}
+
+/** Memory of ended pools, touched already. */
+const spares: Uint8Array[] = []
+const mostSpareBytes = 32 << 20
+
+function takeSpare(length: number): Uint8Array | undefined {
+  const index = spares.findIndex((memory) => memory.length === length)
+  return index < 0 ? undefined : spares.splice(index, 1)[0]
+}
+
+function keepSpare(memory: Uint8Array): void {
+  if (memory.length > mostSpareBytes) return
+  spares.push(memory)
+  for (let total = bytesOf(spares); total > mostSpareBytes; total = bytesOf(spares)) spares.shift()
+}
+
+function bytesOf(memories: readonly Uint8Array[]): number {
+  return memories.reduce((sum, { length }) => sum + length, 0)
 }
 
 /** A mapping of its own: initial == maximum, because growing would detach views under running I/O. */

@@ -178,6 +178,9 @@ export class AlignedWriteQueue extends Resource {
       if (!this.#aborted) throw error
     } finally {
       while (this.#running > 0) await this.#change()
+      if (this.#slab !== undefined) this.#pool.release(this.#slab)
+      this.#slab = undefined
+      this.#pool.close()
       this.#signal?.removeEventListener('abort', this.#onAbort)
     }
   }

@@ -43,6 +43,19 @@ describe('SlabPool', () => {
     expect(pool.acquire()).toBe(slabs[1])
   })
 
+  test('a closed pool leaves its memory to the next, but only when all slabs are back', () => {
+    const pool = new SlabPool(345_678, 2)
+    const [first, second] = [pool.acquire()!, pool.acquire()!]
+    pool.release(first)
+    pool.release(second)
+    pool.close()
+    const next = new SlabPool(345_678, 2)
+    const again = next.acquire()!
+    expect(again.buffer).toBe(first.buffer)
+    next.close()
+    expect(new SlabPool(345_678, 2).acquire()!.buffer).not.toBe(first.buffer)
+  })
+
   test('refuses nonsense', () => {
     expect(() => new SlabPool(0, 1)).toThrow(RangeError)
     expect(() => new SlabPool(4096, 0)).toThrow(RangeError)
