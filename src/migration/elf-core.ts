@@ -69,7 +69,7 @@ function guessedRanges(machine: string, blocks: readonly RamBlock[]): PhysicalRa
 /**
  * Writes guest memory as an ELF core. Pages of zeroes are skipped, so `target` must read as zeroes where
  * nothing was written (a new file does).
- * @param ranges Default {@link physicalRanges}.
+ * @param options `ranges`: what goes into the file; default {@link physicalRanges}.
  * @throws Qcow2Error `ERR_NOT_FOUND` if no range is given and none is known
  */
 export async function exportElfCore(
