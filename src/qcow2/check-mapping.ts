@@ -27,6 +27,8 @@ export type MappingRepair =
 /** What walking the tables yields besides counters. */
 export interface MappingResult {
   readonly repairs: MappingRepair[]
+  /** Host clusters that hold L2 tables, each once, ascending. */
+  readonly l2Clusters: readonly number[]
 }
 
 /** An L1 table to walk. */
@@ -42,7 +44,7 @@ export async function checkMapping(context: CheckContext, tables: readonly L1Loc
   const walk = new MappingWalk(context, stored)
   for (const table of tables) await walk.l1(table)
   await walk.l2()
-  return { repairs: walk.repairs }
+  return { repairs: walk.repairs, l2Clusters: [...walk.l2Clusters()] }
 }
 
 class MappingWalk {
@@ -92,7 +94,7 @@ class MappingWalk {
   /** Reads every L2 table named so far and counts what it maps. */
   async l2(): Promise<void> {
     const { clusterSize } = this.#context.geometry
-    await this.#context.readClusters(this.#l2Clusters(), (bytes, cluster) => {
+    await this.#context.readClusters(this.l2Clusters(), (bytes, cluster) => {
       this.#table(bytes, cluster * clusterSize, this.#all.get(cluster), this.#active.get(cluster))
     })
     const table = new Uint8Array(clusterSize)
@@ -102,7 +104,8 @@ class MappingWalk {
     }
   }
 
-  *#l2Clusters(): Generator<number, void, undefined> {
+  /** Host clusters of the aligned L2 tables named so far, ascending. */
+  *l2Clusters(): Generator<number, void, undefined> {
     const end = this.#all.highest + 1
     for (let cluster = this.#all.nextUsed(0, end); cluster < end; cluster = this.#all.nextUsed(cluster + 1, end)) yield cluster
   }

@@ -23,6 +23,8 @@ export interface CheckState {
   readonly stored: StoredRefcounts
   readonly snapshots: CheckedSnapshots
   readonly repairs: readonly MappingRepair[]
+  /** Host clusters that hold L2 tables, each once, ascending. */
+  readonly l2Clusters: readonly number[]
   readonly comparison: RefcountComparison
   /** The refcount structures must be built anew. */
   readonly rebuild: boolean
@@ -57,7 +59,7 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
   context.reference(0, geometry.clusterSize, owner.header)
   const snapshots = await checkSnapshotTable(context, options.omitSnapshotTable !== true)
   const active = { offset: header.l1TableOffset, size: header.l1Size, active: true }
-  const { repairs } = await checkMapping(context, [active, ...snapshots.l1Tables], stored)
+  const { repairs, l2Clusters } = await checkMapping(context, [active, ...snapshots.l1Tables], stored)
   checkLuksHeader(context)
   await checkBitmaps(context)
   const structures = options.omitRefcounts !== true && stored.reference()
@@ -67,6 +69,7 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
     stored,
     snapshots,
     repairs,
+    l2Clusters,
     comparison,
     rebuild: structures || comparison.rebuild,
     report: reportOf(context, comparison),

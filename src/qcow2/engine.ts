@@ -69,7 +69,8 @@ export class Engine {
   readonly hasDataFile: boolean
   readonly geometry: Geometry
   readonly readOnly: boolean
-  readonly cipher: DataCipher | undefined
+  /** Set once, before guest data is read or written. */
+  cipher: DataCipher | undefined
   readonly l2Tables: TableCache
   readonly refcountBlocks: TableCache
   readonly refcounts: Refcounts
@@ -191,6 +192,12 @@ export class Engine {
     return (this.#touching ??= this.#prepareFirstWrite(this).then(() => {
       this.untouched = false
     }))
+  }
+
+  /** Everything is settled: the next change is a first one again. */
+  rest(): void {
+    this.#touching = undefined
+    this.untouched = true
   }
 
   /**

@@ -16,13 +16,15 @@ import { openFile } from '../block/file.ts'
 import { checkImageLocks } from '../block/file-lock.ts'
 import { openSource, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
+import { Bitmaps } from './bitmaps.ts'
 import { checkOpenImage } from './check-open.ts'
 import type { CheckReport } from './check-report.ts'
 import type { CheckOptions } from './check.ts'
 import { freshState, planLayout, writeLayout, type LayoutOptions } from './create.ts'
+import { encryptEmptyImage, openDataCipher, type EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
-import { assembleEngine, hostFile, openEngine, readState } from './open.ts'
+import { assembleEngine, hostFile, openEngine, readState, type OpenEngineOptions } from './open.ts'
 import { readLayer } from './read.ts'
 import { createDataFile, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
 import { resizeDisk } from './resize.ts'
@@ -44,6 +46,8 @@ export interface OpenOptions extends ReferenceOptions, CallOptions {
   readonly syncLimit?: number | undefined
   /** Read an image even while a running QEMU writes to it: what is read may contradict itself. */
   readonly forceShare?: boolean | undefined
+  /** Opens an encrypted image: the LUKS passphrase, or the key of legacy AES. */
+  readonly passphrase?: string | Uint8Array | undefined
 }
 
 /** Options of {@link Qcow2Image.create}. */
@@ -54,6 +58,8 @@ export interface CreateOptions extends LayoutOptions, Omit<ReferenceOptions, 'ba
   readonly direct?: boolean | undefined
   /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
   readonly exclusive?: boolean | undefined
+  /** Encrypt guest data. Default: not. */
+  readonly encryption?: EncryptionOptions | undefined
 }
 
 /**
@@ -64,12 +70,15 @@ export class Qcow2Image extends BaseDevice {
   readonly limits: BlockLimits
   /** The internal snapshots. */
   readonly snapshots: Snapshots
+  /** The dirty bitmaps. */
+  readonly bitmaps: Bitmaps
   readonly #engine: Engine
 
   private constructor(engine: Engine) {
     super()
     this.#engine = engine
     this.snapshots = new Snapshots(engine)
+    this.bitmaps = new Bitmaps(engine)
     this.limits = {
       requestAlignment: engine.cipher === undefined ? 1 : 512,
       memoryAlignment: 1,
@@ -89,7 +98,9 @@ export class Qcow2Image extends BaseDevice {
     const device = await openSource(source, { ...defined(options), readOnly })
     try {
       const context = await rootContext(pathOf(source), options, openNested)
-      return new Qcow2Image(await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context }))
+      return new Qcow2Image(
+        await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options.passphrase) }),
+      )
     } catch (error) {
       if (device !== source) await device.close()
       throw error
@@ -108,6 +119,7 @@ export class Qcow2Image extends BaseDevice {
   static async create(target: Source, options: CreateOptions): Promise<Qcow2Image> {
     options.signal?.throwIfAborted()
     const layout = planLayout(options)
+    if (options.encryption !== undefined) checkEncryption(options)
     const { references, probeBackingFormat, cacheSize } = options
     const device = await createTarget(target, options)
     const host = hostFile(device)
@@ -117,6 +129,7 @@ export class Qcow2Image extends BaseDevice {
       await writeLayout(host, layout)
       const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
       const engine = await assembleEngine(host, state, { readOnly: false, cacheSize, context })
+      if (options.encryption !== undefined) engine.cipher = await encryptEmptyImage(engine, options.encryption)
       engine.untouched = false
       return new Qcow2Image(engine)
     } catch (error) {
@@ -245,6 +258,17 @@ async function createTarget(target: Source, options: CreateOptions): Promise<Blo
   }
   await checkImageLocks(target, 'write')
   return openFile(target, { ...flags, create: 'w' })
+}
+
+/** Preallocated clusters would read as decrypted zeroes, and version 2 knows only legacy AES. */
+function checkEncryption({ encryption, preallocation = 'off', version, dataFile }: CreateOptions): void {
+  if (preallocation !== 'off' || dataFile !== undefined) throw new TypeError('encryption goes with neither preallocation nor a data file')
+  if (version === 2 && encryption?.format === 'luks') throw new TypeError('version 2 has only the legacy encryption aes; use version 3')
+}
+
+/** How the engine gets the cipher of an encrypted image; without a passphrase it refuses such images. */
+function cipherFrom(passphrase: string | Uint8Array | undefined): OpenEngineOptions['openCipher'] {
+  return passphrase === undefined ? undefined : (content, host) => openDataCipher(passphrase, content, host)
 }
 
 /** The options a caller gave, without those set to undefined. */

@@ -139,7 +139,7 @@ function patchEntry(bytes: Uint8Array, repair: MappingRepair, at: number, extend
 }
 
 /** The snapshot table with every record as version 3 demands, and no more than is allowed. */
-function repairedSnapshots(state: CheckState): { table: Uint8Array; count: number } {
+export function repairedSnapshots(state: CheckState): { table: Uint8Array; count: number } {
   const { header } = state.context
   const records: SnapshotRecord[] = []
   for (let next = 0; next < state.snapshots.table.length; ) {

@@ -77,7 +77,8 @@ async function startPiece(engine: Engine, guest: number, source: Uint8Array, pie
   const host = run === undefined ? plan.host : run.offset
   const spanEnd = length === plan.length ? plan.spanEnd : guest + length
   const piece = { guest, source: source.subarray(0, length), host, spanStart: plan.spanStart, spanEnd }
-  const writing = writeAndLink(engine, piece, run?.pristine === true)
+  // what was never written reads as zeroes from the file, but not through a cipher
+  const writing = writeAndLink(engine, piece, run?.pristine === true && engine.cipher === undefined)
   pieces.add(run === undefined ? writing : writing.catch((error: unknown) => {
     // nothing refers to the new clusters
     engine.allocator.free(run.offset, run.clusters * clusterSize)

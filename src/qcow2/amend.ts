@@ -1,0 +1,186 @@
+/**
+ * Changing properties of an existing image, `qemu-img amend`: version, refcount width, lazy refcounts,
+ * the data file's name. Works on the file itself; the image must not be open.
+ */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { viewOf } from '../bytes/view.ts'
+import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import { runCheck, type CheckState } from './check.ts'
+import { encodeFeatureNames, featureNames, autoclear, compatible, incompatible } from './features.ts'
+import { extensionType, withExtension, type Extension } from './extensions.ts'
+import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
+import { clusterKind, entryOffset, zeroFlag } from './l2-entry.ts'
+import { rebuildRefcounts } from './repair-rebuild.ts'
+import { repairedSnapshots } from './repair.ts'
+import { decodeSnapshot } from './snapshot-table.ts'
+
+/** What is to change; what is left out stays. */
+export interface AmendOptions extends CallOptions {
+  /** 3 (`compat=1.1`) or 2 (`compat=0.10`). */
+  readonly version?: 2 | 3 | undefined
+  /** 1, 2, 4, 8, 16, 32 or 64. Rebuilds all refcount structures. */
+  readonly refcountBits?: number | undefined
+  readonly lazyRefcounts?: boolean | undefined
+  /** Name of the external data file, of an image that has one. */
+  readonly dataFile?: string | undefined
+  /** `false`: the data file alone need no longer read like the disk. It cannot be set later. */
+  readonly dataFileRaw?: false | undefined
+}
+
+/**
+ * Changes an image as asked. Cluster size, extended L2 entries and compression type cannot change.
+ *
+ * Order: an upgrade comes first, then the refcounts, then a downgrade; each ends with one write of the
+ * header, before which nothing that the image refers to has changed. A crash leaves the image before
+ * or after a step.
+ * @throws Qcow2Error `ERR_CORRUPT` for an image that is not sound, `ERR_RANGE` if a count does not fit the
+ * new width; UnsupportedError for a downgrade of what version 2 does not have; RangeError, TypeError for
+ * options outside the format.
+ */
+export async function amendImage(host: BlockDevice, options: AmendOptions): Promise<void> {
+  const state = await checkedState(host, options)
+  const { header } = state.context
+  const version = options.version ?? header.version
+  const refcountOrder = Math.log2(options.refcountBits ?? 2 ** header.refcountOrder)
+  checkOptions(options, header, version, refcountOrder)
+  if (version === 3 && header.version === 2) await upgrade(host, state, options)
+  if (refcountOrder !== header.refcountOrder) {
+    const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true })
+    await rebuildRefcounts(context, { refcountOrder })
+  }
+  await changeFields(host, options)
+  if (version === 2 && header.version === 3) await downgrade(host, options)
+}
+
+async function checkedState(host: BlockDevice, options: CallOptions): Promise<CheckState> {
+  const state = await runCheck(host, { signal: options.signal })
+  const { corruptions, checkErrors } = state.report
+  if (corruptions === 0 && checkErrors === 0) return state
+  throw new Qcow2Error('ERR_CORRUPT', `amend: the image has ${corruptions} corruptions; repair it first`)
+}
+
+function checkOptions(options: AmendOptions, header: Header, version: 2 | 3, refcountOrder: number): void {
+  if (!Number.isInteger(refcountOrder) || refcountOrder < 0 || refcountOrder > 6) {
+    throw new RangeError(`refcountBits must be 1, 2, 4, 8, 16, 32 or 64, not ${options.refcountBits}`)
+  }
+  if (version === 2 && (refcountOrder !== 4 || options.lazyRefcounts === true)) {
+    throw new TypeError('version 2 has 16-bit refcounts and no lazy refcounts')
+  }
+  const hasDataFile = (header.incompatibleFeatures & incompatible.dataFile) !== 0n
+  if ((options.dataFile !== undefined || options.dataFileRaw !== undefined) && !hasDataFile) {
+    throw new TypeError('the image has no external data file')
+  }
+}
+
+/** Reads the header anew, changes it and writes it durably. */
+async function rewriteHeader(host: BlockDevice, change: (content: HeaderCluster) => HeaderCluster, signal?: AbortSignal): Promise<void> {
+  const { context } = await runCheck(host, { signal })
+  const before = context.cluster0
+  const after = change(before)
+  if (after === before) return
+  const bytes = new Uint8Array(2 ** after.header.clusterBits)
+  bytes.set(encodeHeaderCluster(after))
+  await host.write(0, bytes.subarray(0, Math.max(512, Math.min(bytes.length, host.size))))
+  await host.flush()
+}
+
+/** Version 3 demands more of the snapshot table, which is therefore replaced first. */
+async function upgrade(host: BlockDevice, state: CheckState, options: AmendOptions): Promise<void> {
+  if (state.context.header.snapshotCount > 0) {
+    const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, omitSnapshotTable: true })
+    await rebuildRefcounts(context, { snapshots: repairedSnapshots(state) })
+  }
+  const rename = (content: HeaderCluster): HeaderCluster => {
+    const names = encodeFeatureNames(featureNames)
+    const extensions = content.header.clusterBits > 12 ? withExtension(content.extensions, extensionType.featureNames, names) : content.extensions
+    return { ...content, extensions, header: { ...content.header, version: 3, headerLength: 112 } }
+  }
+  await rewriteHeader(host, rename, options.signal)
+}
+
+async function changeFields(host: BlockDevice, options: AmendOptions): Promise<void> {
+  const { lazyRefcounts, dataFile, dataFileRaw } = options
+  if (lazyRefcounts === undefined && dataFile === undefined && dataFileRaw === undefined) return
+  await rewriteHeader(
+    host,
+    (content) => {
+      const { header } = content
+      const lazy = lazyRefcounts ?? (header.compatibleFeatures & compatible.lazyRefcounts) !== 0n
+      const compatibleFeatures = (header.compatibleFeatures & ~compatible.lazyRefcounts) | (lazy ? compatible.lazyRefcounts : 0n)
+      const autoclearFeatures = dataFileRaw === false ? header.autoclearFeatures & ~autoclear.rawDataFile : header.autoclearFeatures
+      const name = dataFile === undefined ? undefined : new TextEncoder().encode(dataFile)
+      const extensions: readonly Extension[] = name === undefined ? content.extensions : withExtension(content.extensions, extensionType.dataFile, name)
+      if (header.version === 2) return content
+      return { ...content, extensions, header: { ...header, compatibleFeatures, autoclearFeatures } }
+    },
+    options.signal,
+  )
+}
+
+/**
+ * Version 2 has no zero clusters, so they go first: each becomes unallocated, or a cluster of written
+ * zeroes where it owns one. All of that reads the same, so a crash in between leaves a sound version 3.
+ */
+async function downgrade(host: BlockDevice, options: AmendOptions): Promise<void> {
+  const state = await checkedState(host, options)
+  const { header, cluster0 } = state.context
+  const missing: string[] = []
+  if ((header.incompatibleFeatures & incompatible.dataFile) !== 0n) missing.push('external data file')
+  if ((header.incompatibleFeatures & incompatible.extendedL2) !== 0n) missing.push('extended L2 entries')
+  if (header.compressionType !== 'zlib') missing.push('compression type zstd')
+  if (header.cryptMethod === 'luks') missing.push('LUKS encryption')
+  for (const snapshot of snapshotsOf(state)) {
+    if (snapshot.diskSize !== undefined && snapshot.diskSize !== header.size) missing.push(`the disk size of snapshot ${snapshot.id}`)
+    if (snapshot.vmStateSize >= 2 ** 32) missing.push(`the VM state size of snapshot ${snapshot.id}`)
+  }
+  if (missing.length > 0) throw new UnsupportedError(`amend: version 2 does not have: ${missing.join(', ')}`, missing)
+  await removeZeroClusters(host, state, cluster0.backingFile !== undefined)
+  await rewriteHeader(
+    host,
+    (content) => ({
+      ...content,
+      unknownFields: new Uint8Array(0),
+      extensions: content.extensions.filter(({ type }) => type !== extensionType.featureNames && type !== extensionType.bitmaps),
+      header: { ...content.header, version: 2, headerLength: 72, incompatibleFeatures: 0n, compatibleFeatures: 0n, autoclearFeatures: 0n },
+    }),
+    options.signal,
+  )
+}
+
+function snapshotsOf(state: CheckState): { id: string; diskSize: number | undefined; vmStateSize: number }[] {
+  const found = []
+  for (let next = 0; next < state.snapshots.table.length; ) {
+    const decoded = decodeSnapshot(state.snapshots.table, next, state.context.header.snapshotsOffset)
+    found.push(decoded.record)
+    next = decoded.next
+  }
+  return found
+}
+
+/** Goes through every L2 table of the active layer and the snapshots. */
+async function removeZeroClusters(host: BlockDevice, state: CheckState, hasBacking: boolean): Promise<void> {
+  const { context, l2Clusters } = state
+  const { clusterSize } = context.geometry
+  const zeroes = new Uint8Array(clusterSize)
+  for (const cluster of l2Clusters) {
+    const table = await context.read(cluster * clusterSize, clusterSize)
+    const view = viewOf(table)
+    let changed = false
+    for (let at = 0; at < clusterSize; at += 8) {
+      const [high, low] = [view.getUint32(at), view.getUint32(at + 4)]
+      const kind = clusterKind(high, low, { extendedL2: false, dataFile: false })
+      if (kind !== 'zero-plain' && kind !== 'zero-allocated') continue
+      if (kind === 'zero-plain' && hasBacking) {
+        throw new UnsupportedError('amend: version 2 cannot hide the backing file behind zero clusters; flatten the image first', ['zero clusters'])
+      }
+      if (kind === 'zero-allocated') await host.write(entryOffset(high, low), zeroes)
+      view.setUint32(at + 4, kind === 'zero-allocated' ? low - zeroFlag : 0)
+      if (kind === 'zero-plain') view.setUint32(at, 0)
+      changed = true
+    }
+    if (!changed) continue
+    await host.flush()
+    await host.write(cluster * clusterSize, table)
+  }
+  await host.flush()
+}

@@ -1,0 +1,54 @@
+/**
+ * Committing an overlay: what it holds is written into its backing file, and the overlay emptied.
+ * Works through the two open images alone.
+ */
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { Qcow2Error } from '../core/errors.ts'
+import type { Qcow2Image } from './image.ts'
+
+/** Options of {@link commitImage}. */
+export interface CommitOptions extends CallOptions {
+  /** Keep the overlay's data instead of giving it back. Default false. */
+  readonly keep?: boolean | undefined
+  /** How many files down the chain the target is; default 1, the immediate backing file. The overlay is then kept. */
+  readonly depth?: number | undefined
+  readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
+}
+
+const pieceBytes = 1 << 20
+
+/**
+ * Writes everything that lies above `target` in the overlay's chain into `target`, its backing file
+ * opened for writing, which grows if it is shorter. Then the overlay is emptied, so that the backing
+ * file shows through; its snapshots keep their data.
+ *
+ * Order: data into the backing file, flush, then emptying the overlay. A crash in between leaves the
+ * overlay as it was, over a backing file that already holds some of the same bytes.
+ * @throws Qcow2Error `ERR_READ_ONLY`, and what reading and writing throw.
+ */
+export async function commitImage(overlay: Qcow2Image, target: BlockDevice, options: CommitOptions = {}): Promise<void> {
+  const { signal, onProgress, depth = 1 } = options
+  if (target.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'commit: the backing file is open read-only; open it for writing')
+  if (!Number.isInteger(depth) || depth < 1) throw new RangeError(`depth must be a positive integer, not ${depth}`)
+  const total = overlay.size
+  if (target.size < total) await target.resize(total, { signal })
+  const buffer = new Uint8Array(pieceBytes)
+  for await (const extent of overlay.map({ signal })) {
+    if (extent.depth >= depth || !extent.present) continue
+    const end = extent.start + extent.length
+    if (extent.zero && !extent.data) {
+      await target.writeZeroes(extent.start, extent.length, { unmap: true, signal })
+    } else {
+      for (let at = extent.start; at < end; at += pieceBytes) {
+        const bytes = buffer.subarray(0, Math.min(pieceBytes, end - at))
+        await overlay.readInto(at, bytes, { signal })
+        await target.write(at, bytes, { signal })
+        onProgress?.({ done: at + bytes.length, total })
+      }
+    }
+  }
+  await target.flush({ signal })
+  if (options.keep === true || depth > 1) return
+  await overlay.forget(0, overlay.size, { signal })
+  await overlay.flush({ signal })
+}

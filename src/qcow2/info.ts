@@ -1,0 +1,137 @@
+/**
+ * What `qemu-img info` tells of an image: the facts of its header, its snapshots and bitmaps. Reads
+ * only metadata, opens no other file and needs no key.
+ */
+import type { BlockDevice } from '../block/device.ts'
+import type { LuksHeader } from '../codec/crypto/luks-header.ts'
+import { decodeLuksHeader } from '../codec/crypto/luks-header.ts'
+import { FormatError } from '../core/errors.ts'
+import { decodeBitmapDirectory, bitmapLimits, type BitmapRecord } from './bitmaps-directory.ts'
+import { decodeBitmapsExtension, decodeEncryptionPointer, extensionType, findExtension } from './extensions.ts'
+import { autoclear, compatible, incompatible } from './features.ts'
+import type { CompressionType, CryptMethod, HeaderCluster } from './header.ts'
+import type { HostFile } from './host-file.ts'
+import { hostFile, readHeaderCluster } from './open.ts'
+import { infoOf, type SnapshotInfo } from './snapshot-info.ts'
+import { readSnapshotTable } from './snapshot-list.ts'
+
+/** A dirty bitmap as the image lists it. */
+export interface BitmapInfo {
+  readonly name: string
+  /** Bytes that one bit covers. */
+  readonly granularity: number
+  /** It was not saved properly; its content must not be used. */
+  readonly inUse: boolean
+  /** It tracks every change of guest data: enabled. */
+  readonly auto: boolean
+}
+
+/** The facts about an image. Sizes are bytes. */
+export interface ImageInfo {
+  readonly version: 2 | 3
+  readonly virtualSize: number
+  readonly clusterSize: number
+  readonly refcountBits: number
+  readonly compressionType: CompressionType
+  readonly extendedL2: boolean
+  /** Refcounts are not up to date. */
+  readonly dirty: boolean
+  /** The image is marked as damaged. */
+  readonly corrupt: boolean
+  readonly lazyRefcounts: boolean
+  readonly encryption: CryptMethod
+  /** The LUKS header, where `encryption` is `luks`. */
+  readonly luks: LuksHeader | undefined
+  /** Name as stored. */
+  readonly backingFile: string | undefined
+  readonly backingFormat: string | undefined
+  /** Guest data is in another file. */
+  readonly externalData: boolean
+  /** Name of that file, where it is stored. */
+  readonly dataFile: string | undefined
+  readonly dataFileRaw: boolean
+  readonly snapshots: readonly SnapshotInfo[]
+  readonly bitmaps: readonly BitmapInfo[]
+}
+
+/**
+ * Reads the facts of the image in `host`, the device that holds the image file.
+ * @throws FormatError, UnsupportedError if the header or a table cannot be understood.
+ */
+export async function readImageInfo(host: BlockDevice): Promise<ImageInfo> {
+  const file = hostFile(host)
+  const content = await readHeaderCluster(file)
+  const { header, extensions, backingFile } = content
+  const has = (bit: bigint): boolean => (header.incompatibleFeatures & bit) !== 0n
+  const text = (type: number): string | undefined => {
+    const data = findExtension(extensions, type)
+    return data === undefined ? undefined : new TextDecoder().decode(data)
+  }
+  const { records } = await readSnapshotTable(file, header)
+  return {
+    version: header.version,
+    virtualSize: header.size,
+    clusterSize: 2 ** header.clusterBits,
+    refcountBits: 2 ** header.refcountOrder,
+    compressionType: header.compressionType,
+    extendedL2: has(incompatible.extendedL2),
+    dirty: has(incompatible.dirty),
+    corrupt: has(incompatible.corrupt),
+    lazyRefcounts: (header.compatibleFeatures & compatible.lazyRefcounts) !== 0n,
+    encryption: header.cryptMethod,
+    luks: header.cryptMethod === 'luks' ? await readLuksHeader(file, content) : undefined,
+    backingFile: backingFile === undefined ? undefined : new TextDecoder().decode(backingFile),
+    backingFormat: text(extensionType.backingFormat),
+    externalData: has(incompatible.dataFile),
+    dataFile: text(extensionType.dataFile),
+    dataFileRaw: has(incompatible.dataFile) && (header.autoclearFeatures & autoclear.rawDataFile) !== 0n,
+    snapshots: records.map(infoOf),
+    bitmaps: (await readBitmapRecords(file, content)).map(bitmapInfo),
+  }
+}
+
+async function readLuksHeader(file: HostFile, content: HeaderCluster): Promise<LuksHeader> {
+  const [area, offset] = await readLuksArea(file, content)
+  return decodeLuksHeader(area, offset)
+}
+
+/** The public view of a bitmap's directory entry. */
+export function bitmapInfo(record: BitmapRecord): BitmapInfo {
+  return { name: record.name, granularity: 2 ** record.granularityBits, inUse: record.inUse, auto: record.auto }
+}
+
+/** The bitmap directory; empty while the autoclear bit says that it is stale. */
+export async function readBitmapRecords(file: HostFile, content: HeaderCluster): Promise<BitmapRecord[]> {
+  const data = findExtension(content.extensions, extensionType.bitmaps)
+  if (data === undefined || (content.header.autoclearFeatures & autoclear.bitmaps) === 0n) return []
+  const extension = decodeBitmapsExtension(data)
+  const { directorySize, directoryOffset } = extension
+  if (directorySize > bitmapLimits.directoryBytes) {
+    throw new FormatError(`bitmap_directory_size is ${directorySize}, at most ${bitmapLimits.directoryBytes}`, {
+      structure: 'bitmaps extension',
+      field: 'bitmap_directory_size',
+    })
+  }
+  const directory = new Uint8Array(directorySize)
+  await file.readInto(directoryOffset, directory)
+  return decodeBitmapDirectory(directory, extension, 2 ** content.header.clusterBits)
+}
+
+/** Key material of LUKS1 is at most 8 slots of 64 bytes in 4000 stripes, but the stripes may be more. */
+const maxLuksArea = 64 << 20
+
+/** The LUKS header and key material, and where they are. */
+export async function readLuksArea(file: HostFile, content: HeaderCluster): Promise<[area: Uint8Array, offset: number]> {
+  const data = findExtension(content.extensions, extensionType.encryptionHeader)
+  if (data === undefined) {
+    throw new FormatError('crypt_method is luks, but there is no encryption header pointer', { structure: 'header', field: 'crypt_method', offset: 32 })
+  }
+  const { offset, length } = decodeEncryptionPointer(data)
+  if (length > maxLuksArea || offset % 2 ** content.header.clusterBits !== 0) {
+    const detail = `${length} bytes at ${offset}: at most ${maxLuksArea}, at the start of a cluster`
+    throw new FormatError(detail, { structure: 'encryption header pointer' })
+  }
+  const area = new Uint8Array(length)
+  await file.readInto(offset, area)
+  return [area, offset]
+}

@@ -1,0 +1,74 @@
+import { writeFileSync } from 'node:fs'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import { MemoryDevice } from '../../src/block/memory.ts'
+import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { readImageInfo } from '../../src/qcow2/info.ts'
+import { describeWithQemu } from '../support/qemu.ts'
+import { tempFolder } from '../support/temp.ts'
+
+const write = fc.record({ sector: fc.nat(255), sectors: fc.integer({ min: 1, max: 40 }), value: fc.nat(255) })
+
+test.each(['luks', 'aes'] as const)('an image encrypted with %s reads what was written, after opening it again, and holds no plain text', async (format) => {
+  await fc.assert(
+    fc.asyncProperty(fc.array(write, { maxLength: 8 }), fc.constantFrom(512, 4096, 65536), async (writes, clusterSize) => {
+      const host = new MemoryDevice(0, { growable: true })
+      const encryption = { format, passphrase: 'geheim', iterations: 1000 }
+      const model = Buffer.alloc(1 << 18)
+      const image = await Qcow2Image.create(host, { size: model.length, clusterSize, encryption })
+      for (const { sector, sectors, value } of writes) {
+        const offset = sector * 512
+        const bytes = Buffer.alloc(Math.min(sectors * 512, model.length - offset), Buffer.from([value, value ^ 1, 77, 78]))
+        await image.write(offset, bytes)
+        bytes.copy(model, offset)
+      }
+      await image.flush()
+      const reopened = await Qcow2Image.open(new MemoryDevice(host.bytes.slice()), { readOnly: true, passphrase: 'geheim' })
+      expect(Buffer.compare(await reopened.read(0, model.length), model)).toBe(0)
+      for (const { value } of writes) expect(Buffer.from(host.bytes).includes(Buffer.alloc(64, Buffer.from([value, value ^ 1, 77, 78])))).toBe(false)
+    }),
+    { numRuns: 12 },
+  )
+})
+
+test('without a key an encrypted image is refused, with a wrong one too, and its facts can be read', async () => {
+  const host = new MemoryDevice(0, { growable: true })
+  const image = await Qcow2Image.create(host, { size: 1 << 20, encryption: { format: 'luks', passphrase: 'a', iterations: 1000 } })
+  await image.flush()
+  const open = (passphrase?: string): Promise<Qcow2Image> => Qcow2Image.open(host.bytes.slice(), { readOnly: true, passphrase })
+  await expect(open()).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED', message: expect.stringContaining('needs a key') as string })
+  await expect(open('b')).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+  expect((await open('a')).size).toBe(1 << 20)
+  expect(await readImageInfo(new MemoryDevice(host.bytes))).toMatchObject({ encryption: 'luks', luks: { cipherName: 'aes', cipherMode: 'xts-plain64', hash: 'sha256' } })
+  await expect(Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 512, preallocation: 'metadata', encryption: { format: 'luks', passphrase: 'a' } })).rejects.toThrow(TypeError)
+})
+
+describeWithQemu('encryption', (qemu) => {
+  const secret = ['--object', 'secret,id=s,data=pass word']
+  const spec = (path: string): string => `driver=qcow2,encrypt.key-secret=s,file.filename=${path}`
+
+  test.each(['luks', 'aes'] as const)('qemu-io reads and writes an image encrypted here with %s', async (format) => {
+    const path = `${tempFolder()}/a.qcow2`
+    {
+      await using image = await Qcow2Image.create(path, { size: 1 << 20, encryption: { format, passphrase: 'pass word', iterations: 1000 } })
+      await image.write(65536, new Uint8Array(100 * 1024).fill(0x5a))
+    }
+    const commands = ['read -P 0x5a 64k 100k', 'write -P 0x33 128k 8k', 'write -P 0x44 512k 3k'].flatMap((command) => ['-c', command])
+    const result = await qemu.io(...secret, '--image-opts', ...commands, spec(path))
+    expect(result).toMatchObject({ code: 0, stdout: expect.not.stringMatching(/failed/) as string })
+    expect(await qemu.img('check', ...secret, '--image-opts', spec(path))).toMatchObject({ code: 0 })
+    await using image = await Qcow2Image.open(path, { passphrase: 'pass word' })
+    expect((await image.read(64 << 10, 64 << 10)).every((byte) => byte === 0x5a)).toBe(true)
+    expect((await image.read(128 << 10, 8 << 10)).every((byte) => byte === 0x33)).toBe(true)
+    expect((await image.read(512 << 10, 3 << 10)).every((byte) => byte === 0x44)).toBe(true)
+  })
+
+  test('an image encrypted by qemu-img with legacy AES is read', async () => {
+    const path = `${tempFolder()}/b.qcow2`
+    await qemu.imgOk('create', '-q', ...secret, '-f', 'qcow2', '-o', 'encrypt.format=aes,encrypt.key-secret=s', path, '1M')
+    expect(await qemu.io(...secret, '--image-opts', '-c', 'write -P 0x77 64k 96k', spec(path))).toMatchObject({ code: 0 })
+    await using image = await Qcow2Image.open(path, { readOnly: true, passphrase: 'pass word' })
+    expect((await image.read(64 << 10, 96 << 10)).every((byte) => byte === 0x77)).toBe(true)
+    writeFileSync(path, '')
+  })
+})
