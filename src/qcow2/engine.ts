@@ -3,7 +3,7 @@
  * `write.ts`, …) are functions over this object; it wires and holds, it does not decide.
  */
 import type { BlockDevice } from '../block/device.ts'
-import type { FormatError } from '../core/errors.ts'
+import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { Mutex, RangeLock } from '../core/lock.ts'
 import { Allocator } from './allocator.ts'
 import { DecompressedClusters } from './decompressed.ts'
@@ -80,7 +80,7 @@ export class Engine {
   readonly metadataMap: MetadataMap
   readonly decompressed: DecompressedClusters
   readonly writeBack: WriteBack
-  readonly requests: Requests = new Requests()
+  readonly requests: Requests = new Requests((error) => this.#noticeDamage(error))
   /** Held, by guest cluster index, while the mapping of clusters changes. */
   readonly clusterLocks: RangeLock = new RangeLock()
   /** Held while L2 tables are made or replaced, or the L1 table grows. */
@@ -97,6 +97,9 @@ export class Engine {
   /** Nothing was written yet: promises of optional metadata (autoclear bits) still stand. */
   untouched = true
   #touching: Promise<void> | undefined
+  readonly #headerLock = new Mutex()
+  /** Resolves when the corrupt bit is set, if it is to be set. */
+  #marking: Promise<void> = Promise.resolve()
   readonly #prepareFirstWrite: (engine: Engine) => Promise<void>
 
   constructor(parts: EngineParts) {
@@ -204,15 +207,17 @@ export class Engine {
    * Replaces what is in use of cluster 0, durably. Fields that belong together lie in its first sector,
    * which reaches the disk whole; so a crash leaves the old header or the new one.
    */
-  async writeHeader(fields: Partial<Header>, content: Partial<HeaderCluster> = {}): Promise<void> {
-    const next: HeaderCluster = { ...this.content, ...content, header: { ...this.header, ...fields } }
-    const encoded = encodeHeaderCluster(next)
-    const used = Math.max(encoded.length, encodeHeaderCluster(this.content).length)
-    const bytes = this.host.allocate(Math.min(this.geometry.clusterSize, Math.ceil(used / headerUnit) * headerUnit)).fill(0)
-    bytes.set(encoded)
-    await this.host.write(0, bytes)
-    await this.host.flush()
-    this.content = next
+  writeHeader(fields: Partial<Header>, content: Partial<HeaderCluster> = {}): Promise<void> {
+    return this.#headerLock.run(async () => {
+      const next: HeaderCluster = { ...this.content, ...content, header: { ...this.header, ...fields } }
+      const encoded = encodeHeaderCluster(next)
+      const used = Math.max(encoded.length, encodeHeaderCluster(this.content).length)
+      const bytes = this.host.allocate(Math.min(this.geometry.clusterSize, Math.ceil(used / headerUnit) * headerUnit)).fill(0)
+      bytes.set(encoded)
+      await this.host.write(0, bytes)
+      await this.host.flush()
+      this.content = next
+    })
   }
 
   async switchRefcountTable(table: PointerTable): Promise<void> {
@@ -220,14 +225,28 @@ export class Engine {
     await this.writeHeader({ refcountTableOffset: table.offset, refcountTableClusters })
   }
 
+  /** A request met metadata that contradict the format: nothing more is written on top of them. */
+  #noticeDamage(error: unknown): void {
+    const structures = ['L1 table', 'L2 table', 'refcount table', 'refcount block']
+    if (this.readOnly || this.damage !== undefined || !Qcow2Error.is(error, 'ERR_CORRUPT')) return
+    // whoever made the request gets this error; that the bit could not be set tells nothing more
+    if (error instanceof FormatError && structures.includes(error.structure)) this.corrupt(error).catch(() => undefined)
+  }
+
   /** Sets the corrupt bit at once and refuses further writes. */
   async corrupt(error: FormatError): Promise<never> {
-    this.damage ??= error
-    if (!this.readOnly && this.header.version === 3) {
+    if (this.damage === undefined) {
+      this.damage = error
       const incompatibleFeatures = this.header.incompatibleFeatures | incompatible.corrupt
-      await this.writeHeader({ incompatibleFeatures })
+      if (!this.readOnly && this.header.version === 3) this.#marking = this.writeHeader({ incompatibleFeatures })
     }
+    await this.#marking
     throw error
+  }
+
+  /** Resolves when the corrupt bit is on the disk, if the image was found damaged. */
+  marked(): Promise<void> {
+    return this.#marking.catch(() => undefined)
   }
 
   /** True if the data file alone has to read like the disk. */

@@ -234,7 +234,8 @@ export class Qcow2Image extends BaseDevice {
   }
 
   protected onFlush(): Promise<void> {
-    return this.#engine.flush()
+    const engine = this.#engine
+    return engine.damage === undefined ? engine.flush() : Promise.reject(engine.damage)
   }
 
   protected override onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {

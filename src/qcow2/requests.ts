@@ -14,6 +14,12 @@ class Generation {
     this.#drained = resolve
   })
 
+  readonly #onFailure: (error: unknown) => void
+
+  constructor(onFailure: (error: unknown) => void) {
+    this.#onFailure = onFailure
+  }
+
   begin(): void {
     this.#running++
   }
@@ -21,6 +27,11 @@ class Generation {
   /** Counts one request as ended. Bound, so that it can be given to a promise as it is. */
   readonly end = (): void => {
     if (--this.#running === 0 && this.#sealed) this.#drained?.()
+  }
+
+  readonly fail = (error: unknown): void => {
+    this.#onFailure(error)
+    this.end()
   }
 
   /** No more requests join. Resolves when all have ended. */
@@ -32,7 +43,8 @@ class Generation {
 }
 
 export class Requests {
-  #generation = new Generation()
+  #generation: Generation
+  readonly #onFailure: (error: unknown) => void
   #earlier: Promise<void> = Promise.resolve()
   #gate: Promise<void> | undefined
   readonly #exclusive = new Mutex()
@@ -42,11 +54,17 @@ export class Requests {
     return this.#gate !== undefined
   }
 
+  /** `onFailure` hears of every request that failed, before its caller does. */
+  constructor(onFailure: (error: unknown) => void = () => undefined) {
+    this.#onFailure = onFailure
+    this.#generation = new Generation(onFailure)
+  }
+
   /** Counts a request that has just been started, in the same turn, while requests are not held back. */
   track<T>(running: Promise<T>): Promise<T> {
     const generation = this.#generation
     generation.begin()
-    running.then(generation.end, generation.end)
+    running.then(generation.end, generation.fail)
     return running
   }
 
@@ -58,7 +76,7 @@ export class Requests {
   /** Resolves when every request that is in flight now has ended. */
   drained(): Promise<void> {
     const generation = this.#generation
-    this.#generation = new Generation()
+    this.#generation = new Generation(this.#onFailure)
     const sealed = generation.seal()
     const earlier = this.#earlier
     this.#earlier = earlier.then(() => sealed)

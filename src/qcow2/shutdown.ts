@@ -24,6 +24,7 @@ export async function closeEngine(engine: Engine): Promise<void> {
   if (!engine.readOnly && engine.damage === undefined && !engine.untouched) {
     closers.unshift(() => engine.requests.exclusive(() => settle(engine)))
   }
+  await engine.marked()
   for (const close of closers) {
     try {
       await close()

@@ -202,6 +202,12 @@ describe('what an image says of itself', () => {
       const image = await Qcow2Image.open(again(patch(bytes.slice(), l2, entry)), { readOnly: true })
       expect([entry, await codeOf(image.read(0, 10))]).toEqual([entry, 'ERR_CORRUPT'])
     }
+    const device = again(patch(bytes.slice(), l2, '8000000000050200'))
+    const writable = await Qcow2Image.open(device)
+    expect(await codeOf(writable.read(0, 10))).toBe('ERR_CORRUPT')
+    expect(await codeOf(writable.write(500_000, new Uint8Array(1)))).toBe('ERR_CORRUPT')
+    await writable.close()
+    expect(device.bytes[79]).toBe(2)
     const far = await Qcow2Image.open(again(patch(bytes.slice(), l2, '8000100000000000')), { readOnly: true })
     expect((await far.read(0, 1))[0]).toBe(0)
     const table = await Qcow2Image.open(again(patch(bytes.slice(), 0x30000, '8000000000040200')), { readOnly: true })
