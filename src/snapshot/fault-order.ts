@@ -59,12 +59,13 @@ export function* faultsOf(order: FaultOrder): Generator<{ block: string; offset:
 export function parseFaultOrder(json: string): FaultOrder {
   const fail = (detail: string, cause?: unknown): FormatError =>
     new FormatError(detail, { structure: 'fault order' }, 'ERR_FORMAT', cause === undefined ? undefined : { cause })
-  let value: Partial<FaultOrder>
+  let value: Partial<FaultOrder> | null
   try {
-    value = JSON.parse(json) as Partial<FaultOrder>
+    value = JSON.parse(json) as Partial<FaultOrder> | null
   } catch (cause) {
     throw fail('not valid JSON', cause)
   }
+  if (typeof value !== 'object' || value === null) throw fail('not an object')
   const { version, clusterSize, blocks, faults } = value
   if (version !== 1) throw fail(`version is ${String(version)}, expected 1`)
   if (!isPositive(clusterSize) || Math.log2(clusterSize) % 1 !== 0) throw fail(`clusterSize is ${String(clusterSize)}, expected a power of two`)

@@ -130,8 +130,15 @@ export class PageServer {
       await this.#fillBlock(progress, (within) => onProgress?.(filled + within))
       filled += progress.block.length
     }
-    await this.#quiet()
     for (const progress of this.#blocks.values()) await this.#assertFilled(progress)
+  }
+
+  /** Resolves when no request is being served: everything asked for so far was handed to the connection. */
+  async quiet(): Promise<void> {
+    while (this.#serving > 0 && this.#failure === undefined) {
+      await new Promise<void>((resolve) => (this.#onServed = resolve))
+    }
+    if (this.#failure !== undefined) throw this.#failure as Error
   }
 
   async #serve(progress: BlockProgress, claim: Claim): Promise<void> {
@@ -206,14 +213,7 @@ export class PageServer {
   /** Waits until background data may go: no request is being served, and the window has room. */
   async #turn(length: number): Promise<void> {
     await this.#window.room(length)
-    await this.#quiet()
-  }
-
-  async #quiet(): Promise<void> {
-    while (this.#serving > 0 && this.#failure === undefined) {
-      await new Promise<void>((resolve) => (this.#onServed = resolve))
-    }
-    if (this.#failure !== undefined) throw this.#failure as Error
+    await this.quiet()
   }
 
   #served(): void {

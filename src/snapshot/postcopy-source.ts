@@ -49,7 +49,10 @@ export interface PostcopyOptions extends PageServerOptions {
 
 /** Where a revert is. */
 export interface RevertProgress {
-  /** `loading`: device state; `running`: the guest runs, pages follow; `complete`: QEMU has everything. */
+  /**
+   * `loading`: device state; `recovering`: finding out what arrived before; `running`: the guest runs, pages follow;
+   * `complete`: QEMU has everything.
+   */
   readonly phase: RevertPhase
   /** Bytes of RAM that the background fill has passed. */
   readonly filled: number
@@ -58,7 +61,7 @@ export interface RevertProgress {
 }
 
 /** The phases of a revert. */
-export type RevertPhase = 'connecting' | 'loading' | 'running' | 'completing' | 'complete'
+export type RevertPhase = 'connecting' | 'loading' | 'recovering' | 'running' | 'completing' | 'complete'
 
 /** What a revert did. Times are in milliseconds from its start. */
 export interface RevertReport extends PageServerReport {
@@ -75,7 +78,7 @@ export class RevertError extends Qcow2Error {
   readonly recoverable: boolean
 
   constructor(phase: RevertPhase, cause: unknown) {
-    const recoverable = phase === 'running' || phase === 'completing'
+    const recoverable = phase === 'running' || phase === 'completing' || phase === 'recovering'
     const why = cause instanceof Error ? cause.message : String(cause)
     const next = recoverable ? '; the guest is paused and its memory incomplete: recover it with the same source' : ''
     super('ERR_STREAM', `revert failed while ${phase}: ${why}${next}`, { cause })
@@ -108,7 +111,11 @@ export class PostcopySource {
     this.#options = options
     this.#timeout = options.timeout ?? 30_000
     this.#server = new PageServer(source, stream, options, (error) => this.#fail(error))
-    this.#reader = new ReturnPathReader(stream, (message) => this.#receive(message))
+    this.#reader = new ReturnPathReader(
+      stream,
+      (message) => this.#receive(message),
+      (reason) => this.#server.fail(reason),
+    )
   }
 
   /** Starts the guest, sends its memory, and resolves when QEMU has all of it. The stream is closed then. */
@@ -126,6 +133,7 @@ export class PostcopySource {
   /** Goes on where a lost connection stopped, knowing only the saved VM. */
   recover(): Promise<RevertReport> {
     return this.#conversation(async () => {
+      this.#enter('recovering')
       for (const { name } of this.#source.blocks) {
         const answer = this.#reader.expect('received-bitmap', this.#timeout, `the destination does not tell which pages of ${name} it has`)
         this.#stream.write(recvBitmap(name))
@@ -179,6 +187,7 @@ export class PostcopySource {
 
   /** RAM END, EOF, and SHUT as the answer. */
   async #finish(): Promise<void> {
+    await this.#server.quiet()
     this.#enter('completing')
     const shut = this.#reader.expect('shut', this.#timeout, 'the destination does not complete')
     for (const bytes of [...ramSection(this.#source, 'end'), encodeRecord({ kind: 'eof' })]) this.#stream.write(bytes)
@@ -225,9 +234,7 @@ export class PostcopySource {
   }
 
   #fail(reason: unknown): void {
-    if (this.#phase === 'complete') return
-    this.#reader.fail(reason)
-    this.#server.fail(reason)
+    if (this.#phase !== 'complete') this.#reader.fail(reason)
   }
 }
 

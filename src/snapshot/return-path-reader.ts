@@ -18,13 +18,19 @@ interface Waiter {
 export class ReturnPathReader {
   readonly #parser = new ReturnPathParser()
   readonly #onMessage: (message: ReturnPathMessage) => void
+  readonly #onFailure: (reason: unknown) => void
   readonly #waiters = new Set<Waiter>()
   #failure: unknown
   #lastMessage = performance.now()
 
-  /** `onMessage` sees every message, before those who wait for it. */
-  constructor(stream: DuplexStream, onMessage: (message: ReturnPathMessage) => void) {
+  /** `onMessage` sees every message, before those who wait for it; `onFailure` why no more come. */
+  constructor(
+    stream: DuplexStream,
+    onMessage: (message: ReturnPathMessage) => void,
+    onFailure: (reason: unknown) => void,
+  ) {
     this.#onMessage = onMessage
+    this.#onFailure = onFailure
     stream.on('data', (chunk: Uint8Array) => this.#receive(chunk))
     stream.on('error', (cause: Error) => this.fail(lost(`the connection to the destination failed: ${cause.message}`, cause)))
     const gone = (): void => this.fail(lost('the destination closed the connection'))
@@ -43,6 +49,7 @@ export class ReturnPathReader {
     this.#failure = reason
     for (const waiter of this.#waiters) waiter.reject(reason)
     this.#waiters.clear()
+    this.#onFailure(reason)
   }
 
   /**
