@@ -99,6 +99,8 @@ export class PostcopySource {
   readonly #timeout: number
   readonly #reader: ReturnPathReader
   readonly #server: PageServer
+  /** Rejects with the first failure: even a read that never ends must not hold up the end. */
+  readonly #failed: Promise<never>
   readonly #started = performance.now()
   #phase: RevertPhase = 'connecting'
   #filled = 0
@@ -111,10 +113,16 @@ export class PostcopySource {
     this.#options = options
     this.#timeout = options.timeout ?? 30_000
     this.#server = new PageServer(source, stream, options, (error) => this.#fail(error))
+    let giveUp!: (reason: unknown) => void
+    this.#failed = new Promise((_resolve, reject) => (giveUp = reject))
+    this.#failed.catch(() => undefined) // reported by the conversation
     this.#reader = new ReturnPathReader(
       stream,
       (message) => this.#receive(message),
-      (reason) => this.#server.fail(reason),
+      (reason) => {
+        this.#server.fail(reason)
+        giveUp(reason)
+      },
     )
   }
 
@@ -155,8 +163,8 @@ export class PostcopySource {
     signal?.addEventListener('abort', onAbort, { once: true })
     try {
       signal?.throwIfAborted()
-      await talk()
-      await this.#finish()
+      const talking = talk().then(() => this.#finish())
+      await Promise.race([talking, this.#failed])
     } catch (error) {
       this.#fail(error)
       this.#stream.destroy()

@@ -7,6 +7,7 @@ import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { Qcow2Image } from '../qcow2/image.ts'
 import type { Qmp } from '../qmp/client.ts'
 import { isDuplexStream, type DuplexStream } from '../qmp/duplex.ts'
+import { QmpError } from '../qmp/error.ts'
 import { connectSocket, type SocketAddress } from '../qmp/socket.ts'
 import { differences, ramBlocksOf, type Manifest } from './manifest.ts'
 import { migrationStream } from './eager.ts'
@@ -69,12 +70,27 @@ export async function recover(saved: SavedVm, options: RecoverOptions): Promise<
     const { qmp, incoming } = options
     let { hostPageSizes } = options
     if (qmp !== undefined && !isDuplexStream(incoming)) {
-      await qmp.execute('migrate-recover', { uri: uriOf(incoming) }, { outOfBand: true, signal: options.signal })
+      await listenAgain(qmp, uriOf(incoming), options)
     }
     // A paused vCPU may hold QEMU's main lock: only out-of-band commands are answered now.
     hostPageSizes ??= {}
     return new PostcopySource(source, await connectTo(incoming, options), { ...options, hostPageSizes }).recover()
   })
+}
+
+/** QEMU needs a moment to notice that a connection is lost; until then it refuses to recover. */
+async function listenAgain(qmp: Qmp, uri: string, { signal, timeout = 30_000 }: RecoverOptions): Promise<void> {
+  const deadline = performance.now() + timeout
+  for (;;) {
+    try {
+      await qmp.execute('migrate-recover', { uri }, { outOfBand: true, signal })
+      return
+    } catch (error) {
+      const early = error instanceof QmpError && /postcopy is paused/i.test(error.desc ?? '')
+      if (!early || performance.now() > deadline) throw error
+    }
+    await new Promise((resolve) => setTimeout(resolve, 10))
+  }
 }
 
 /** What an eager revert did. */

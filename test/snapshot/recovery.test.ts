@@ -1,0 +1,108 @@
+/** Reverts whose connection or process dies: the guest pauses, and goes on with a new one that knows only the saved VM. */
+import { spawn } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { readFileSync, writeFileSync } from 'node:fs'
+import { join, resolve } from 'node:path'
+import { expect, onTestFinished, test } from 'vitest'
+import { openSaved } from '../../src/snapshot/open-saved.ts'
+import { recover, revert } from '../../src/snapshot/revert.ts'
+import { Guest } from '../support/guest.ts'
+import { describeWithQemu } from '../support/qemu.ts'
+import { makeSave } from '../support/saves.ts'
+import { SlowSource } from '../support/slow-source.ts'
+
+const hash = (file: string): string => createHash('sha256').update(readFileSync(file)).digest('hex')
+
+describeWithQemu('recovery', (qemu) => {
+  test('after the connection was lost, again and again', async () => {
+    const { file, memory } = await makeSave(qemu, 'RAM image')
+    const before = hash(file)
+    const guest = await Guest.boot(qemu, { incoming: 'defer' })
+    await using saved = await openSaved(file)
+    // How much each connection gets before it is cut; the guest's memory has 4 MiB.
+    const cuts = [1 << 20, 1 << 19, 1 << 18]
+    for (const [index, bytes] of cuts.entries()) {
+      const { source } = new SlowSource(saved, bytes)
+      const abort = new AbortController()
+      const options = {
+        qmp: guest.qmp,
+        incoming: join(guest.folder, `incoming-${index}`),
+        signal: abort.signal,
+        onProgress: ({ phase }: { phase: string }) => {
+          if (phase === 'running') setTimeout(() => abort.abort(new Error('cut')), 30)
+        },
+      }
+      const cut = index === 0 ? revert(source, options) : recover(source, options)
+      await expect(cut).rejects.toThrow('cut')
+    }
+    const report = await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming-last') })
+    expect(report.pages).toBeGreaterThan(0)
+    await guest.expectGoesOn(memory.tick)
+    expect(await guest.qmp.execute('query-migrate')).toMatchObject({ status: 'completed' })
+    expect(hash(file)).toBe(before)
+  })
+
+  test('after the process was killed', async () => {
+    const { file, memory } = await makeSave(qemu, 'RAM image')
+    const folder = (await Guest.boot(qemu, { paused: true })).folder
+    const incoming = join(folder, 'incoming')
+    const guest = await Guest.boot(qemu, { incoming: `unix:${incoming}`, args: ['-global', 'migration.x-postcopy-ram=on'] })
+    const sources = resolve(import.meta.dirname, '../../src/snapshot')
+    const script = join(folder, 'revert.mts')
+    writeFileSync(
+      script,
+      `import { openSaved } from ${JSON.stringify(join(sources, 'open-saved.ts'))}
+       import { revert } from ${JSON.stringify(join(sources, 'revert.ts'))}
+       import { SlowSource } from ${JSON.stringify(resolve(import.meta.dirname, '../support/slow-source.ts'))}
+       const { source } = new SlowSource(await openSaved(${JSON.stringify(file)}), 1 << 20)
+       setInterval(() => undefined, 1000)
+       await revert(source, { incoming: ${JSON.stringify(incoming)}, onProgress: ({ phase }) => console.log(phase) })`,
+    )
+    const child = spawn(process.execPath, ['--import', 'tsx', script], { stdio: ['ignore', 'pipe', 'inherit'], cwd: resolve(import.meta.dirname, '../..') })
+    onTestFinished(() => void child.kill('SIGKILL'))
+    const gone = new Promise((settle) => child.on('exit', settle))
+    let said = ''
+    child.stdout.on('data', (text: Buffer) => (said += text.toString()))
+    await expect.poll(() => said, { timeout: 30_000, interval: 5 }).toContain('running')
+    child.kill('SIGKILL')
+    await gone
+    await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'again') })
+    await guest.expectGoesOn(memory.tick)
+  })
+
+  test.runIf(process.env['QCOW2_LONG'] === '1')('200 saves and reverts, the connection cut at random points', async () => {
+    let { file, memory } = await makeSave(qemu, 'RAM image')
+    for (let round = 0; round < 200; round++) {
+      const before = hash(file)
+      const guest = await Guest.boot(qemu, { incoming: 'defer' })
+      await using saved = await openSaved(file)
+      let attempt = 0
+      const once = async (): Promise<boolean> => {
+        const last = attempt >= 3
+        const { source } = new SlowSource(saved, last ? Infinity : Math.floor(Math.random() * (2 << 20)))
+        const abort = new AbortController()
+        let reached = false
+        const options = {
+          qmp: guest.qmp,
+          incoming: join(guest.folder, `incoming-${attempt}`),
+          signal: abort.signal,
+          onProgress: ({ phase }: { phase: string }) => {
+            if (phase !== 'running' || reached || last) return
+            reached = true
+            setTimeout(() => abort.abort(new Error('cut')), Math.random() * 30)
+          },
+        }
+        const talk = attempt++ === 0 ? revert(source, options) : recover(source, options)
+        return talk.then(() => true, (error: unknown) => {
+          expect(error).toMatchObject({ message: 'cut' })
+          return false
+        })
+      }
+      while (!(await once()));
+      await guest.expectGoesOn(memory.tick)
+      expect(hash(file)).toBe(before)
+      await guest.kill()
+      if (round % 10 === 9) ({ file, memory } = await makeSave(qemu, 'RAM image'))
+    }
+  })
+})
