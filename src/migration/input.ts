@@ -106,6 +106,11 @@ export class ParserInput {
     return have + take >= wanted
   }
 
+  /** Tells `refill` how many bytes the structure needs, for a reader that does not throw. */
+  want(length: number): void {
+    this.#wanted = length
+  }
+
   /** Throws `underrun` unless `length` more bytes are in the window. */
   require(length: number): void {
     if (this.end - this.at >= length) return

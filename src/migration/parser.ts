@@ -53,7 +53,8 @@ interface Section {
   readonly versionId: number
 }
 
-type State = () => MigrationRecord | undefined
+/** Gives a record, undefined to go on with the next state, null if more input is needed. */
+type State = () => MigrationRecord | null | undefined
 
 /**
  * Takes a stream apart as it arrives.
@@ -174,15 +175,18 @@ export class MigrationParser {
   }
 
   #next(): MigrationRecord | undefined {
+    const input = this.#input
     for (;;) {
-      this.#input.begin()
+      input.begin()
+      if (input.at === input.end) return undefined
       try {
         const record = this.#state()
-        if (record !== undefined) return record
+        if (record === undefined) continue
+        if (record !== null) return record
       } catch (error) {
         if (error !== underrun) throw error
-        if (!this.#input.refill()) return undefined
       }
+      if (!input.refill()) return undefined
     }
   }
 
@@ -305,9 +309,9 @@ export class MigrationParser {
     return { kind: 'section', type, offset, length: 5, ...section }
   }
 
-  #ramBody(): MigrationRecord {
+  #ramBody(): MigrationRecord | null {
     const record = this.#ram!.next(this.#input)
-    if (record.kind === 'ram-mark' && record.mark === 'eos') this.#state = this.#footer
+    if (record?.kind === 'ram-mark' && record.mark === 'eos') this.#state = this.#footer
     return record
   }
 
