@@ -26,7 +26,7 @@ import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
 import { assembleEngine, hostFile, openEngine, readState, type OpenEngineOptions } from './open.ts'
 import { readLayer } from './read.ts'
-import { createDataFile, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { createDataFile, openBacking, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
 import { resizeDisk } from './resize.ts'
 import { closeEngine } from './shutdown.ts'
 import { Snapshots } from './snapshots.ts'
@@ -38,8 +38,6 @@ import { zeroActive } from './zero.ts'
 export interface OpenOptions extends ReferenceOptions, CallOptions {
   /** Default false. */
   readonly readOnly?: boolean | undefined
-  /** Bytes of memory for cached metadata tables. Default 32 MiB. */
-  readonly cacheSize?: number | undefined
   /** Direct I/O for paths: past the page cache. Default false. */
   readonly direct?: boolean | undefined
   /** Requests of at most this many bytes to files are made synchronously; see `openFile`. Default 0. */
@@ -51,9 +49,9 @@ export interface OpenOptions extends ReferenceOptions, CallOptions {
 }
 
 /** Options of {@link Qcow2Image.create}. */
-export interface CreateOptions extends LayoutOptions, Omit<ReferenceOptions, 'backing' | 'dataFile'>, CallOptions {
-  /** Bytes of memory for cached metadata tables. Default 32 MiB. */
-  readonly cacheSize?: number | undefined
+export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<ReferenceOptions, 'backing' | 'dataFile'>, CallOptions {
+  /** Virtual size of the disk in bytes; rounded up to a multiple of 512. An overlay may leave it to its backing file. */
+  readonly size?: number | undefined
   /** Direct I/O for paths: past the page cache. Default false. */
   readonly direct?: boolean | undefined
   /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
@@ -118,22 +116,17 @@ export class Qcow2Image extends BaseDevice {
    */
   static async create(target: Source, options: CreateOptions): Promise<Qcow2Image> {
     options.signal?.throwIfAborted()
-    const layout = planLayout(options)
-    if (options.encryption !== undefined) checkEncryption(options)
     const { references, probeBackingFormat, cacheSize } = options
-    const device = await createTarget(target, options)
-    const host = hostFile(device)
+    const context = await rootContext(pathOf(target), { references, probeBackingFormat, cacheSize }, openNested)
+    if (options.size !== undefined) return createImage(target, { ...options, size: options.size }, context)
+    const { backing } = options
+    if (backing === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')
+    const device = await openBacking(backing.file, backing.format, context)
     try {
-      const context = await rootContext(pathOf(target), { references, probeBackingFormat }, openNested)
-      if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
-      await writeLayout(host, layout)
-      const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
-      const engine = await assembleEngine(host, state, { readOnly: false, cacheSize, context })
-      if (options.encryption !== undefined) engine.cipher = await encryptEmptyImage(engine, options.encryption)
-      engine.untouched = false
-      return new Qcow2Image(engine)
+      const withBacking = { ...context, options: { ...context.options, backing: device } }
+      return await createImage(target, { ...options, size: device.size }, withBacking)
     } catch (error) {
-      if (device !== target) await device.close()
+      await device.close()
       throw error
     }
   }
@@ -248,6 +241,25 @@ export class Qcow2Image extends BaseDevice {
   }
 }
 
+async function createImage(target: Source, options: CreateOptions & LayoutOptions, context: ReferenceContext): Promise<Qcow2Image> {
+  const layout = planLayout(options)
+  if (options.encryption !== undefined) checkEncryption(options)
+  const device = await createTarget(target, options)
+  const host = hostFile(device)
+  try {
+    if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
+    await writeLayout(host, layout)
+    const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
+    const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
+    if (options.encryption !== undefined) engine.cipher = await encryptEmptyImage(engine, options.encryption)
+    engine.untouched = false
+    return Qcow2Image.over(engine)
+  } catch (error) {
+    if (device !== target) await device.close()
+    throw error
+  }
+}
+
 /** A fresh file for a path; anything else as it is. A file that a running QEMU uses is left alone. */
 async function createTarget(target: Source, options: CreateOptions): Promise<BlockDevice> {
   if (typeof target !== 'string' && !(target instanceof URL)) return openSource(target)
@@ -290,5 +302,5 @@ function pathOf(source: Source): string | undefined {
 }
 
 async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {
-  return Qcow2Image.over(await openEngine(device, { readOnly: true, context }))
+  return Qcow2Image.over(await openEngine(device, { readOnly: true, cacheSize: context.options.cacheSize, context }))
 }

@@ -40,6 +40,8 @@ export interface ReferenceOptions {
   readonly backing?: BlockDevice | undefined
   /** The external data file itself, instead of the one the image names; it then belongs to the image. */
   readonly dataFile?: BlockDevice | undefined
+  /** Bytes of memory for cached metadata tables, of each image of a backing chain. Default 32 MiB. */
+  readonly cacheSize?: number | undefined
   /** Guess the format of a backing file that has none recorded, by its first bytes. Default false: refused. */
   readonly probeBackingFormat?: boolean | undefined
 }

@@ -104,6 +104,15 @@ describe('references', () => {
     expect((await image.read(0, 1))[0]).toBe(5)
   })
 
+  test('an overlay may leave its size to its backing file', async () => {
+    const folder = tempFolder()
+    writeFileSync(join(folder, 'base.raw'), new Uint8Array(MiB + 512).fill(5))
+    await using image = await Qcow2Image.create(join(folder, 'overlay.qcow2'), { backing: { file: 'base.raw', format: 'raw' } })
+    expect(image.size).toBe(MiB + 512)
+    expect((await image.read(MiB, 1))[0]).toBe(5)
+    expect(await codeOf(Qcow2Image.create(join(folder, 'other.qcow2'), {}))).toBe('TypeError')
+  })
+
   test('a deep chain reads through, and tells where', async () => {
     const folder = tempFolder()
     let below: { file: string; format: string } | undefined

@@ -140,7 +140,7 @@ export function preallocationOf(values: CreateValues): Preallocation {
  * What the engine is asked for.
  * @throws ExitError in qemu-img's words where options exclude each other or a value is out of range
  */
-export function layoutOf(values: CreateValues): CreateOptions {
+export function layoutOf(values: CreateValues): CreateOptions & { size: number } {
   const flag = (name: string): boolean => values.get(name) === 'on'
   const clusterSize = Number(values.get('cluster_size') ?? 65536)
   const version = versionOf(values.get('compat') ?? '1.1')
