@@ -14,7 +14,7 @@ export { compareDevices, type CompareOptions, type Comparison } from './qcow2/co
 export * from './qcow2/convert.ts'
 export type { LayoutOptions, Preallocation } from './qcow2/create.ts'
 export type { EncryptionOptions } from './qcow2/encryption.ts'
-export type { CompressionType } from './qcow2/header.ts'
+export type { CompressionType, CryptMethod } from './qcow2/header.ts'
 export * from './qcow2/image.ts'
 export { readImageInfo, type BitmapInfo, type ImageInfo } from './qcow2/info.ts'
 export { measureConversion, measureQcow2, type Measurement, type MeasureOptions } from './qcow2/measure.ts'

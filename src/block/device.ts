@@ -86,10 +86,13 @@ export interface Extent {
 export interface BlockDevice extends AsyncDisposable {
   /** Size in bytes. Getters do no I/O. */
   readonly size: number
+  /** Changes are refused with `ERR_READ_ONLY`. */
   readonly readOnly: boolean
   /** A write that reaches past `size` extends the device (a file does, a disk does not). */
   readonly growable: boolean
+  /** What the device demands of requests, and what suits it. */
   readonly limits: BlockLimits
+  /** True as soon as `close` was called. */
   readonly closed: boolean
 
   /** Fills `target` with the bytes at `offset`. Reading past `size` is a `RangeError`. */
@@ -108,6 +111,7 @@ export interface BlockDevice extends AsyncDisposable {
   resize(size: number, options?: CallOptions): Promise<void>
   /** The extents of the range, in order, without gaps, neighbours that differ in nothing merged. */
   map(options?: MapOptions): AsyncIterable<Extent>
+  /** Closes the device and those it owns. What was not flushed may not survive a power cut. */
   close(): Promise<void>
 }
 
@@ -204,8 +208,11 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     if (length > 0) yield* this.onMap(offset, length, options)
   }
 
+  /** Fills `target`; the request is valid and not empty. */
   protected abstract onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void>
+  /** Stores `source`; the request is valid and not empty. `fua` is taken care of. */
   protected abstract onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void>
+  /** Makes completed writes durable. Not called on a read-only device. */
   protected abstract onFlush(options?: CallOptions): Promise<void>
 
   /** Default: writes zeroes in bounded pieces. */
@@ -222,6 +229,7 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     return done
   }
 
+  /** Default: refuses with `ERR_UNSUPPORTED`. */
   protected onResize(_size: number, _options?: CallOptions): Promise<void> {
     return Promise.reject(new Qcow2Error('ERR_UNSUPPORTED', `${this.constructor.name} has a fixed size`))
   }

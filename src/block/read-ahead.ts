@@ -150,6 +150,7 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
     return first !== undefined && last !== undefined && offset < last.offset + last.bytes.length && first.offset < offset + length
   }
 
+  /** What {@link next} gives, until the end. */
   async *[Symbol.asyncIterator](): AsyncGenerator<Uint8Array, void, undefined> {
     for (let bytes = await this.next(); bytes !== undefined; bytes = await this.next()) yield bytes
   }

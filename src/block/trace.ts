@@ -22,6 +22,7 @@ export interface TracedRequest {
 
 /** Where requests are recorded: an array, or anything else with a `push`. */
 export interface TraceLog {
+  /** Takes a request when it is submitted; the object is filled in when it settles. */
   push(request: TracedRequest): unknown
 }
 

@@ -19,6 +19,7 @@ export abstract class Resource implements AsyncDisposable {
     return (this.#closing ??= this.onClose())
   }
 
+  /** What `await using` calls: {@link close}. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }

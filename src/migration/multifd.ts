@@ -45,6 +45,7 @@ export interface MultifdPacketRecord extends RecordSpan {
   readonly pages: Uint8Array
 }
 
+/** What a multifd channel carries. */
 export type MultifdRecord = MultifdInitRecord | MultifdPacketRecord
 
 /** Options of {@link MultifdParser}. */

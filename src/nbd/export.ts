@@ -75,6 +75,7 @@ export function allocationDepthContext(device: BlockDevice): NbdMetaContext {
 
 /** A source of dirty ranges, in order and apart from each other, in bytes. */
 export interface DirtyRanges {
+  /** The dirty ranges within `[offset, offset + length)`. */
   ranges(offset: number, length: number, options?: CallOptions): AsyncIterable<{ start: number; length: number }> | Iterable<{ start: number; length: number }>
 }
 

@@ -12,6 +12,7 @@ export interface CommitOptions extends CallOptions {
   readonly keep?: boolean | undefined
   /** How many files down the chain the target is; default 1, the immediate backing file. The overlay is then kept. */
   readonly depth?: number | undefined
+  /** Bytes done, of how many. */
   readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
 }
 

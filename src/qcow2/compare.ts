@@ -5,6 +5,7 @@ import type { BlockDevice, CallOptions, Extent } from '../block/device.ts'
 export interface CompareOptions extends CallOptions {
   /** Also a different size, or space allocated in only one of them, is a difference. Default false. */
   readonly strict?: boolean | undefined
+  /** Bytes done, of how many. */
   readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
 }
 

@@ -32,6 +32,7 @@ export interface CopyOptions extends CallOptions {
   readonly sparseSize?: number | undefined
   /** The target reads as zeroes everywhere: zeroes need not be written at all. Default: it does if it had to grow from empty. */
   readonly targetIsZero?: boolean | undefined
+  /** Bytes done, of how many. */
   readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
 }
 
@@ -45,6 +46,7 @@ export interface ConvertToQcow2Options
   readonly workers?: number | undefined
   /** 0 allocates all clusters, also those of zeroes. Default 4096; any other value means the same here. */
   readonly sparseSize?: number | undefined
+  /** Bytes done, of how many. */
   readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
 }
 

@@ -18,6 +18,7 @@ export interface NewBacking {
 
 /** Options of {@link rebaseImage}. */
 export interface RebaseOptions extends CallOptions {
+  /** Bytes done, of how many. */
   readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
 }
 

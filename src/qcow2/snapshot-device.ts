@@ -65,6 +65,7 @@ export class SnapshotDevice extends LayerDevice {
     this.#onClose = onClose
   }
 
+  /** The snapshot may be deleted from now on. */
   protected override async onClose(): Promise<void> {
     this.#onClose()
     await this.vmState.close()

@@ -51,6 +51,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
     return this.#engine.snapshots.length
   }
 
+  /** The snapshots, oldest first. */
   *[Symbol.iterator](): Iterator<SnapshotInfo> {
     for (const record of this.#engine.snapshots) yield infoOf(record)
   }

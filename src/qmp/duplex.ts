@@ -5,7 +5,9 @@
 
 /** A two-way byte stream in the shape of Node's `stream.Duplex`. */
 export interface DuplexStream {
+  /** Listens to an event: `data`, `end`, `close`, `error`, `drain`. */
   on(event: string, listener: (...values: never[]) => void): unknown
+  /** Ends what `on` began. */
   removeListener(event: string, listener: (...values: never[]) => void): unknown
   /**
    * False: the buffer is above its mark, wait for `drain` before writing more. `done` is called when the
@@ -16,7 +18,9 @@ export interface DuplexStream {
   end(): unknown
   /** Drops the connection at once. */
   destroy(error?: Error): unknown
+  /** No `data` until `resume`. */
   pause(): unknown
+  /** `data` again. */
   resume(): unknown
   readonly destroyed: boolean
 }

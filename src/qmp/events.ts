@@ -45,6 +45,7 @@ export class EventSubscription implements AsyncIterableIterator<QmpEvent> {
     }
   }
 
+  /** The next event; done when the subscription or the connection has ended. */
   next(): Promise<IteratorResult<QmpEvent>> {
     const event = this.#queue.shift()
     if (event !== undefined) return Promise.resolve({ done: false, value: event })
@@ -56,6 +57,7 @@ export class EventSubscription implements AsyncIterableIterator<QmpEvent> {
     return new Promise((resolve, reject) => this.#waiting.push({ resolve, reject }))
   }
 
+  /** Ends the subscription. */
   return(): Promise<IteratorResult<QmpEvent>> {
     this.#queue.length = 0
     this.end()
@@ -63,6 +65,7 @@ export class EventSubscription implements AsyncIterableIterator<QmpEvent> {
     return Promise.resolve({ done: true, value: undefined })
   }
 
+  /** The subscription itself. */
   [Symbol.asyncIterator](): this {
     return this
   }

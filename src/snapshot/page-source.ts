@@ -41,5 +41,6 @@ export interface PageSource extends AsyncDisposable {
   readonly devices: Uint8Array
   /** What stands behind the EOF byte: the VM description with its head, or nothing. */
   readonly vmDescription: Uint8Array
+  /** Closes what the pages come from. */
   close(): Promise<void>
 }

@@ -44,6 +44,7 @@ export interface PostcopyOptions extends PageServerOptions {
   readonly signal?: AbortSignal | undefined
   /** Milliseconds of silence of the destination after which its phase is called stuck; default 30 000. */
   readonly timeout?: number | undefined
+  /** Told the phase and how much memory is filled, whenever it changes. */
   readonly onProgress?: ((progress: RevertProgress) => void) | undefined
 }
 

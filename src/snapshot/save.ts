@@ -38,6 +38,7 @@ export type SaveMode = 'background' | 'stop' | 'precopy'
 export interface MigrationReceiver {
   /** For QEMU's `migrate`. */
   readonly uri: string
+  /** Resolves with the connection that QEMU makes. */
   accept(options?: CallOptions): Promise<DuplexStream>
 }
 

@@ -35,14 +35,17 @@ export class ModelDisk {
     return snapshot
   }
 
+  /** Stores bytes. */
   write(offset: number, bytes: Uint8Array): void {
     this.bytes.set(bytes, offset)
   }
 
+  /** Zeroes a range. */
   writeZeroes(offset: number, length: number): void {
     this.bytes.fill(0, offset, offset + length)
   }
 
+  /** Cuts the disk, or lengthens it by zeroes. */
   resize(size: number): void {
     const bytes = new Uint8Array(size)
     bytes.set(this.bytes.subarray(0, Math.min(size, this.size)))
@@ -54,15 +57,18 @@ export class ModelDisk {
     return `snapshot ${this.#created}`
   }
 
+  /** Keeps a copy of the disk under a name, with a VM state. */
   createSnapshot(name: string, vmState: Uint8Array = new Uint8Array(0)): void {
     this.#created++
     this.#snapshots.set(name, { disk: this.bytes.slice(), vmState })
   }
 
+  /** Makes the disk what it was at the snapshot, its size too. */
   applySnapshot(name: string): void {
     this.bytes = this.snapshot(name).disk.slice()
   }
 
+  /** Forgets a snapshot. */
   deleteSnapshot(name: string): void {
     this.#snapshots.delete(name)
   }
