@@ -92,8 +92,8 @@ export class Engine {
   snapshots: readonly SnapshotRecord[]
   /** Bytes the snapshot table takes in the file. */
   snapshotTableLength: number
-  /** What made the image unusable for this open. */
-  damage: FormatError | undefined
+  /** What made the image unusable for this open: found damaged, or its header may be either of two. */
+  damage: Error | undefined
   /** Nothing was written yet: promises of optional metadata (autoclear bits) still stand. */
   untouched = true
   #touching: Promise<void> | undefined
@@ -205,7 +205,8 @@ export class Engine {
 
   /**
    * Replaces what is in use of cluster 0, durably. Fields that belong together lie in its first sector,
-   * which reaches the disk whole; so a crash leaves the old header or the new one.
+   * which reaches the disk whole; so a crash leaves the old header or the new one. So does a failure, and
+   * nothing tells which: what either refers to has to stay, so nothing more is written.
    */
   writeHeader(fields: Partial<Header>, content: Partial<HeaderCluster> = {}): Promise<void> {
     return this.#headerLock.run(async () => {
@@ -214,8 +215,13 @@ export class Engine {
       const used = Math.max(encoded.length, encodeHeaderCluster(this.content).length)
       const bytes = this.host.allocate(Math.min(this.geometry.clusterSize, Math.ceil(used / headerUnit) * headerUnit)).fill(0)
       bytes.set(encoded)
-      await this.host.write(0, bytes)
-      await this.host.flush()
+      try {
+        await this.host.write(0, bytes)
+        await this.host.flush()
+      } catch (error) {
+        this.damage ??= error as Error
+        throw error
+      }
       this.content = next
     })
   }

@@ -66,6 +66,7 @@ export async function captureDisk(engine: Engine): Promise<CapturedDisk> {
 
 /** Gives up a captured disk that did not become a snapshot. */
 export async function releaseDisk(engine: Engine, disk: CapturedDisk): Promise<void> {
+  if (engine.damage !== undefined) return
   await settle(engine)
   await adjustTree(engine, new PointerTable(0, disk.entries, disk.l1), disk.entries, -1)
   await engine.flush()
