@@ -3,7 +3,7 @@
  * must hold in each: the image opens, nothing worse than leaks, what was flushed is there, snapshots are whole.
  */
 import { expect } from 'vitest'
-import { MemoryDevice } from '../../src/block.ts'
+import { fault, MemoryDevice, type BlockDevice, type FaultPlan } from '../../src/block.ts'
 import { checkImage, Qcow2Image, repairImage } from '../../src/index.ts'
 import {
   buildImage,
@@ -14,6 +14,7 @@ import {
   powerCut,
   record,
   Recording,
+  seededBytes,
   type ImageOperation,
   type ImageParameters,
   type ModelDisk,
@@ -45,27 +46,71 @@ export async function recordOperations(
   setup: readonly ImageOperation[],
   operations: readonly ImageOperation[],
 ): Promise<CrashRun> {
+  return (await recordWithFaults(parameters, setup, operations, () => undefined)).run
+}
+
+/** As `recordOperations`, on a device that goes wrong by `plan`: ends at the first operation that fails by it. */
+export async function recordWithFaults(
+  parameters: ImageParameters,
+  setup: readonly ImageOperation[],
+  operations: readonly ImageOperation[],
+  plan: FaultPlan,
+): Promise<{ run: CrashRun; file: Uint8Array; failure: unknown }> {
   const file = emptyFile()
   const model = await buildImage(file, parameters, setup)
   const before = file.bytes.slice()
   const recording = new Recording()
-  const recorded = record(file, recording)
+  const device = (): BlockDevice => keepOpen(recorded)
+  const recorded = fault(record(file, recording), plan)
   const stages: Stage[] = [stageOf(model, 0, 0, undefined)]
   let began = 0
-  await performOperations(
-    {
-      image: await Qcow2Image.open(keepOpen(recorded)),
-      model,
-      parameters,
-      reopen: () => Qcow2Image.open(keepOpen(recorded)),
-      observe: (moment, operation) => {
-        if (moment === 'before') began = recording.events
-        else stages.push(stageOf(model, began, recording.events, operation))
-      },
-    },
-    operations,
-  )
-  return { parameters, before, recording, stages }
+  let current: ImageOperation | undefined
+  let failure: unknown
+  const observe = (moment: 'before' | 'after', operation: ImageOperation): void => {
+    current = operation
+    if (moment === 'before') began = recording.events
+    else stages.push(stageOf(model, began, recording.events, operation))
+  }
+  try {
+    const image = await Qcow2Image.open(device())
+    await performOperations({ image, model, parameters, reopen: () => Qcow2Image.open(device()), observe }, operations)
+  } catch (error) {
+    if (!isInjected(error)) throw error
+    failure = error
+    if (current !== undefined) completeModel(model, current)
+    stages.push(stageOf(model, began, recording.events + 1, current?.kind === 'flush' || current?.kind === 'reopen' ? undefined : current))
+  }
+  return { run: { parameters, before, recording, stages }, file: file.bytes, failure }
+}
+
+/** The error of a fault, or one that it caused. */
+function isInjected(error: unknown): boolean {
+  for (let each = error; each instanceof Error; each = each.cause) if (each.message.includes('injected fault')) return true
+  return false
+}
+
+/** Makes the model what it were if the operation that failed half-way had been completed. */
+function completeModel(model: ModelDisk, operation: ImageOperation): void {
+  const names = model.snapshots
+  switch (operation.kind) {
+    case 'snapshot create': {
+      const { length, seed } = operation.vmState ?? { length: 0, seed: 0 }
+      model.createSnapshot(model.newName, seededBytes(length, seed))
+      return
+    }
+    case 'snapshot apply':
+    case 'snapshot delete': {
+      const name = names[operation.index % Math.max(1, names.length)]
+      if (name === undefined) return
+      if (operation.kind === 'snapshot apply') model.applySnapshot(name)
+      else model.deleteSnapshot(name)
+      return
+    }
+    case 'resize':
+      model.resize(operation.size)
+      return
+    default:
+  }
 }
 
 function stageOf(model: ModelDisk, began: number, ended: number, operation: ImageOperation | undefined): Stage {
