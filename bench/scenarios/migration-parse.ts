@@ -83,8 +83,11 @@ async function memoryGroup(context: ScenarioContext, stream: Uint8Array): Promis
 /** About 1 MiB of raw pages again and again, as from a socket into the processor's cache: the cost of the parser alone. */
 async function walkGroup(context: ScenarioContext, stream: Uint8Array): Promise<{ group: GroupResult; pages: number }> {
   const { from } = placesOf(stream, stream.length / pageSize)
-  const last = from.length - 2
-  const first = Math.max(0, last - 255)
+  const count = 255
+  const step = pageSize + 8
+  const first = from.findIndex((position, i) => from[i + count]! - position === count * step)
+  if (first === -1) throw new Error('no run of raw pages in the stream')
+  const last = first + count
   const head = stream.subarray(0, from[first]! - 8)
   const chunk = stream.subarray(from[first]! - 8, from[last]! - 8)
   const turns = context.quick ? 2 : 1000
@@ -92,7 +95,7 @@ async function walkGroup(context: ScenarioContext, stream: Uint8Array): Promise<
     {
       id: 'migration-walk',
       title: 'Walking over page headers',
-      note: `a piece of ${last - first} pages again and again`,
+      note: `a piece of ${count} pages again and again`,
       bytes: chunk.length * turns,
       variants: [
         variant('ours', 'parser, nothing done with the pages', () => {
@@ -105,7 +108,7 @@ async function walkGroup(context: ScenarioContext, stream: Uint8Array): Promise<
     },
     context,
   )
-  return { group, pages: (last - first) * turns }
+  return { group, pages: count * turns }
 }
 
 function readWhole(path: string): undefined {

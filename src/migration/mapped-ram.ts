@@ -23,16 +23,22 @@ import { encodeRecord } from './writer.ts'
 const pagesAlignment = 1 << 20
 const capability = 'mapped-ram'
 
+/** Options of {@link exportMappedRam}. */
+export interface ExportMappedRamOptions extends CallOptions {
+  /** Where the stream begins in `target`, behind a header of another format. Default 0. */
+  readonly offset?: number | undefined
+}
+
 /**
  * Writes the VM to `target`, a new growable device, as QEMU's `migrate file:` with `mapped-ram` does.
  * @returns The length of the file in bytes.
  * @throws Qcow2Error `ERR_UNSUPPORTED` for a stream with `x-ignore-shared`, which goes with mapped-ram in QEMU but not here
  */
-export async function exportMappedRam(vm: VmState, target: BlockDevice, options: CallOptions = {}): Promise<number> {
+export async function exportMappedRam(vm: VmState, target: BlockDevice, options: ExportMappedRamOptions = {}): Promise<number> {
   if (vm.capabilities.includes('x-ignore-shared')) {
     throw new Qcow2Error('ERR_UNSUPPORTED', 'a stream with x-ignore-shared lacks the memory of shared blocks: a mapped-ram file of it would be of no use')
   }
-  let at = 0
+  let at = options.offset ?? 0
   const write = async (bytes: Uint8Array): Promise<void> => {
     await target.write(at, bytes, options)
     at += bytes.length

@@ -2,6 +2,7 @@ import { gzipSync } from 'node:zlib'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
+import { exportMappedRam } from '../../src/migration/mapped-ram.ts'
 import { VmState, type VmStateOptions } from '../../src/migration/vm-state.ts'
 import { capture, expected, guestProblems, sha256, wholeStreams } from './captures.ts'
 
@@ -154,6 +155,20 @@ describe('libvirt save images', () => {
       expect(vm.libvirt).toMatchObject({ format, version: 2, wasRunning: true, domainXml: '<domain/>', cookieXml: '<cookie/>' })
       expect(guestProblems(await vm.ram.read('pc.ram', 0, 4 << 20))).toEqual([])
     }
+  })
+
+  test('sparse: mapped-ram behind the header', async () => {
+    const head = libvirtImage(new Uint8Array(0), 6)
+    const device = new MemoryDevice(0, { growable: true })
+    await device.write(0, head)
+    {
+      await using vm = await index(stream)
+      await exportMappedRam(vm, device, { offset: head.length })
+    }
+    await using vm = await VmState.index(device)
+    expect(vm.libvirt?.format).toBe('sparse')
+    expect(vm.streamOffset).toBe(head.length)
+    expect(guestProblems(await vm.ram.read('pc.ram', 0, 4 << 20))).toEqual([])
   })
 
   test.each<[string, Uint8Array, RegExp]>([

@@ -1,5 +1,5 @@
 import { join } from 'node:path'
-import { statSync } from 'node:fs'
+import { statSync, writeFileSync } from 'node:fs'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
@@ -11,7 +11,9 @@ import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { RamImage } from '../../src/snapshot/ram-image.ts'
 import { RamImageWriter, type NewRamImageOptions } from '../../src/snapshot/ram-image-writer.ts'
 import { capture, expected, guestProblems, sha256, wholeStreams } from '../migration/captures.ts'
+import { checkGuestMemory, Guest } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
+import { captureStream } from '../support/saved.ts'
 import { tempFolder } from '../support/temp.ts'
 
 const long = process.env['QCOW2_LONG'] === '1'
@@ -199,6 +201,20 @@ describe('against a plain model', () => {
 })
 
 describeWithQemu('real QEMU', (qemu) => {
+  test('goes on from a background snapshot that was kept as a RAM image', async () => {
+    const guest = await Guest.boot(qemu)
+    await guest.run(3)
+    const folder = tempFolder()
+    await store(await captureStream(guest), join(folder, 'ram.qcow2'))
+    await guest.kill()
+    await using ram = await RamImage.open(join(folder, 'ram.qcow2'))
+    const { tick, consistent } = await checkGuestMemory((offset, length) => ram.read('pc.ram', offset, length))
+    expect(consistent).toBe(true)
+    writeFileSync(join(folder, 'stream'), await bytesOf(ram.stream()))
+    const again = await Guest.boot(qemu, { incoming: `exec:cat ${join(folder, 'stream')}` })
+    await again.expectGoesOn(tick)
+  })
+
   test('finds a RAM image and an incremental one clean', async () => {
     const folder = tempFolder()
     await store(capture('qemu100-bgsnap.mig'), join(folder, 'a.qcow2'))
