@@ -138,12 +138,16 @@ export class Bitmaps {
     })
   }
 
-  /** Sets in `target` every bit whose range `source` has dirty. The granularities may differ. */
-  async merge(target: string, source: string): Promise<void> {
+  /**
+   * Sets in `target` every bit whose range `source` has dirty: a bitmap of this image, or ranges, for
+   * example those that another image's {@link read} gives. The granularities may differ.
+   */
+  async merge(target: string, source: string | AsyncIterable<DirtyRange>): Promise<void> {
     await this.#change(async (records) => {
       const record = usable(find(records, target))
       const bits = new Uint8Array(bitmapBytes(this.#engine.header.size, record.granularityBits))
-      for (const name of [target, source]) await this.#collect(name, bits, 2 ** record.granularityBits)
+      const granularity = 2 ** record.granularityBits
+      for (const from of [target, source]) await collect(typeof from === 'string' ? this.read(from) : from, bits, granularity)
       const tableOffset = await this.#writeBits(bits, record.tableSize)
       return { records: records.map((each) => (each === record ? { ...record, tableOffset } : each)), freed: await this.#space(record) }
     })
@@ -176,7 +180,10 @@ export class Bitmaps {
         const { directoryOffset, directorySize } = decodeBitmapsExtension(old)
         freed.push([directoryOffset, directorySize])
       }
-      for (const [offset, length] of freed) engine.allocator.free(offset, length)
+      for (const [offset, length] of freed) {
+        engine.metadataMap.remove(offset, length)
+        engine.allocator.free(offset, length)
+      }
       await settle(engine)
       engine.rest()
     })
@@ -193,6 +200,7 @@ export class Bitmaps {
     }
     const directory = encodeBitmapDirectory(records)
     const directoryOffset = await this.#writeNew(directory)
+    engine.metadataMap.add(directoryOffset, directory.length)
     await settle(engine)
     const extension = encodeBitmapsExtension({ count: records.length, directorySize: directory.length, directoryOffset })
     const extensions = withExtension(engine.content.extensions, extensionType.bitmaps, extension)
@@ -220,13 +228,6 @@ export class Bitmaps {
       if (part.some((byte) => byte !== 0)) writeU64(viewOf(table), index * 8, await this.#writeNew(part))
     }
     return this.#writeNew(table)
-  }
-
-  async #collect(name: string, bits: Uint8Array, granularity: number): Promise<void> {
-    for await (const { offset, length } of this.read(name)) {
-      const end = Math.ceil((offset + length) / granularity)
-      for (let bit = Math.floor(offset / granularity); bit < end; bit++) bits[bit >>> 3]! |= 1 << (bit & 7)
-    }
   }
 
   async #table(record: BitmapRecord): Promise<DataView> {
@@ -289,4 +290,12 @@ function usable(record: BitmapRecord): BitmapRecord {
 function rangeOf(from: number, to: number, granularity: number, size: number): DirtyRange {
   const offset = from * granularity
   return { offset, length: Math.min(size, to * granularity) - offset }
+}
+
+/** Sets the bits of the ranges; what lies behind the last bit is left out. */
+async function collect(ranges: AsyncIterable<DirtyRange>, bits: Uint8Array, granularity: number): Promise<void> {
+  for await (const { offset, length } of ranges) {
+    const end = Math.min(Math.ceil((offset + length) / granularity), bits.length * 8)
+    for (let bit = Math.floor(offset / granularity); bit < end; bit++) bits[bit >>> 3]! |= 1 << (bit & 7)
+  }
 }

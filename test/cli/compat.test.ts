@@ -2,17 +2,18 @@
 import { execFile } from 'node:child_process'
 import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import zlib from 'node:zlib'
 import { describe, expect, test } from 'vitest'
 import { qemus } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
-import { commands } from '../../src/cli/commands.ts'
 import { scenarios as allScenarios, type Scenario } from './compat-scenarios.ts'
 import { run } from './run.ts'
 
 const qemu = qemus.find(({ major }) => major >= 10)
 
-const known = new Set(commands.map(({ name }) => name))
-const scenarios = allScenarios.map((scenario) => ({ ...scenario, lines: scenario.lines.filter((line) => known.has(line.split(' ')[0]!)) })).filter(({ lines }) => lines.length > 3)
+// this Node may be too old to write zstd
+const runnable = (line: string): boolean => 'zstdCompressSync' in zlib || !line.includes('-c -o compression_type=zstd')
+const scenarios = allScenarios.map((scenario) => ({ ...scenario, lines: scenario.lines.filter(runnable) }))
 
 interface Outcome {
   code: number
@@ -118,7 +119,9 @@ async function compareLine(scenario: Scenario, line: string, folders: { theirs: 
 
 /** Every file the lines left: the same names, the same guest content, images that check clean. */
 async function compareFiles(folders: { theirs: string; ours: string }): Promise<object[]> {
-  const [theirs, mine] = [readdirSync(folders.theirs).sort(), readdirSync(folders.ours).sort()]
+  // qemu-img leaves files behind where it fails; ours are all called so
+  const files = (folder: string): string[] => readdirSync(folder).filter((file) => file !== 'bad').sort()
+  const [theirs, mine] = [files(folders.theirs), files(folders.ours)]
   if (JSON.stringify(theirs) !== JSON.stringify(mine)) return [{ files: { onlyTheirs: theirs.filter((file) => !mine.includes(file)), onlyOurs: mine.filter((file) => !theirs.includes(file)) } }]
   const problems: object[] = []
   for (const file of mine) {
@@ -160,6 +163,6 @@ describe.skipIf(qemu === undefined)('as qemu-img 10.0', () => {
   })
 
   test('there are more than 150 lines', () => {
-    expect(allScenarios.flatMap(({ lines }) => lines).length).toBeGreaterThan(150)
+    expect(scenarios.flatMap(({ lines }) => lines).length).toBeGreaterThan(150)
   })
 })

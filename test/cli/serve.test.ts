@@ -181,6 +181,25 @@ describe.skipIf(qemu === undefined)('qemu-io through serve', () => {
     expect(await stop()).toBe(0)
   })
 
+  test('a bitmap that QEMU filled is told to clients', async () => {
+    const image = join(tempFolder(), 'image')
+    await qemu!.imgOk('create', '-q', '-f', 'qcow2', image, '4M')
+    await qemu!.imgOk('bitmap', '--add', image, 'b0')
+    await qemu!.io('-c', 'write 1M 64k', '-c', 'write 3M 128k', image)
+    const { uri, stop } = await serve('--bitmap', 'b0', '--read-only', image)
+    const map = await new Promise<string>((resolve, reject) => {
+      execFile('nbdinfo', ['--json', '--map=qemu:dirty-bitmap:b0', uri], (error, stdout) => {
+        if (error === null) resolve(stdout)
+        else reject(error)
+      })
+    })
+    expect((JSON.parse(map) as { offset: number; length: number; type: number }[]).filter(({ type }) => type === 1)).toMatchObject([
+      { offset: MiB, length: 64 * KiB },
+      { offset: 3 * MiB, length: 128 * KiB },
+    ])
+    expect(await stop()).toBe(0)
+  })
+
   test('the VM state and a RAM block of a snapshot are served', async () => {
     const folder = tempFolder()
     const image = join(folder, 'vm')

@@ -50,6 +50,40 @@ test('any sequence of changes keeps the image sound and the list right', async (
   )
 })
 
+test('several changes after opening an image that has bitmaps already', async () => {
+  const bytes = new MemoryDevice(0, { growable: true })
+  const first = await Qcow2Image.create(bytes, { size: 3 << 20 })
+  await first.bitmaps.add({ name: 'a' })
+  await first.bitmaps.add({ name: 'b' })
+  await first.flush()
+  const image = await Qcow2Image.open(new MemoryDevice(bytes.bytes.slice(), { growable: true }))
+  await image.bitmaps.add({ name: 'c' })
+  await image.bitmaps.disable('c')
+  await image.bitmaps.remove('a')
+  await image.bitmaps.merge('b', 'c')
+  expect(await image.bitmaps.list()).toMatchObject([{ name: 'b', auto: true }, { name: 'c', auto: false }])
+  expect(await image.check()).toMatchObject(sound)
+})
+
+test('ranges of another image are merged in', async () => {
+  const image = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 3 << 20 })
+  await image.bitmaps.add({ name: 'a', granularity: 65536 })
+  // eslint-disable-next-line @typescript-eslint/require-await -- what a bitmap gives is asynchronous
+  async function* ranges(): AsyncGenerator<DirtyRange, void, undefined> {
+    yield { offset: 100, length: 10 }
+    yield { offset: 1 << 20, length: 65537 }
+    yield { offset: (3 << 20) - 1, length: 1 << 30 }
+  }
+  await image.bitmaps.merge('a', ranges())
+  const dirty = []
+  for await (const range of image.bitmaps.read('a')) dirty.push(range)
+  expect(dirty).toEqual([
+    { offset: 0, length: 65536 },
+    { offset: 1 << 20, length: 131072 },
+    { offset: (3 << 20) - 65536, length: 65536 },
+  ])
+})
+
 test('writing marks enabled bitmaps as in use, and only these', async () => {
   const host = new MemoryDevice(0, { growable: true })
   const image = await Qcow2Image.create(host, { size: 1 << 20 })

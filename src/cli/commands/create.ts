@@ -4,6 +4,7 @@ import { asksForHelp, createHelp, formattingLine, isCreatable, parseCreateOption
 import { makeImage } from '../image/new-image.ts'
 import { reasonOf, resolveBacking } from '../image/open.ts'
 import { objectOption, openerFor, quietOption } from '../image/options.ts'
+import { parseSecrets } from '../image/secrets.ts'
 import { parsePlace } from '../image/spec.ts'
 import { didYouMean } from '../nearest.ts'
 import { imageSize } from '../size.ts'
@@ -46,7 +47,7 @@ export const createCommand = command({
     const size = args[1] === undefined ? undefined : imageSize(args[1])
     const values = await about(filename, async () => gatherValues(context, format, filename, size))
     if (!options.quiet) await print(formattingLine(filename, format, values))
-    await about(filename, () => makeImage(filename, format, values, signal))
+    await about(filename, () => makeImage(filename, format, values, signal, parseSecrets(options.object)))
     return 0
   },
 })

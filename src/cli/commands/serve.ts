@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import type { BlockDevice } from '../../block/device.ts'
 import { VmState } from '../../migration/vm-state.ts'
-import type { NbdExport } from '../../nbd/export.ts'
+import { dirtyBitmapContext, type NbdExport, type NbdMetaContext } from '../../nbd/export.ts'
 import { NbdServer } from '../../nbd/server.ts'
 import { listen, type NbdAddress } from '../../nbd/socket.ts'
 import { command } from '../command.ts'
@@ -14,7 +14,7 @@ export const serveCommand = command({
   summary: 'Serve an image, a snapshot, VM state or guest RAM over NBD',
   description: [
     'Any NBD client can use it: QEMU itself, qemu-io, nbdcopy, the Linux kernel. The address is printed when clients can connect. It goes on until it is interrupted; then everything is flushed.',
-    'base:allocation and qemu:allocation-depth tell clients where the data is.',
+    'Clients may ask where the data is (base:allocation, qemu:allocation-depth).',
   ],
   options: {
     socket: { value: 'PATH', file: true, help: 'listen on a unix socket' },
@@ -23,6 +23,7 @@ export const serveCommand = command({
     'read-only': { short: 'r', help: 'refuse changes' },
     name: { short: 'x', value: 'NAME', help: 'name of the export; default the empty name, which clients ask for by default' },
     description: { short: 'D', value: 'TEXT', help: 'what listings say of the export' },
+    bitmap: { short: 'B', value: 'NAME', many: true, help: 'tell clients which ranges this bitmap of the image has dirty, as qemu:dirty-bitmap:NAME' },
     vmstate: { help: 'serve the VM state of IMAGE@SNAPSHOT instead of its disk' },
     ram: { value: 'BLOCK', help: 'serve this RAM block of IMAGE@SNAPSHOT, for example pc.ram' },
     'max-connections': { value: 'COUNT', help: 'connections at once; default 16' },
@@ -50,7 +51,8 @@ export const serveCommand = command({
     const closers: (() => Promise<void>)[] = [() => opened.close()]
     try {
       const device = stateOnly ? await stateDevice(opened, options.ram, closers) : opened.device
-      const entry: NbdExport = { name: options.name ?? '', description: options.description, device, readOnly }
+      const contexts = await Promise.all(options.bitmap.map((name) => bitmapContext(opened, name)))
+      const entry: NbdExport = { name: options.name ?? '', description: options.description, device, readOnly, contexts }
       const gone = new AbortController()
       const server = new NbdServer([entry], {
         maxConnections,
@@ -69,6 +71,27 @@ export const serveCommand = command({
     }
   },
 })
+
+/** The ranges as they are now: writes through the server are not in them. */
+async function bitmapContext({ image, format }: OpenedImage, name: string): Promise<NbdMetaContext> {
+  if (image === undefined) throw new ExitError(1, `Format driver '${format}' does not support bitmaps`)
+  const ranges: { start: number; length: number }[] = []
+  for await (const { offset, length } of image.bitmaps.read(name)) ranges.push({ start: offset, length })
+  return dirtyBitmapContext(name, { ranges: (offset, length) => within(ranges, offset, offset + length) })
+}
+
+/** The ranges that reach into `[from, to)`, found by halving. */
+function within(ranges: readonly { readonly start: number; readonly length: number }[], from: number, to: number): typeof ranges {
+  let low = 0
+  for (let high = ranges.length; low < high; ) {
+    const middle = (low + high) >> 1
+    if (ranges[middle]!.start + ranges[middle]!.length <= from) low = middle + 1
+    else high = middle
+  }
+  let end = low
+  while (end < ranges.length && ranges[end]!.start < to) end++
+  return ranges.slice(low, end)
+}
 
 function addressOf(options: { socket: string | undefined; port: string | undefined; bind: string | undefined }): NbdAddress {
   const { socket, port, bind } = options

@@ -3,24 +3,25 @@ import type { BlockDevice } from '../../block/device.ts'
 import { openFile } from '../../block/file.ts'
 import { MemoryDevice } from '../../block/memory.ts'
 import { Qcow2Error } from '../../core/errors.ts'
-import { Qcow2Image } from '../../qcow2/image.ts'
+import { Qcow2Image, type CreateOptions } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import { ExitError } from '../errors.ts'
 import { layoutOf, preallocationOf, type CreateValues } from './create-options.ts'
 import { reasonOf } from './open.ts'
+import type { Secrets } from './secrets.ts'
 import { parsePlace } from './spec.ts'
 
 /**
  * Makes an image and closes it. An existing file is replaced.
  * @throws ExitError in qemu-img's words
  */
-export async function makeImage(name: string, format: 'qcow2' | 'raw', values: CreateValues, signal: AbortSignal): Promise<void> {
+export async function makeImage(name: string, format: 'qcow2' | 'raw', values: CreateValues, signal: AbortSignal, secrets?: Secrets): Promise<void> {
   const path = pathOf(name)
   if (format === 'raw') return makeRaw(path, values, signal)
   const layout = layoutOf(values)
   if (layout.dataFile !== undefined) await makeDataFile(pathOf(layout.dataFile), layout.size)
   try {
-    const image = await Qcow2Image.create(path, { ...layout, references: untouched, signal })
+    const image = await Qcow2Image.create(path, { ...layout, ...encryptionOf(values, secrets), references: untouched, signal })
     await image.flush()
     await image.close()
   } catch (error) {
@@ -30,6 +31,24 @@ export async function makeImage(name: string, format: 'qcow2' | 'raw', values: C
     if (Qcow2Error.is(error)) throw new ExitError(1, `Could not create '${name}': ${reasonOf(error)}`, { cause: error })
     throw error
   }
+}
+
+/** How the image is to be encrypted. */
+function encryptionOf(values: CreateValues, secrets: Secrets | undefined): Pick<CreateOptions, 'encryption'> {
+  const format = values.get('encrypt.format') ?? (values.get('encryption') === 'on' ? 'aes' : undefined)
+  if (format === undefined) return {}
+  if (format !== 'luks' && format !== 'aes') throw new ExitError(1, `Parameter 'encrypt.format' does not accept value '${format}'`)
+  const id = values.get('encrypt.key-secret')
+  if (id === undefined) throw new ExitError(1, "Parameter 'encrypt.key-secret' is required for cipher")
+  const passphrase = secrets?.get(id)
+  if (passphrase === undefined) throw new ExitError(1, `No secret with id '${id}'`)
+  const time = values.get('encrypt.iter-time')
+  return { encryption: { format, passphrase, ...(time === undefined ? {} : { iterations: iterationsFor(Number(time)) }) } }
+}
+
+/** PBKDF2 iterations that take about so many milliseconds on a machine of today. */
+function iterationsFor(milliseconds: number): number {
+  return Math.max(1000, Math.round(milliseconds * 1000))
 }
 
 /** Nothing is read through a backing file while an image is made: it may be anything, or missing. */

@@ -6,6 +6,7 @@
 import { existsSync } from 'node:fs'
 import { dirname, isAbsolute, resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
+import { MemoryDevice } from '../../block/memory.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { Qcow2Error } from '../../core/errors.ts'
@@ -99,6 +100,7 @@ export class Opener {
    */
   async file(spec: ImageSpec, how: OpenHow): Promise<ImageFile> {
     try {
+      refuseUnknownFormat(spec.format)
       const host = await this.bytes(spec.place, how)
       const isImage = (await probe(host)) === 'qcow2'
       if (spec.format === 'qcow2' && !isImage) {
@@ -142,9 +144,7 @@ export class Opener {
     const readOnly = how.readOnly || spec.readOnly === true
     const identity = spec.place.kind === 'file' ? resolve(spec.place.path) : spec.shown
     if (above.includes(identity)) throw new Qcow2Error('ERR_FORMAT', `the backing chain loops: ${[...above, identity].join(' -> ')}`)
-    if (spec.format !== undefined && spec.format !== 'raw' && spec.format !== 'qcow2') {
-      throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${spec.format}'`)
-    }
+    refuseUnknownFormat(spec.format)
     const host = await this.bytes(spec.place, { ...how, readOnly })
     try {
       const format = spec.format ?? (await probe(host))
@@ -162,7 +162,8 @@ export class Opener {
     const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
       if (reference.kind === 'data file') return this.#dataFile(spec, reference, how)
       backing = await this.#backing(spec, reference, how, chain)
-      return backing?.device ?? false
+      // what nobody may look at reads as zeroes
+      return backing?.device ?? new MemoryDevice(0)
     }
     const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, ...this.#passphrase(spec) })
     return { filename: spec.shown, format: 'qcow2', place: spec.place, device: image, host, image, snapshot: undefined, backing, close: () => image.close() }
@@ -192,6 +193,10 @@ export class Opener {
     if (secret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `No secret with id '${spec.keySecret}'`)
     return { passphrase: secret }
   }
+}
+
+function refuseUnknownFormat(format: string | undefined): void {
+  if (format !== undefined && format !== 'raw' && format !== 'qcow2') throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${format}'`)
 }
 
 function openedRaw(spec: ImageSpec, device: BlockDevice): OpenedImage {

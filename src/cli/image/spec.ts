@@ -45,7 +45,8 @@ const formats = new Set(['qcow2', 'raw'])
  */
 export function parseName(name: string, format: string | undefined): ImageSpec {
   if (name.startsWith('json:')) return fromTree(jsonTree(name.slice(5)), name, format)
-  return { shown: name, format, place: parsePlace(name) }
+  const place = parsePlace(name)
+  return { shown: place.kind === 'file' ? place.path : name, format, place }
 }
 
 /** The meaning of `--image-opts`. */

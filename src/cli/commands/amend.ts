@@ -1,0 +1,90 @@
+import { amendImage } from '../../qcow2/amend.ts'
+import { setBackingFile } from '../../qcow2/rebase.ts'
+import { command, type Context, type OptionDefinitions } from '../command.ts'
+import { ExitError, UsageError } from '../errors.ts'
+import { asksForHelp, createHelp, isAmendable, parseCreateOptions, versionOf, type CreateValues } from '../image/create-options.ts'
+import { reasonOf } from '../image/open.ts'
+import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
+
+export const amendCommand = command({
+  name: 'amend',
+  summary: 'Change properties of an existing image',
+  description: ["compat, refcount_bits, lazy_refcounts, data_file, data_file_raw (only off), size, backing_file and backing_fmt can change. '-o help' lists them."],
+  options: {
+    options: { short: 'o', value: 'OPTIONS', many: true, help: 'what is to change, for example compat=0.10,refcount_bits=16' },
+    cache: { short: 't', value: 'MODE', help: "'none' goes past the page cache" },
+    force: { help: 'accepted for compatibility' },
+    ...formatOption,
+    ...imageOptsOption,
+    ...objectOption,
+    ...progressOption,
+    ...quietOption,
+  },
+  arguments: [{ name: 'FILENAME', optional: true, help: 'the image' }],
+  examples: [
+    { line: 'qcow2 amend -o compat=0.10 disk.qcow2', shows: 'for very old readers' },
+    { line: 'qcow2 amend -o refcount_bits=64 disk.qcow2', shows: 'room for many snapshots' },
+  ],
+  async run(context) {
+    const { options, args, print, signal } = context
+    if (options.options.length === 0) throw new UsageError('Must specify options (-o)')
+    if (asksForHelp(options.options)) {
+      await print(createHelp('qcow2', true))
+      return 0
+    }
+    if (args.length === 0) throw new UsageError('Expecting one image file name')
+    const opener = openerFor(context)
+    const file = await opener.file(specOf(context), { readOnly: false, direct: isDirect(options.cache) })
+    try {
+      if (file.format !== 'qcow2') throw new ExitError(1, "Format driver 'raw' does not support option amendment")
+      const values = parseCreateOptions('qcow2', options.options)
+      for (const name of values.keys()) {
+        if (!isAmendable(name)) throw new ExitError(1, `Invalid parameter '${name}'\nThis option is only supported for image creation`)
+      }
+      const bits = Number(values.get('refcount_bits') ?? 16)
+      if (![1, 2, 4, 8, 16, 32, 64].includes(bits)) throw new ExitError(1, 'Refcount width must be a power of two and may not exceed 64 bits')
+      context.leaves(`${file.filename} is as before, or as asked but for some leaked clusters: check -r leaks frees them`)
+      await amendImage(file.host, { ...changes(values), signal })
+    } catch (error) {
+      if (error instanceof ExitError || error instanceof UsageError || signal.aborted) throw error
+      throw new ExitError(1, reasonOf(error), { cause: error })
+    } finally {
+      await file.host.close()
+    }
+    await amendThroughEngine(context)
+    return 0
+  },
+})
+
+/** What needs the image open: its size and its backing file. */
+async function amendThroughEngine<O extends OptionDefinitions>(context: Context<O>): Promise<void> {
+  const values = parseCreateOptions('qcow2', (context.options as { readonly options?: readonly string[] }).options ?? [])
+  const [size, file, format] = ['size', 'backing_file', 'backing_fmt'].map((name) => values.get(name))
+  if (size === undefined && file === undefined) return
+  const opened = await openArgument(context, { readOnly: false, withoutBacking: size === undefined })
+  try {
+    if (size !== undefined && Number(size) < opened.device.size) throw new ExitError(1, 'Use qcow2 resize --shrink to make a disk smaller')
+    if (size !== undefined) await opened.device.resize(Math.ceil(Number(size) / 512) * 512)
+    if (file === undefined || opened.image === undefined) return
+    if (format === undefined) throw new ExitError(1, 'backing format must be specified')
+    await setBackingFile(opened.image, file === '' ? undefined : { file, format })
+  } finally {
+    await opened.close()
+  }
+}
+
+function changes(values: CreateValues): Parameters<typeof amendImage>[1] {
+  const compat = values.get('compat')
+  const refcountBits = values.get('refcount_bits')
+  const lazy = values.get('lazy_refcounts')
+  const raw = values.get('data_file_raw')
+  if (raw === 'on') throw new ExitError(1, 'data-file-raw cannot be set on existing images')
+  return {
+    version: compat === undefined ? undefined : versionOf(compat),
+    refcountBits: refcountBits === undefined ? undefined : Number(refcountBits),
+    lazyRefcounts: lazy === undefined ? undefined : lazy === 'on',
+    dataFile: values.get('data_file'),
+    dataFileRaw: raw === undefined ? undefined : false,
+  }
+}
+

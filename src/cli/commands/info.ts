@@ -1,0 +1,164 @@
+import type { LuksHeader } from '../../codec/crypto/luks-header.ts'
+import { readImageInfo, type ImageInfo } from '../../qcow2/info.ts'
+import { command } from '../command.ts'
+import { ExitError } from '../errors.ts'
+import { spaceTaken } from '../image/host.ts'
+import { couldNotOpen, resolveBacking, type ImageFile, type Opener } from '../image/open.ts'
+import { forceShareOption, formatOption, imageOptsOption, objectOption, openerFor, outputOption, specOf } from '../image/options.ts'
+import { parseName, type ImageSpec } from '../image/spec.ts'
+import { infoText } from '../print/info.ts'
+import { prettyJson, type ImageEntry, type Json } from '../print/shapes.ts'
+import { snapshotEntry } from './snapshot.ts'
+
+export const infoCommand = command({
+  name: 'info',
+  summary: 'Show what an image is: format, sizes, snapshots, bitmaps',
+  description: ['Only metadata is read: neither the backing file nor the data file need exist, and no key is needed.'],
+  options: {
+    'backing-chain': { short: 'b', help: 'show the images below it too' },
+    ...formatOption,
+    ...imageOptsOption,
+    ...outputOption,
+    cache: { short: 't', value: 'MODE', help: 'accepted for compatibility' },
+    limits: { help: 'accepted for compatibility' },
+    ...forceShareOption,
+    ...objectOption,
+  },
+  arguments: [{ name: 'FILENAME', help: 'the image' }],
+  examples: [
+    { line: 'qcow2 info disk.qcow2', shows: 'for people' },
+    { line: 'qcow2 info --output=json --backing-chain overlay.qcow2', shows: 'the whole chain, for programs' },
+    { line: 'qcow2 info https://example.org/images/disk.qcow2', shows: 'an image on a web server' },
+  ],
+  async run(context) {
+    const { options, print } = context
+    const opener = openerFor(context)
+    const entries = await chainEntries(opener, specOf(context), options['backing-chain'])
+    if (options.output === 'json') await print(prettyJson(options['backing-chain'] ? entries : entries[0]))
+    else await print(entries.map(infoText).join('\n\n'))
+    return 0
+  },
+})
+
+/** The entry of an image, and with `chain` those below it. */
+async function chainEntries(opener: Opener, top: ImageSpec, chain: boolean): Promise<ImageEntry[]> {
+  const entries: ImageEntry[] = []
+  const seen = new Set<string>()
+  for (let spec: ImageSpec | undefined = top; spec !== undefined; ) {
+    if (seen.has(spec.shown)) throw new ExitError(1, `Backing file '${spec.shown}' creates an infinite loop.`)
+    seen.add(spec.shown)
+    const entry = await readEntry(opener, spec)
+    entries.push(entry)
+    const below: string | undefined = chain ? entry['full-backing-filename'] : undefined
+    spec = below === undefined ? undefined : parseName(below, entry['backing-filename-format'])
+  }
+  return entries
+}
+
+async function readEntry(opener: Opener, spec: ImageSpec): Promise<ImageEntry> {
+  const file = await opener.file(spec, { readOnly: true })
+  try {
+    if (file.format === 'raw') return await rawEntry(file)
+    return await qcow2Entry(file)
+  } catch (error) {
+    throw couldNotOpen(spec.shown, error)
+  } finally {
+    await file.host.close()
+  }
+}
+
+async function rawEntry(file: ImageFile): Promise<ImageEntry> {
+  const taken = await spaceTaken(file.place)
+  return {
+    filename: file.filename,
+    format: 'raw',
+    'virtual-size': sectors(file.host.size),
+    ...(taken === undefined ? {} : { 'actual-size': taken }),
+    children: [fileChild(file, taken)],
+    'dirty-flag': false,
+  }
+}
+
+async function qcow2Entry(file: ImageFile): Promise<ImageEntry> {
+  const info = await readImageInfo(file.host)
+  const taken = await spaceTaken(file.place)
+  const { backingFile, backingFormat, snapshots } = info
+  const backing = backingFile === undefined ? {} : { 'backing-filename': backingFile, 'full-backing-filename': resolveBacking(file.place, backingFile) }
+  return {
+    children: [fileChild(file, taken)],
+    ...(snapshots.length === 0 ? {} : { snapshots: snapshots.map(snapshotEntry) }),
+    ...(backingFormat === undefined || backingFile === undefined ? {} : { 'backing-filename-format': backingFormat }),
+    'virtual-size': info.virtualSize,
+    filename: file.filename,
+    'cluster-size': info.clusterSize,
+    format: 'qcow2',
+    ...(taken === undefined ? {} : { 'actual-size': taken }),
+    'format-specific': { type: 'qcow2', data: specificData(info) },
+    ...backing,
+    ...(info.encryption === 'none' ? {} : { encrypted: true }),
+    'dirty-flag': info.dirty,
+  }
+}
+
+function fileChild({ filename, host }: ImageFile, taken: number | undefined): { name: string; info: ImageEntry } {
+  const info: ImageEntry = {
+    children: [],
+    'virtual-size': sectors(host.size),
+    filename,
+    format: 'file',
+    ...(taken === undefined ? {} : { 'actual-size': taken }),
+    'format-specific': { type: 'file', data: {} },
+    'dirty-flag': false,
+  }
+  return { name: 'file', info }
+}
+
+function sectors(bytes: number): number {
+  return Math.ceil(bytes / 512) * 512
+}
+
+/** In the order in which qemu-img prints them. */
+function specificData(info: ImageInfo): { readonly [key: string]: Json | undefined } {
+  const compat = info.version === 2 ? '0.10' : '1.1'
+  const encrypt = info.encryption === 'none' ? {} : { encrypt: encryptionData(info) }
+  if (info.version === 2) return { compat, 'compression-type': info.compressionType, 'refcount-bits': info.refcountBits, ...encrypt }
+  const bitmaps = info.bitmaps.map(({ name, granularity, inUse, auto }) => ({ flags: [...(inUse ? ['in-use'] : []), ...(auto ? ['auto'] : [])], name, granularity }))
+  return {
+    compat,
+    'compression-type': info.compressionType,
+    'lazy-refcounts': info.lazyRefcounts,
+    ...(bitmaps.length === 0 ? {} : { bitmaps }),
+    'refcount-bits': info.refcountBits,
+    ...(info.dataFile === undefined ? {} : { 'data-file': info.dataFile }),
+    ...encrypt,
+    ...(info.externalData ? { 'data-file-raw': info.dataFileRaw } : {}),
+    corrupt: info.corrupt,
+    'extended-l2': info.extendedL2,
+  }
+}
+
+function encryptionData({ encryption, luks }: ImageInfo): { readonly [key: string]: Json | undefined } {
+  return luks === undefined ? { format: encryption === 'luks' ? 'luks' : 'aes' } : luksData(luks)
+}
+
+/** A LUKS1 header in QEMU's words. */
+function luksData(luks: LuksHeader): { readonly [key: string]: Json | undefined } {
+  const [mode = '', ivgen = ''] = luks.cipherMode.split('-')
+  // XTS takes two keys of the cipher's width
+  const bits = (luks.keyBytes * 8) / (mode === 'xts' ? 2 : 1)
+  const slots = luks.slots.map(({ active, iterations, keyOffset, stripes }) =>
+    active ? { active, iters: iterations, 'key-offset': keyOffset, stripes } : { active, 'key-offset': keyOffset },
+  )
+  return {
+    'ivgen-alg': ivgen,
+    'detached-header': false,
+    'hash-alg': luks.hash,
+    'cipher-alg': `${luks.cipherName}-${bits}`,
+    uuid: luks.uuid,
+    format: 'luks',
+    'cipher-mode': mode,
+    slots,
+    'payload-offset': luks.payloadOffset,
+    'master-key-iters': luks.digestIterations,
+  }
+}

@@ -1,0 +1,78 @@
+import { measureConversion, measureQcow2, type Measurement, type MeasureOptions } from '../../qcow2/measure.ts'
+import { command } from '../command.ts'
+import { ExitError, UsageError } from '../errors.ts'
+import { asksForHelp, createHelp, isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
+import type { OpenedImage } from '../image/open.ts'
+import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, outputOption } from '../image/options.ts'
+import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
+import { measureText } from '../print/measure.ts'
+import { prettyJson } from '../print/shapes.ts'
+import { imageSize } from '../size.ts'
+
+export const measureCommand = command({
+  name: 'measure',
+  summary: 'Calculate how much space a new image will need',
+  options: {
+    'target-format': { short: 'O', value: 'FMT', help: 'format of the new image, qcow2 or raw (default)' },
+    options: { short: 'o', value: 'OPTIONS', many: true, help: 'options of the new image, as for create' },
+    size: { short: 's', value: 'SIZE', help: 'an empty disk of this size' },
+    snapshot: { short: 'l', value: 'SNAPSHOT', help: 'the disk of this snapshot of FILENAME' },
+    ...formatOption,
+    ...imageOptsOption,
+    ...outputOption,
+    ...forceShareOption,
+    ...objectOption,
+  },
+  arguments: [{ name: 'FILENAME', optional: true, help: 'the disk to be converted' }],
+  examples: [
+    { line: 'qcow2 measure --size 100G -O qcow2', shows: 'metadata of an empty disk' },
+    { line: 'qcow2 measure -O qcow2 disk.raw', shows: 'what a conversion will take' },
+  ],
+  async run(context) {
+    const { options, args, print, signal } = context
+    const format = options['target-format'] ?? 'raw'
+    if (!isCreatable(format)) throw new ExitError(1, `Unknown file format '${format}'`)
+    if (asksForHelp(options.options)) {
+      await print(createHelp(format))
+      return 0
+    }
+    if (options.size !== undefined && args.length > 0) throw new UsageError('--size N cannot be used together with a filename.')
+    if (options.size === undefined && args.length === 0) throw new UsageError('Either --size N or one filename must be specified.')
+    const values = parseCreateOptions(format, options.options)
+    if (options.size !== undefined) values.set('size', String(imageSize(options.size)))
+    const result = args.length === 0 ? measureSize(format, values) : await measureImage()
+    const entry = { required: result.required, 'fully-allocated': result.fullyAllocated, ...(result.bitmaps === undefined ? {} : { bitmaps: result.bitmaps }) }
+    if (options.output === 'json') await print(prettyJson(entry))
+    else for (const line of measureText(entry)) await print(line)
+    return 0
+
+    async function measureImage(): Promise<Result> {
+      const opened = await openSnapshot(await openArgument(context, { readOnly: true }), snapshotParameter(options.snapshot))
+      try {
+        return format === 'raw' ? { required: opened.device.size, fullyAllocated: opened.device.size } : await measureTo(opened, values, signal)
+      } finally {
+        await opened.close()
+      }
+    }
+  },
+})
+
+type Result = Omit<Measurement, 'bitmaps'> & { readonly bitmaps?: number | undefined }
+
+function measureSize(format: 'qcow2' | 'raw', values: CreateValues): Result {
+  const size = Number(values.get('size'))
+  if (format === 'raw') return { required: size, fullyAllocated: size }
+  const { required, fullyAllocated } = measureQcow2(size, measureOptions(values))
+  return { required, fullyAllocated }
+}
+
+async function measureTo({ device, image, snapshot }: OpenedImage, values: CreateValues, signal: AbortSignal): Promise<Result> {
+  const bitmaps = snapshot === undefined ? await image?.bitmaps.list() : []
+  const result = await measureConversion(device, { ...measureOptions(values), bitmaps, signal })
+  return image === undefined || image.engine.header.version === 2 ? { required: result.required, fullyAllocated: result.fullyAllocated } : result
+}
+
+function measureOptions(values: CreateValues): MeasureOptions {
+  const { clusterSize, refcountBits, extendedL2, preallocation, backing } = layoutOf(values)
+  return { clusterSize, refcountBits, extendedL2, preallocation, overlay: backing !== undefined, luks: values.get('encrypt.format') === 'luks' }
+}
