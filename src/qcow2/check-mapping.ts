@@ -116,12 +116,10 @@ class MappingWalk {
     const { clusterSize, l2EntrySize, extendedL2 } = geometry
     const kindContext = { extendedL2, dataFile: hasDataFile }
     const view = viewOf(table)
-    // a word is zero in any byte order: empty entries, the most by far, are skipped at memory speed
-    const words = new Uint32Array(table.buffer, table.byteOffset, table.length / 4)
+    const words = new Int32Array(table.buffer, table.byteOffset, table.length / 4)
     const step = l2EntrySize / 4
     let next = 0
-    for (let word = 0; word < words.length; word += step) {
-      if (words[word] === 0 && words[word + 1] === 0 && (!extendedL2 || (words[word + 2] === 0 && words[word + 3] === 0))) continue
+    for (let word = nextEntry(words, 0, step); word < words.length; word = nextEntry(words, word + step, step)) {
       const high = view.getUint32(word * 4)
       const low = view.getUint32(word * 4 + 4)
       const zero = extendedL2 ? view.getUint32(word * 4 + 8) : 0
@@ -197,6 +195,27 @@ class MappingWalk {
     this.#context.report.corruption({ structure, offset: at, message }, times)
     this.repairs.push({ kind: 'copied', entryOffset: at, cluster })
   }
+}
+
+/**
+ * The first entry from `from` on that is not zero; an entry is `step` words, 2 or 4. Empty entries, the
+ * most by far, are skipped at memory speed: a word is zero in any byte order.
+ */
+function nextEntry(words: Int32Array, from: number, step: number): number {
+  let word = from
+  const end = words.length
+  while (word < end) {
+    const any = words[word]! | words[word + 1]! | (step === 4 ? words[word + 2]! | words[word + 3]! : 0)
+    if (any !== 0) return word
+    word += step
+    while (word + 8 <= end) {
+      const empty =
+        words[word]! | words[word + 1]! | words[word + 2]! | words[word + 3]! | words[word + 4]! | words[word + 5]! | words[word + 6]! | words[word + 7]!
+      if (empty !== 0) break
+      word += 8
+    }
+  }
+  return word
 }
 
 function hex(high: number, low: number): string {
