@@ -29,7 +29,7 @@ export interface GathererOptions {
   readonly emit: (area: PageArea) => void
   /** Areas of 1 MiB open at once. Default 8. */
   readonly openAreas?: number | undefined
-  /** Bytes of single clusters open at once. Default 8 MiB. */
+  /** Bytes of single clusters open at once. Default 64 MiB: a busy guest writes to many places before their turn comes. */
   readonly strayBytes?: number | undefined
 }
 
@@ -52,7 +52,7 @@ export class PageGatherer {
     this.#options = options
     this.#size = Math.max(areaSize, options.clusterSize)
     this.#openLimit = options.openAreas ?? 8
-    this.#strayLimit = Math.max(1, Math.floor((options.strayBytes ?? 8 << 20) / options.clusterSize))
+    this.#strayLimit = Math.max(1, Math.floor((options.strayBytes ?? 64 << 20) / options.clusterSize))
   }
 
   /** Adds the page at `position`, copied from `source[at]`. */
