@@ -8,9 +8,15 @@ import { ping } from '../migration/postcopy.ts'
 /** Values of the first PING; smaller ones belong to the conversation. */
 const firstValue = 0x100
 
-/** Background bytes under way, at most `limit`. */
+/** Milliseconds without a request after which the guest counts as quiet. */
+const quietAfter = 20
+/** How much larger the window is then: the fill goes at full speed when nobody is likely to wait for it. */
+const quietFactor = 8
+
+/** Background bytes under way, at most `limit` while the guest asks for pages, some times more when it is quiet. */
 export class SendWindow {
   readonly #limit: number
+  #lastRequest = performance.now()
   readonly #chunks: { readonly value: number; readonly length: number }[] = []
   #used = 0
   #value = firstValue
@@ -24,10 +30,15 @@ export class SendWindow {
 
   /** Resolves when a chunk of `length` bytes may go. One caller at a time. */
   async room(length: number): Promise<void> {
-    while (this.#failure === undefined && this.#used > 0 && this.#used + length > this.#limit) {
+    while (this.#failure === undefined && this.#used > 0 && this.#used + length > this.#currentLimit) {
       await new Promise<void>((resolve) => (this.#wake = resolve))
     }
     if (this.#failure !== undefined) throw this.#failure as Error
+  }
+
+  /** The guest has asked for a page. */
+  requested(): void {
+    this.#lastRequest = performance.now()
   }
 
   /** Counts a chunk as sent and gives the PING to send behind it. */
@@ -51,6 +62,10 @@ export class SendWindow {
   fail(reason: unknown): void {
     this.#failure ??= reason
     this.#signal()
+  }
+
+  get #currentLimit(): number {
+    return performance.now() - this.#lastRequest > quietAfter ? this.#limit * quietFactor : this.#limit
   }
 
   #signal(): void {
