@@ -108,7 +108,8 @@ function goals(report: Report): string {
   if (rows.length === 0 || report.quick) return ''
   const cells = rows.map(({ group, ratio, met }) => {
     const [what = '', median = '', quartiles = ''] = ratioRow(group, ratio).cells
-    return `<tr><td>${escape(group.title)}<br><small>${escape(what)}</small></td><td class="number"><b>${median}</b><br><small>${quartiles}</small></td><td class="number">${ratio.goal}x ${met ? '<span class="good">✓ met</span>' : '<span class="bad">✗ missed</span>'}</td></tr>`
+    const verdict = met ? '<span class="good">✓ met</span>' : '<span class="bad">✗ missed</span>'
+    return `<tr><td>${escape(group.title)}<br><small>${escape(what)}</small></td><td class="number"><b>${median}</b><br><small>${quartiles}</small></td><td class="number">${ratio.goal}x<br><small>${verdict}</small></td></tr>`
   })
   return `<div class="scroll"><table><thead><tr><th>Ratio (median of the rounds)</th><th>measured</th><th>goal</th></tr></thead><tbody>${cells.join('')}</tbody></table></div>`
 }
@@ -116,11 +117,20 @@ function goals(report: Report): string {
 function groupSection(group: GroupResult): string {
   const clock = group.clock === 'virtual' ? ', virtual time' : ''
   const note = group.note === undefined ? '' : `<p class="note">${escape(group.note)}</p>`
-  const rows = group.variants.map((variant) => htmlRow(variantRow(group, variant).cells))
-  const ratios = group.ratios.map((ratio) => htmlRow(ratioRow(group, ratio).cells))
-  const ratioTable = ratios.length === 0 ? '' : `<div class="scroll"><table><thead>${headRow(['times faster', 'median', 'quartiles', ''])}</thead><tbody>${ratios.join('')}</tbody></table></div>`
+  const columns = group.clock === 'virtual' ? ['variant', 'time', 'MB/s'] : ['variant', 'median', 'MB/s', 'CPU']
+  const rows = group.variants.map((variant) => {
+    const [title = '', median = '', quartiles = '', rateText = '', cpu = ''] = variantRow(group, variant).cells
+    const time = `${escape(median)}${quartiles === '' ? '' : `<br><small>${escape(quartiles)}</small>`}`
+    const cells = [time, escape(rateText), ...(group.clock === 'virtual' ? [] : [escape(cpu)])]
+    return `<tr><td>${escape(title)}</td>${cells.map((cell) => `<td class="number">${cell}</td>`).join('')}</tr>`
+  })
+  const ratios = group.ratios.map((ratio) => {
+    const [what = '', median = '', quartiles = ''] = ratioRow(group, ratio).cells
+    return `<tr><td>${escape(what)}</td><td class="number"><b>${median}</b>${quartiles === '' ? '' : `<br><small>${quartiles}</small>`}</td></tr>`
+  })
+  const ratioTable = ratios.length === 0 ? '' : `<div class="scroll"><table><thead>${headRow(['times faster', 'median'])}</thead><tbody>${ratios.join('')}</tbody></table></div>`
   return `<h3>${escape(group.title)} <small>${digits(group.bytes / 1e6)} MB${clock}</small></h3>${note}
-<div class="scroll"><table><thead>${headRow(variantHead)}</thead><tbody>${rows.join('')}</tbody></table></div>${ratioTable}${everyRun(group)}`
+<div class="scroll"><table><thead>${headRow(columns)}</thead><tbody>${rows.join('')}</tbody></table></div>${ratioTable}${everyRun(group)}`
 }
 
 function everyRun(group: GroupResult): string {
@@ -155,6 +165,6 @@ main{max-width:46rem;margin:0 auto;padding:1.25rem 1rem 4rem}h1{font-size:1.6rem
 h3{font-size:1.05rem;margin:2rem 0 .25rem}small{color:var(--soft);font-weight:400}a{color:var(--link)}nav{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem}
 figure{margin:1.5rem 0;max-width:38rem}.chart{display:block;width:100%;height:auto}.note{color:var(--soft);margin:.25rem 0 .75rem;font-size:.92rem}
 .warning{background:var(--panel);border-left:4px solid var(--bad);padding:.6rem .9rem}.scroll{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:500;white-space:nowrap}
+table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:500;vertical-align:bottom}td:first-child{min-width:9rem}
 .number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.number:last-child,th.number:last-child{padding-right:0}.good{color:var(--good)}.bad{color:var(--bad)}
 details{margin:.25rem 0 1rem;color:var(--soft)}summary{cursor:pointer;padding:.4rem 0}dl{font-size:.88rem;color:var(--soft);margin-top:2rem}dt{font-weight:600}dd{margin:0 0 .4rem}`

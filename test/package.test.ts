@@ -173,8 +173,8 @@ export async function use(device: BlockDevice): Promise<SnapshotInfo> {
   console.log(vm.ram.blocks.length)
   return saveVmState(image, [new Uint8Array(1)], { name: 'a' })
 }
-// @ts-expect-error a size is needed
-void Qcow2Image.create('a', {})
+// @ts-expect-error a size is a number
+void Qcow2Image.create('a', { size: 'large' })
 `
   const files = [write('use-esm.mts', code), write('use-cjs.cts', code)]
   if (!existsSync(join(consumer, 'node_modules/@types'))) symlinkSync(join(project, 'node_modules/@types'), join(consumer, 'node_modules/@types'))
