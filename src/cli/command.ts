@@ -97,6 +97,8 @@ export interface CommandDefinition<O extends OptionDefinitions = OptionDefinitio
   readonly failure?: (error: unknown) => number | undefined
   /** A last argument that begins with `-` and a digit is a value, not an option (as in `resize`). */
   readonly signedLast?: true
+  /** Everything from the first argument on is taken as it is: the options of another command. */
+  readonly passThrough?: true
   readonly run: (context: Context<O>) => Promise<number>
 }
 

@@ -2,6 +2,7 @@
 import type { CommandDefinition } from './command.ts'
 import { amendCommand } from './commands/amend.ts'
 import { bitmapCommand } from './commands/bitmap.ts'
+import { captureCommand } from './commands/capture.ts'
 import { checkCommand } from './commands/check.ts'
 import { commitCommand } from './commands/commit.ts'
 import { compactCommand } from './commands/compact.ts'
@@ -15,8 +16,11 @@ import { mapCommand } from './commands/map.ts'
 import { measureCommand } from './commands/measure.ts'
 import { rebaseCommand } from './commands/rebase.ts'
 import { resizeCommand } from './commands/resize.ts'
+import { revertCommand } from './commands/revert.ts'
+import { saveCommand } from './commands/save.ts'
 import { serveCommand } from './commands/serve.ts'
 import { snapshotCommand } from './commands/snapshot.ts'
+import { traceCommand } from './commands/trace.ts'
 import { vmstateCommand } from './commands/vmstate.ts'
 
 export const commands: readonly CommandDefinition[] = [
@@ -35,7 +39,11 @@ export const commands: readonly CommandDefinition[] = [
   amendCommand,
   compactCommand,
   vmstateCommand,
+  saveCommand,
+  revertCommand,
+  captureCommand,
   doctorCommand,
   serveCommand,
+  traceCommand(() => commands),
   completionCommand(() => commands),
 ]

@@ -29,7 +29,10 @@ export function parse(definition: CommandDefinition, argv: readonly string[]): P
     if (word === '--') line.args.push(...words.splice(0))
     else if (word.startsWith('--')) line.long(word.slice(2), words)
     else if (word.startsWith('-') && word !== '-') line.short(word.slice(1), words)
-    else line.args.push(word)
+    else {
+      line.args.push(word)
+      if (definition.passThrough === true) line.args.push(...words.splice(0))
+    }
   }
   if (last !== undefined) line.args.push(last)
   if (!line.help) checkCount(definition, line.args)

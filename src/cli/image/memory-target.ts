@@ -1,0 +1,30 @@
+/** Where saved memory goes, by the options `--as`, `--name` and `--backing`. */
+import type { MemoryTarget } from '../../snapshot/save-files.ts'
+import { UsageError } from '../errors.ts'
+
+/** The options. */
+export const memoryTargetOptions = {
+  as: {
+    value: 'KIND',
+    choices: ['ram-image', 'snapshot', 'stream'],
+    help: "'ram-image' (default): a new qcow2 whose disk is the memory, which reverts at once; 'snapshot': a snapshot inside the existing image FILE, as savevm makes; 'stream': the bytes as QEMU sends them",
+  },
+  name: { value: 'NAME', help: 'with --as=snapshot: name of the snapshot' },
+  backing: { value: 'RAMIMAGE', file: true, help: 'an earlier RAM image of the VM: only what changed since is stored' },
+} as const
+
+interface Values {
+  readonly as: string | undefined
+  readonly name: string | undefined
+  readonly backing: string | undefined
+}
+
+/** What the options come to. @throws UsageError for options that do not go together */
+export function memoryTarget(file: string, { as: kind = 'ram-image', name, backing }: Values): MemoryTarget {
+  if (kind !== 'snapshot' && name !== undefined) throw new UsageError('--name goes with --as=snapshot')
+  if (kind !== 'ram-image' && backing !== undefined) throw new UsageError('--backing goes with RAM images')
+  if (kind === 'stream') return { stream: file }
+  if (kind !== 'snapshot') return backing === undefined ? file : { ramImage: file, backing }
+  if (name === undefined) throw new UsageError('--as=snapshot needs --name')
+  return { image: file, snapshot: name }
+}
