@@ -136,6 +136,7 @@ class Run {
       case 'write compressed': {
         const bytes = compressibleBytes(length, operation.seed)
         this.#model.write(offset, bytes)
+        this.#model.compressed = true
         return this.#image.writeCompressed(offset, bytes)
       }
       case 'write zeroes':
@@ -176,13 +177,15 @@ class Run {
   }
 
   /**
-   * Every snapshot and the disk count once for a cluster, while they are being switched one of them twice; and every
-   * compressed cluster that lies in a host cluster counts. Narrow counters may then be too narrow.
+   * Every snapshot and the disk count once for a cluster, one of them twice while they are switched; a host cluster
+   * counts for each compressed cluster in it, and these take at least 4 bytes. Narrow counters may be too narrow then.
    */
   async #refusedForCounters(call: Promise<unknown>): Promise<boolean> {
     if (!(await refusal(call, 'ERR_RANGE'))) return false
-    const { refcountBits } = this.#subject.parameters
-    if (refcountBits > 4) throw new ModelMismatch(`refused, though counters of ${refcountBits} bits are wide enough`)
+    const { refcountBits, clusterSize } = this.#subject.parameters
+    const sharers = this.#model.compressed ? clusterSize / 4 : 1
+    const references = (this.#model.snapshots.length + 2) * sharers
+    if (references <= 2 ** refcountBits - 1) throw new ModelMismatch(`refused, though counters of ${refcountBits} bits are wide enough`)
     return true
   }
 

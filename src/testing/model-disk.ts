@@ -10,6 +10,8 @@ export interface ModelSnapshot {
 export class ModelDisk {
   /** What a guest reads. */
   bytes: Uint8Array
+  /** Something was ever written compressed: many guest clusters may then share one host cluster and its counter. */
+  compressed = false
   readonly #snapshots = new Map<string, ModelSnapshot>()
   #created = 0
 

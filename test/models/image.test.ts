@@ -7,7 +7,7 @@ import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { buildImage, checkImageFile, emptyFile, imageOperations, imageParameters, qemuConvert, type ModelDisk } from '../../src/testing.ts'
+import { buildImage, checkImageFile, emptyFile, imageOperations, imageParameters, qemuConvert, type ImageParameters, type ModelDisk } from '../../src/testing.ts'
 import { expectBytes } from '../support/bytes.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
@@ -54,6 +54,26 @@ describeWithQemu('images as QEMU sees them', (qemu) => {
 function sameSizeSnapshots(model: ModelDisk): string[] {
   return model.snapshots.filter((name) => model.snapshot(name).disk.length === model.size)
 }
+
+test('narrow counters may refuse a snapshot of many clusters compressed into one', async () => {
+  const parameters: ImageParameters = {
+    size: 65_536,
+    clusterSize: 512,
+    version: 3,
+    refcountBits: 8,
+    extendedL2: false,
+    lazyRefcounts: false,
+    preallocation: 'off',
+    backing: undefined,
+  }
+  const model = await buildImage(emptyFile(), parameters, [
+    { kind: 'write compressed', offset: 0, length: 65_025, seed: 1 },
+    { kind: 'snapshot create' },
+    { kind: 'snapshot create' },
+    { kind: 'snapshot apply', index: 0 },
+  ])
+  expect(model.compressed).toBe(true)
+})
 
 describe('the model', () => {
   test('is itself right: a difference is found', async () => {
