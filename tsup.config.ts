@@ -1,5 +1,6 @@
 import { rmSync } from 'node:fs'
 import { defineConfig, type Options } from 'tsup'
+import { browserBuild } from './browser-build.ts'
 
 const doors = ['src/index.ts', 'src/block.ts', 'src/migration.ts', 'src/nbd.ts', 'src/snapshot.ts', 'src/testing.ts']
 
@@ -27,4 +28,5 @@ export default defineConfig([
   // the program is a module only: nobody requires it
   { ...shared, format: 'esm', entry: [...doors, 'src/cli.ts'] },
   { ...shared, format: 'cjs', entry: doors },
+  { ...browserBuild, dts: { ...(shared.dts as object), entry: ['src/browser.ts'] } },
 ])

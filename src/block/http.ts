@@ -90,7 +90,9 @@ export class HttpDevice extends BaseDevice {
 async function send(request: HttpRequest, offset: number, length: number, signal: AbortSignal | null | undefined): Promise<Response> {
   const headers = { ...request.headers, range: `bytes=${offset}-${offset + length - 1}`, 'accept-encoding': 'identity' }
   try {
-    return await request.fetch(request.url, { headers, signal: signal ?? null })
+    // a browser's fetch must not be called as the method of another object
+    const { fetch } = request
+    return await fetch(request.url, { headers, signal: signal ?? null })
   } catch (cause) {
     signal?.throwIfAborted()
     throw new IoError('read', cause, { offset, length, name: request.url })
