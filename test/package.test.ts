@@ -23,7 +23,7 @@ interface Manifest {
   readonly bin: Record<string, string>
   readonly main: string
   readonly types: string
-  readonly exports: Record<string, string | { readonly import: { types: string; default: string }; readonly require: { types: string; default: string } }>
+  readonly exports: Record<string, string | { readonly import: { types: string; default: string }; readonly require?: { types: string; default: string } }>
   readonly dependencies?: Record<string, string>
   readonly peerDependencies?: Record<string, string>
   readonly peerDependenciesMeta?: Record<string, { optional: boolean }>
@@ -72,7 +72,7 @@ describe('contents', () => {
     const named = [manifest.main, manifest.types, ...Object.values(manifest.bin)]
     for (const entry of Object.values(manifest.exports)) {
       if (typeof entry === 'string') named.push(entry)
-      else named.push(...Object.values(entry.import), ...Object.values(entry.require))
+      else named.push(...Object.values(entry.import), ...Object.values(entry.require ?? {}))
     }
     expect(named.filter((path) => !paths.has(path))).toEqual([])
   })
@@ -143,7 +143,7 @@ async function main() {
   const { Qcow2Error: OtherError } = await import('qcow2')
   ${body}
 }
-for (const door of ${JSON.stringify(plain)}) if (Object.keys(require(door)).length === 0) throw new Error(door)
+for (const door of ${JSON.stringify(plain.filter((door) => door !== 'qcow2/browser'))}) if (Object.keys(require(door)).length === 0) throw new Error(door)
 main()
 `)
     const { stdout } = await run(node, [file], { cwd: consumer })

@@ -35,6 +35,11 @@ export function deflateRawSync(): never {
   throw new Error('compressing needs Node')
 }
 
+/** @throws Error always: streams of compressed files need Node */
+export function createGunzip(): never {
+  throw new Error('reading compressed streams needs Node')
+}
+
 /** Extra bits and base of the length codes 257 to 285 and the distance codes 0 to 29. */
 const lengthBases = [3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258]
 const lengthExtra = [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0]
