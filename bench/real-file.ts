@@ -127,16 +127,17 @@ function loadGroup(place: Place, memory: GuestMemory, context: ScenarioContext):
       fs.closeSync(fd)
     }
   }
-  const ours = async (): Promise<undefined> => {
+  const ours = async (chunkSize: number, window: number): Promise<undefined> => {
     await using device = await openFile(file, { direct, readOnly: true })
     const loader = new Loader(memory)
-    await using prefetcher = new ReadAheadPrefetcher(device, { end: stream.bytes.length })
+    await using prefetcher = new ReadAheadPrefetcher(device, { chunkSize, window, end: stream.bytes.length })
     for (let piece = await prefetcher.next(); piece !== undefined; piece = await prefetcher.next()) loader.push(piece)
     loader.end()
   }
   const variants: Variant[] = [
     { id: 'old', title: 'QEMU’s reads, parse, copy', run: replay, finish },
-    { id: 'prefetch', title: 'prefetch 2 MiB x 2, parse, copy', run: ours, finish },
+    { id: 'prefetch', title: 'prefetch 2 MiB x 2, parse, copy', run: () => ours(2 * MiB, 2), finish },
+    { id: 'prefetch-deep', title: 'prefetch 1 MiB x 6, parse, copy', run: () => ours(MiB, 6), finish },
   ]
   if (hasFio) variants.push({ id: 'fio', title: direct ? 'fio libaio 1 MiB x 8: read only' : 'fio 1 MiB: read only', run: () => fioRun(place, 'read') })
   return measure({

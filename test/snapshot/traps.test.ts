@@ -148,7 +148,10 @@ describeWithQemu('traps of postcopy', (qemu) => {
   test('3: device state outside the package is not understood', async () => {
     const hand = await ByHand.begin(qemu)
     hand.open({ packaged: false })
-    await hand.fails()
+    // mostly it ends at once; under load it may hang instead
+    await pause(1000)
+    expect(hand.pongs).not.toContain(3)
+    expect(hand.guest.ticks).toEqual([])
   })
 
   test('5: pages that are missing at the end read as zeroes, unnoticed', async () => {
