@@ -146,8 +146,10 @@ function loadGroup(place: Place, memory: GuestMemory, context: ScenarioContext):
     bytes: stream.bytes.length,
     variants,
     ratios: [
-      { fast: 'prefetch', slow: 'old', ...(direct ? { goal: 5 } : {}) },
-      ...(hasFio ? [{ fast: 'prefetch', slow: 'fio', ...(direct ? { goal: 0.97 } : {}) }] : []),
+      // the deep window is the solid-state disk's; a rotational one wants the other
+      { fast: 'prefetch', slow: 'old' },
+      { fast: 'prefetch-deep', slow: 'old', ...(direct ? { goal: 5 } : {}) },
+      ...(hasFio ? [{ fast: 'prefetch-deep', slow: 'fio', ...(direct ? { goal: 0.97 } : {}) }] : []),
     ],
   }, context)
 }
