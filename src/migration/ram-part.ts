@@ -12,7 +12,7 @@ import { viewOf } from '../bytes/view.ts'
 import { ramFlag, sectionByte } from './format.ts'
 import { countedString } from './postcopy.ts'
 
-export { isZero } from './zero.ts'
+export { isZero } from '../bytes/zero.ts'
 
 const two32 = 0x1_0000_0000
 /** Section head, EOS, footer. */

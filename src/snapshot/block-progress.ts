@@ -4,7 +4,7 @@
  * zero.
  */
 import type { RamPart } from '../migration/ram-part.ts'
-import { isZero } from '../migration/zero.ts'
+import { isZero } from '../bytes/zero.ts'
 import type { SavedRamBlock } from './page-source.ts'
 
 /** The state of one page, a byte each. */

@@ -4,7 +4,7 @@
  */
 import type { CallOptions } from '../block/device.ts'
 import { RamPart, ramPartCapacity } from '../migration/ram-part.ts'
-import { isZero } from '../migration/zero.ts'
+import { isZero } from '../bytes/zero.ts'
 import { encodeRecord } from '../migration/writer.ts'
 import { dataRanges } from './data-ranges.ts'
 import type { PageSource, SavedRamBlock } from './page-source.ts'
