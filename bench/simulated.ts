@@ -131,8 +131,8 @@ export async function simulatedGroups(lengths: readonly number[], rounds: Rounds
       variant('old', '28,728-byte reads, disk reads ahead', bytes, synchronousReads(bytes)),
       variant('old-slow-host', 'the same, host needs 0.3 ms between two', bytes, synchronousReads(bytes), { hostGap: 300 }),
       variant('old-plain', 'the same, disk without read-ahead', bytes, synchronousReads(bytes), { readAhead: 0 }),
-      variant('prefetch', 'prefetcher, 2 MiB x 2', bytes, prefetched(bytes, { chunkSize: 2 * MiB, window: 2 })),
-      variant('prefetch-plain', 'prefetcher, disk without read-ahead', bytes, prefetched(bytes, { chunkSize: 2 * MiB, window: 2 }), { readAhead: 0 }),
+      variant('prefetch', 'prefetcher, 1 MiB x 4', bytes, prefetched(bytes, { chunkSize: MiB, window: 4 })),
+      variant('prefetch-plain', 'prefetcher, disk without read-ahead', bytes, prefetched(bytes, { chunkSize: MiB, window: 4 }), { readAhead: 0 }),
     ],
     ratios: [{ fast: 'prefetch', slow: 'old' }, { fast: 'prefetch-plain', slow: 'old-plain' }],
   }, rounds)

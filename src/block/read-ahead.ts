@@ -18,9 +18,9 @@ export interface ReadAheadOptions extends CallOptions {
   readonly offset?: number
   /** Byte to stop before; default the size of the device. */
   readonly end?: number
-  /** Bytes of a request; a multiple of the device's request alignment. Default 2 MiB. */
+  /** Bytes of a request; a multiple of the device's request alignment. Default 1 MiB. */
   readonly chunkSize?: number
-  /** Chunks held beyond the one being consumed, at most. Default 2. */
+  /** Chunks held beyond the one being consumed, at most. Default 4. */
   readonly window?: number
   /** Default `fixedWindow(window)`. */
   readonly policy?: WindowPolicy
@@ -65,8 +65,8 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
   constructor(device: BlockDevice, options: ReadAheadOptions = {}) {
     super()
     const { requestAlignment } = device.limits
-    const chunkSize = options.chunkSize ?? 2 << 20
-    const window = options.window ?? 2
+    const chunkSize = options.chunkSize ?? 1 << 20
+    const window = options.window ?? 4
     if (!Number.isSafeInteger(chunkSize) || chunkSize < 1 || chunkSize % requestAlignment !== 0) {
       throw new RangeError(`chunkSize must be a multiple of ${requestAlignment}, not ${chunkSize}`)
     }

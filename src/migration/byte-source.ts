@@ -13,8 +13,6 @@ export type ByteSource =
   | Uint8Array
   | BlockDevice
 
-const readSize = 1 << 20
-
 /** The chunks of a source, in order. A chunk of a `BlockDevice` is valid until the next is asked for. */
 export async function* chunksOf(source: ByteSource, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   const { signal } = options
@@ -45,6 +43,6 @@ async function* readerChunks(stream: ReadableStream<Uint8Array>): AsyncGenerator
 
 /** The bytes of a device from `from` on, by large sequential reads ahead of their consumer. */
 export async function* deviceChunks(device: BlockDevice, from: number, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
-  await using ahead = new ReadAheadPrefetcher(device, { offset: from, chunkSize: readSize, signal: options.signal })
+  await using ahead = new ReadAheadPrefetcher(device, { offset: from, signal: options.signal })
   yield* ahead
 }
