@@ -24,6 +24,9 @@ interface Place {
   readonly direct: boolean
 }
 
+/** What the disk itself allows: no program can be much further ahead of QEMU's requests than this. */
+const diskLimit = { fast: 'fio', slow: 'old' }
+
 const prefix = (direct: boolean): string => (direct ? 'O_DIRECT' : 'page cache')
 
 /** Creation on a fresh and on an overwritten file, past and through the page cache. */
@@ -66,7 +69,7 @@ function createGroup(place: Place, fresh: boolean, context: ScenarioContext): Pr
     variants,
     ratios: [
       { fast: 'queue', slow: 'old', ...(direct ? { goal: fresh ? 6 : 8 } : {}) },
-      ...(hasFio ? [{ fast: 'queue', slow: 'fio', ...(direct ? { goal: fresh ? 1 : 0.95 } : {}) }] : []),
+      ...(hasFio ? [{ fast: 'queue', slow: 'fio', ...(direct ? { goal: fresh ? 1 : 0.95 } : {}) }, diskLimit] : []),
     ],
   }, context)
 }
@@ -148,7 +151,7 @@ function loadGroup(place: Place, memory: GuestMemory, context: ScenarioContext):
     ratios: [
       { fast: 'prefetch', slow: 'old', ...(direct ? { goal: 5 } : {}) },
       { fast: 'prefetch-large', slow: 'old' },
-      ...(hasFio ? [{ fast: 'prefetch', slow: 'fio', ...(direct ? { goal: 0.97 } : {}) }] : []),
+      ...(hasFio ? [{ fast: 'prefetch', slow: 'fio', ...(direct ? { goal: 0.97 } : {}) }, diskLimit] : []),
     ],
   }, context)
 }
