@@ -12,7 +12,7 @@ import { convertPieces, type ConvertPiece } from './convert-plan.ts'
 import type { LayoutOptions } from './create.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
-import { InFlight } from './in-flight.ts'
+import { InFlight } from '../core/in-flight.ts'
 import { hostFile } from './open.ts'
 
 /** How far a conversion is. */

@@ -4,7 +4,7 @@
  */
 import type { BlockDevice } from '../block/device.ts'
 import { IoError } from '../core/errors.ts'
-import { InFlight } from './in-flight.ts'
+import { InFlight } from '../core/in-flight.ts'
 
 /** A write that is part of a batch. */
 export interface Piece {

@@ -5,7 +5,7 @@
 import type { BlockDevice } from '../block/device.ts'
 import { readCompressed } from './compressed.ts'
 import type { Engine, Layer } from './engine.ts'
-import { InFlight } from './in-flight.ts'
+import { InFlight } from '../core/in-flight.ts'
 import { lookup, newRun, type Run } from './mapping.ts'
 
 const done: Promise<void> = Promise.resolve()

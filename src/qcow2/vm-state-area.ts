@@ -9,7 +9,7 @@
 import type { WriteSink } from '../block/write-queue.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
-import { InFlight } from './in-flight.ts'
+import { InFlight } from '../core/in-flight.ts'
 import { copiedFlag, offsetHigh, offsetLow } from './l2-entry.ts'
 import { vmStateBase } from './geometry.ts'
 import { writeData } from './write.ts'

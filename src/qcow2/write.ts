@@ -9,7 +9,7 @@
 import { FormatError } from '../core/errors.ts'
 import { clusterState, touchedSubclusters, type ClusterState } from './cluster-state.ts'
 import type { Engine } from './engine.ts'
-import { InFlight } from './in-flight.ts'
+import { InFlight } from '../core/in-flight.ts'
 import { withEntry, type EntryPlace } from './l2-tables.ts'
 import { linkClusters } from './link.ts'
 import { lookup, lookupLoading, newRun } from './mapping.ts'
