@@ -21,6 +21,8 @@ export const mainMemory = 'pc.ram'
 export interface GuestOptions {
   /** MiB, default 4. */
   readonly memory?: number
+  /** What runs in it, default the firmware: options of QEMU, see `linuxGuest`. */
+  readonly system?: readonly string[]
   /** Default `pc`; pin a version (`pc-i440fx-7.2`) to move a VM between QEMUs. */
   readonly machine?: string
   /** A disk of drive name and node name `d0`, `d1`, …: each a qcow2 file. */
@@ -174,7 +176,7 @@ export class Guest {
     const lines = (this.#rest + text).split('\n')
     this.#rest = lines.pop()!
     // A guest saved while it printed begins with the rest of that line.
-    if (this.lines.length === 0 && lines.length > 0 && !/^[TES] [0-9a-f]{8}$/.test(lines[0]!)) lines.shift()
+    if (this.lines.length === 0 && lines.length > 0 && !/^[A-Z] [0-9a-f]{8}$/.test(lines[0]!)) lines.shift()
     this.lines.push(...lines)
     this.#notify()
   }
@@ -185,9 +187,9 @@ export class Guest {
 }
 
 function commandLine(serialPath: string, qmpPath: string, options: GuestOptions): string[] {
-  const { memory = 4, machine = 'pc', disks = [], incoming, loadvm, paused, args = [] } = options
+  const { memory = 4, system = ['-bios', firmware], machine = 'pc', disks = [], incoming, loadvm, paused, args = [] } = options
   return [
-    ...['-M', machine, '-m', String(memory), '-bios', firmware],
+    ...['-M', machine, '-m', String(memory), ...system],
     ...['-nodefaults', '-vga', 'none', '-display', 'none'],
     ...['-chardev', `socket,id=serial,path=${serialPath}`, '-serial', 'chardev:serial'],
     ...['-chardev', `socket,id=qmp,path=${qmpPath},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control'],
