@@ -188,6 +188,13 @@ describe('postcopy source', () => {
     expect(destination.arrivals).toEqual(['ram0:3990'])
   })
 
+  test('the connection stays open until the destination says that it is through', async () => {
+    const source = sourceOf([[2, 3, 0, 4]])
+    const destination = new FakeDestination(source, { shutAfter: 100 })
+    await new PostcopySource(source, destination.stream, {}).start()
+    expectComplete(source, destination)
+  })
+
   test('no work for each page before the guest runs', async () => {
     const source = sourceOf([Array.from({ length: 50_000 }, () => 7)])
     const [near, far] = duplexPair()

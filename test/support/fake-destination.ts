@@ -17,6 +17,8 @@ export interface FakeDestinationOptions {
   readonly early?: boolean
   /** Bytes in a host page. */
   readonly hostPageSize?: number
+  /** Milliseconds from the end of the stream until SHUT. */
+  readonly shutAfter?: number
   /** Close the connection when so many pages have arrived. */
   readonly dieAfter?: number
   /** What arrived before, on a connection that broke: this one recovers. */
@@ -44,6 +46,7 @@ export class FakeDestination {
   #running: boolean
   #listening: boolean
   #ended = false
+  #shut = false
 
   constructor(source: PageSource, options: FakeDestinationOptions = {}) {
     const [client, end] = duplexPair()
@@ -65,6 +68,9 @@ export class FakeDestination {
     end.on('data', (chunk: Buffer) => this.#read(chunk))
     end.on('end', () => {
       if (!this.#ended) this.problems.push('half-closed before the end of the stream')
+    })
+    end.on('close', () => {
+      if (this.#ended && !this.#shut) this.problems.push('closed before SHUT: QEMU 7.2 would not complete')
     })
     end.on('error', () => undefined)
   }
@@ -99,7 +105,10 @@ export class FakeDestination {
       case 'eof':
         this.#ended = true
         this.order.push('eof')
-        this.#answer({ kind: 'shut', value: 0 })
+        setTimeout(() => {
+          this.#shut = true
+          this.#answer({ kind: 'shut', value: 0 })
+        }, this.#options.shutAfter ?? 0)
         break
     }
   }

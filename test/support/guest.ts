@@ -19,8 +19,8 @@ const firmware = resolve(import.meta.dirname, '../fixtures/guest/tinybios.bin')
 export const mainMemory = 'pc.ram'
 
 export interface GuestOptions {
-  /** MiB, default 4. */
-  readonly memory?: number
+  /** As `-m` takes it: MiB, default 4. */
+  readonly memory?: number | string
   /** What runs in it, default the firmware: options of QEMU, see `linuxGuest`. */
   readonly system?: readonly string[]
   /** Default `pc`; pin a version (`pc-i440fx-7.2`) to move a VM between QEMUs. */

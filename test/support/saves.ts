@@ -7,7 +7,7 @@ import { openSaved } from '../../src/snapshot/open-saved.ts'
 import { RamImageWriter } from '../../src/snapshot/ram-image-writer.ts'
 import { deviceStreamSink } from '../../src/snapshot/save-sink.ts'
 import { saveTo } from '../../src/snapshot/save.ts'
-import { checkGuestMemory, Guest, type GuestMemory, type GuestOptions } from './guest.ts'
+import { checkGuestMemory, Guest, mainMemory, type GuestMemory, type GuestOptions } from './guest.ts'
 import type { Qemu } from './qemu.ts'
 import { tempFolder } from './temp.ts'
 
@@ -45,7 +45,8 @@ export async function makeSave(qemu: Qemu, kind: SaveKind, options: GuestOptions
 /** What the memory of a saved VM says. */
 export async function memoryOf(file: string): Promise<GuestMemory> {
   await using saved = await openSaved(file)
-  const memory = await checkGuestMemory((offset, length) => saved.blocks[0]!.content.read(offset, length))
+  const { content } = saved.blocks.find(({ name }) => name === mainMemory)!
+  const memory = await checkGuestMemory((offset, length) => content.read(offset, length))
   expect(memory.problems).toEqual([])
   return memory
 }
