@@ -54,20 +54,28 @@ async function writeZeroBytes(engine: Engine, from: number, to: number): Promise
 /** `[from, to)` begins and ends at subclusters, with `discard` and `forget` at clusters. */
 async function zeroWhole(engine: Engine, from: number, to: number, mode: ZeroMode): Promise<void> {
   const { clusterSize } = engine.geometry
+  const hidden = Math.ceil((engine.backing?.size ?? 0) / clusterSize) * clusterSize
   const run = newRun()
   for (let at = from; at < to; ) {
-    await lookupLoading(engine, engine.active, at, to - at, run)
+    // a run behind the end of the backing file has another answer than one before it
+    await lookupLoading(engine, engine.active, at, (at < hidden ? Math.min(to, hidden) : to) - at, run)
+    const end = at + run.length
     if (isDone(engine, run, at, mode)) {
-      at += run.length
+      at = end
       continue
     }
-    const next = Math.min(to, Math.floor(at / clusterSize) * clusterSize + clusterSize)
-    if (mode !== 'forget' && (await zeroInData(engine, at, next, mode))) at = next
-    else {
-      await withEntry(engine, at, (place) => zeroEntry(engine, place, at, next, mode))
+    while (at < end) {
+      const next = Math.min(to, Math.floor(at / clusterSize) * clusterSize + clusterSize)
+      await zeroCluster(engine, at, next, mode)
       at = next
     }
   }
+}
+
+/** `[from, to)` lies in one cluster. */
+async function zeroCluster(engine: Engine, from: number, to: number, mode: ZeroMode): Promise<void> {
+  if (mode !== 'forget' && (await zeroInData(engine, from, to, mode))) return
+  await withEntry(engine, from, (place) => zeroEntry(engine, place, from, to, mode))
 }
 
 /** True if nothing about the run has to change. */
