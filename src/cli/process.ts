@@ -1,4 +1,5 @@
 /** The real terminal: this process's streams and signals. */
+import { fstatSync } from 'node:fs'
 import { basename } from 'node:path'
 import process from 'node:process'
 import type { Sink, Terminal } from './terminal.ts'
@@ -17,7 +18,12 @@ export function processTerminal(): Terminal {
   }
   const called = basename(process.argv[1] ?? '')
   return {
-    stdin: process.stdin,
+    get stdin() {
+      return process.stdin
+    },
+    get stdinFile() {
+      return stdinIsFile() ? '/dev/stdin' : undefined
+    },
     stdout: sinkOf(process.stdout),
     stderr: sinkOf(process.stderr),
     env: process.env,
@@ -37,6 +43,14 @@ export class Interrupted extends Error {
   }
 }
 
+function stdinIsFile(): boolean {
+  try {
+    return fstatSync(0).isFile()
+  } catch {
+    return false
+  }
+}
+
 function sinkOf(stream: NodeJS.WriteStream): Sink {
   stream.on('error', (error: NodeJS.ErrnoException) => {
     if (error.code === 'EPIPE') process.exit(brokenPipe)
@@ -45,7 +59,8 @@ function sinkOf(stream: NodeJS.WriteStream): Sink {
   return {
     write: (data) =>
       new Promise((resolve) => {
-        if (stream.write(data)) resolve()
+        if (typeof data !== 'string') stream.write(data, () => resolve())
+        else if (stream.write(data)) resolve()
         else stream.once('drain', resolve)
       }),
     get isTty() {

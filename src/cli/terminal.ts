@@ -5,7 +5,7 @@
 
 /** Where text and bytes go. */
 export interface Sink {
-  /** Resolves when there is room for more. */
+  /** Resolves when there is room for more text; of bytes, when they may be used again. */
   write(data: string | Uint8Array): Promise<void>
   readonly isTty: boolean
   /** Columns of a terminal; `undefined` elsewhere. */
@@ -15,6 +15,8 @@ export interface Sink {
 /** The streams and settings a command runs with. */
 export interface Terminal {
   readonly stdin: AsyncIterable<Uint8Array>
+  /** A path of the file that stdin is, where it is one (`< disk.raw`) and not a pipe. */
+  readonly stdinFile?: string | undefined
   readonly stdout: Sink
   readonly stderr: Sink
   readonly env: Readonly<Record<string, string | undefined>>

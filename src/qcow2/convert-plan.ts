@@ -11,6 +11,8 @@ export interface ConvertPiece {
   readonly length: number
   /** Nothing has to be read: it is all zeroes. */
   readonly zero: boolean
+  /** The content, where it came with the piece. */
+  readonly bytes?: Uint8Array
 }
 
 /** How a source is cut. */
@@ -65,4 +67,25 @@ function* cut(start: number, end: number, zero: boolean, options: PlanOptions): 
     yield { start: at, length: stop - at, zero }
     at = stop
   }
+}
+
+/** The pieces of a disk that comes as a stream of chunks; each brings its content. */
+export async function* streamPieces(chunks: AsyncIterable<Uint8Array>, pieceSize: number): AsyncGenerator<ConvertPiece, void, undefined> {
+  let start = 0
+  let filled = 0
+  let bytes = new Uint8Array(pieceSize)
+  for await (const chunk of chunks) {
+    for (let from = 0; from < chunk.length; ) {
+      const length = Math.min(chunk.length - from, pieceSize - filled)
+      bytes.set(chunk.subarray(from, from + length), filled)
+      from += length
+      filled += length
+      if (filled < pieceSize) continue
+      yield { start, length: filled, zero: false, bytes }
+      start += filled
+      filled = 0
+      bytes = new Uint8Array(pieceSize)
+    }
+  }
+  if (filled > 0) yield { start, length: filled, zero: false, bytes: bytes.subarray(0, filled) }
 }

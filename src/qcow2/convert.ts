@@ -64,35 +64,65 @@ const lanes = 4
  * format does not allow. After an error the host is not a qcow2 image.
  */
 export async function convertToQcow2(source: BlockDevice, host: BlockDevice, options: ConvertToQcow2Options = {}): Promise<void> {
+  const { onProgress } = options
+  const onPiece = (piece: ConvertPiece): void => onProgress?.({ done: piece.start + piece.length, total: source.size })
+  await writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, onPiece))
+  onProgress?.({ done: source.size, total: source.size })
+}
+
+/** Where the content of a new image comes from. */
+export interface ImageContent {
+  /** What pieces without their content are read from. */
+  readonly source: BlockDevice | undefined
+  readonly allocate: (length: number) => Uint8Array
+  /** The pieces, cut at multiples of `clusterSize`. */
+  readonly pieces: (clusterSize: number, pieceSize: number) => AsyncGenerator<ConvertPiece, void, undefined>
+  readonly onPiece: (piece: ConvertPiece) => void
+  /** Size of the disk, asked for when all pieces are written; default the one of the options. */
+  readonly finalSize?: () => number
+}
+
+/** The content of a device. */
+export function deviceContent(
+  source: BlockDevice,
+  allocate: ImageContent['allocate'],
+  { backing, sparseSize = 4096, signal }: ConvertToQcow2Options,
+  onPiece: ImageContent['onPiece'],
+): ImageContent {
+  const skipBacking = backing !== undefined
+  const pieces: ImageContent['pieces'] = (boundary, pieceSize) =>
+    convertPieces(source, { boundary, pieceSize, skipZeroes: !skipBacking && sparseSize > 0, skipBacking, signal })
+  return { source: pad(source), allocate, pieces, onPiece }
+}
+
+/** Options of {@link writeImage}: of a conversion, and of the writer. */
+export type WriteImageOptions = ConvertToQcow2Options & { readonly size: number; readonly inOrder?: boolean }
+
+/** Writes a new image into `host`: what all conversions to qcow2 share. */
+export async function writeImage(host: BlockDevice, options: WriteImageOptions, content: ImageContent): Promise<void> {
   const file = hostFile(host)
   // whatever was there is gone: an old header must not survive a conversion that fails
   if (host.size > 0) await host.resize(0).catch(() => file.write(0, file.allocate(Math.min(host.size, 512))))
-  const { compressed, workers, sparseSize = 4096, signal, onProgress, ...layout } = options
-  const writer = new ImageWriter(file, { ...layout, size: source.size })
+  const { compressed, workers, sparseSize = 4096, signal, onProgress: _, ...layout } = options
+  const writer = new ImageWriter(file, layout)
   const { clusterSize } = writer.geometry
   // version 2 cannot say "zeroes" over a backing file, it stores them
   const skipZeroes = sparseSize > 0 && (options.backing === undefined || writer.header.version === 3)
-  const conversion: Conversion = { source: pad(source), file, writer, options, skipZeroes }
-  const pieces = convertPieces(source, {
-    boundary: clusterSize,
-    pieceSize: Math.max(pieceBytes, clusterSize),
-    skipZeroes: options.backing === undefined && sparseSize > 0,
-    skipBacking: options.backing !== undefined,
-    signal,
-  })
-  const lane = laneOptions(source, Math.max(pieceBytes, clusterSize), allocatorFor(source, host), { signal, onProgress })
+  const conversion: Conversion = { source: content.source, file, writer, options, skipZeroes }
+  const pieceSize = Math.max(pieceBytes, clusterSize)
+  const pieces = content.pieces(clusterSize, pieceSize)
+  const lane: LaneOptions = { lanes, allocate: () => content.allocate(pieceSize), onPiece: content.onPiece, signal }
   if (compressed === true) {
     await using pool = new CodecPool({ clusterSize, type: writer.header.compressionType, workers })
     await runLanes(pieces, { ...lane, lanes: pool.depth }, (job) => storeCompressed(conversion, pool, job))
   } else {
     await runLanes(pieces, lane, (job) => storePlain(conversion, job))
   }
-  await writer.finish()
-  onProgress?.({ done: source.size, total: source.size })
+  await writer.finish(content.finalSize?.())
 }
 
 interface Conversion {
-  readonly source: BlockDevice
+  readonly source: BlockDevice | undefined
   readonly file: HostFile
   readonly writer: ImageWriter
   readonly options: ConvertToQcow2Options
@@ -163,7 +193,8 @@ async function readClusters({ source, writer, options }: Conversion, { piece, bu
   if (piece.zero) {
     buffer.fill(0, 0, clusters * clusterSize)
   } else {
-    await source.readInto(piece.start, buffer.subarray(0, piece.length), { signal: options.signal })
+    if (piece.bytes !== undefined) buffer.set(piece.bytes)
+    else await source!.readInto(piece.start, buffer.subarray(0, piece.length), { signal: options.signal })
     buffer.fill(0, piece.length, clusters * clusterSize)
   }
   return clusters
@@ -215,7 +246,8 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   onProgress?.({ done: source.size, total: source.size })
 }
 
-function allocatorFor(a: BlockDevice, b: BlockDevice): (length: number) => Uint8Array {
+/** Takes memory that both devices transfer from and to directly. */
+export function allocatorFor(a: BlockDevice, b: BlockDevice): (length: number) => Uint8Array {
   const aligned = a.limits.memoryAlignment > 1 || b.limits.memoryAlignment > 1
   return aligned ? allocateAligned : (length) => new Uint8Array(length)
 }

@@ -25,17 +25,27 @@ export interface HostRun {
   readonly clusters: number
 }
 
+/** Options of {@link ImageWriter}. */
+export interface ImageWriterOptions extends LayoutOptions {
+  /**
+   * Whoever claims space may wait until everything before it is written: no write is kept back while
+   * later places are handed out. It costs the rest of a cluster where compressed ones alternate with others.
+   */
+  readonly inOrder?: boolean | undefined
+}
+
 /** Compressed bytes are collected to this length before they are written. */
 const packSize = 1 << 20
 
 export class ImageWriter {
   readonly geometry: Geometry
   readonly #host: HostFile
-  readonly #content: HeaderCluster
+  readonly #options: ImageWriterOptions
+  #content: HeaderCluster
   readonly #layout: RefcountLayout
   /** Where the writer's own writes go: set by whoever claims space, who then waits for them. */
   writes: InFlight = new InFlight()
-  readonly #l1: Uint8Array
+  #l1: Uint8Array
   /** The first host cluster not in use. */
   #next = 1
   #l2: Uint8Array
@@ -49,8 +59,9 @@ export class ImageWriter {
   readonly #pack: Pack
 
   /** @throws what creating an image throws for its options; preallocation, data file and encryption are not for this writer. */
-  constructor(host: HostFile, options: LayoutOptions) {
+  constructor(host: HostFile, options: ImageWriterOptions) {
     const { geometry, content } = planLayout({ ...options, preallocation: 'off' })
+    this.#options = options
     this.geometry = geometry
     this.#host = host
     this.#content = content
@@ -72,6 +83,7 @@ export class ImageWriter {
    */
   data(guest: number, clusters: number): HostRun {
     const index = this.#enter(guest)
+    if (this.#options.inOrder === true) this.#pack.close()
     this.#finishBlock()
     const { clusterSize, l2Entries, refcountsPerBlock } = this.geometry
     const count = Math.min(clusters, l2Entries - index, (this.#blockIndex + 1) * refcountsPerBlock - this.#next)
@@ -99,8 +111,14 @@ export class ImageWriter {
     this.#entry(index, high, low, 0, 0)
   }
 
-  /** Writes what is left, then the header. The callers' data must be written before. */
-  async finish(): Promise<void> {
+  /**
+   * Writes what is left, then the header. The callers' data must be written before.
+   * @param size of the disk in bytes, where it was not known when the writer was made
+   * @throws Qcow2Error `ERR_RANGE` for a size the cluster size does not allow
+   */
+  async finish(size: number = this.#options.size): Promise<void> {
+    this.#content = planLayout({ ...this.#options, size, preallocation: 'off' }).content
+    this.#growL1(this.header.l1Size)
     this.writes = new InFlight()
     this.#finishTable()
     this.#pack.close()
@@ -111,7 +129,7 @@ export class ImageWriter {
     const { clusterSize } = this.geometry
     const header: Header = {
       ...this.header,
-      l1TableOffset: this.#l1.length === 0 ? 0 : l1,
+      l1TableOffset: this.header.l1Size === 0 ? 0 : l1,
       refcountTableOffset: table.offset,
       refcountTableClusters: table.clusters,
     }
@@ -146,7 +164,9 @@ export class ImageWriter {
 
   #finishTable(): void {
     if (!this.#l2Used) return
+    if (this.#options.inOrder === true) this.#pack.close()
     this.#finishBlock()
+    this.#growL1(this.#l2Index + 1)
     const offset = this.#take(1) * this.geometry.clusterSize
     this.writes.add(this.#host.write(offset, this.#l2))
     const view = viewOf(this.#l1)
@@ -154,6 +174,14 @@ export class ImageWriter {
     view.setUint32(this.#l2Index * 8 + 4, offsetLow(offset))
     this.#l2 = this.#host.allocate(this.geometry.clusterSize)
     this.#l2Used = false
+  }
+
+  /** Makes room for so many L1 entries. */
+  #growL1(entries: number): void {
+    if (this.#l1.length >= entries * 8) return
+    const grown = new Uint8Array(Math.max(entries * 8, this.#l1.length * 2))
+    grown.set(this.#l1)
+    this.#l1 = grown
   }
 
   /** Takes clusters within the current refcount block. */
@@ -208,7 +236,8 @@ export class ImageWriter {
   async #writeTables(): Promise<{ l1: number; table: HostRun; end: number }> {
     const { clusterSize, refcountsPerBlock } = this.geometry
     const first = this.#next
-    const l1Clusters = Math.ceil(this.#l1.length / clusterSize)
+    const l1Bytes = this.header.l1Size * 8
+    const l1Clusters = Math.ceil(l1Bytes / clusterSize)
     let blocks = 1
     let tableClusters = 1
     for (;;) {
@@ -221,6 +250,9 @@ export class ImageWriter {
     }
     const end = first + l1Clusters + blocks + tableClusters
     const blocksAt = first + l1Clusters
+    const l1 = this.#host.allocate(l1Clusters * clusterSize)
+    l1.set(this.#l1.subarray(0, l1Bytes))
+    if (l1Clusters > 0) await this.#host.write(first * clusterSize, l1)
     for (let i = 0; i < blocks; i++) {
       const index = this.#blockIndex + i
       const bytes = i === 0 ? this.#block : this.#host.allocate(clusterSize)
@@ -231,9 +263,6 @@ export class ImageWriter {
       this.#blockOffsets.push((blocksAt + i) * clusterSize)
       await this.#host.write((blocksAt + i) * clusterSize, bytes)
     }
-    const l1 = this.#host.allocate(l1Clusters * clusterSize)
-    l1.set(this.#l1)
-    if (l1Clusters > 0) await this.#host.write(first * clusterSize, l1)
     const table = this.#host.allocate(tableClusters * clusterSize)
     this.#blockOffsets.forEach((offset, index) => writeU64(viewOf(table), index * 8, offset))
     await this.#host.write((blocksAt + blocks) * clusterSize, table)
