@@ -34,7 +34,7 @@ export const browserBuild: Options = {
   platform: 'browser',
   splitting: false,
   minify: true,
-  sourcemap: true,
+  sourcemap: false,
   clean: false,
   noExternal: ['fzstd'],
   esbuildPlugins: [withoutNode],

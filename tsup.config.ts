@@ -11,7 +11,8 @@ const shared: Options = {
   target: 'node20',
   platform: 'node',
   splitting: true,
-  sourcemap: true,
+  // errors have codes and say where they are from; maps would be two thirds of the package
+  sourcemap: false,
   clean: false,
   shims: true,
   // fzstd is the only library that ships: bundled, with its licence in THIRD_PARTY_NOTICES.md
