@@ -8,17 +8,26 @@ import type { DuplexStream } from '../qmp/duplex.ts'
 /** Bytes held before the sender is made to wait. */
 const highWater = 1 << 20
 
+/** Asks whether a sender that is silent still lives: rejects if not. */
+export interface Silence {
+  /** Milliseconds without a byte, each time. */
+  readonly after: number
+  readonly ask: () => Promise<unknown>
+}
+
 /** The incoming side of a connection. Make one for each connection, at once. */
 export class ChunkReader implements AsyncIterable<Uint8Array> {
   readonly #stream: DuplexStream
+  readonly #silence: Silence | undefined
   readonly #queue: Uint8Array[] = []
   #held = 0
   #ended = false
   #failure: Error | undefined
   #wake: (() => void) | undefined
 
-  constructor(stream: DuplexStream) {
+  constructor(stream: DuplexStream, silence?: Silence) {
     this.#stream = stream
+    this.#silence = silence
     stream.on('data', (chunk: Uint8Array) => {
       // Plain arrays: the slice() of a Buffer would share memory where a copy is meant.
       this.#queue.push(new Uint8Array(chunk.buffer, chunk.byteOffset, chunk.length))
@@ -48,7 +57,7 @@ export class ChunkReader implements AsyncIterable<Uint8Array> {
         throw this.#failure
       } else {
         this.#stream.resume()
-        await new Promise<void>((resolve) => (this.#wake = resolve))
+        await this.#more()
       }
     }
   }
@@ -56,6 +65,15 @@ export class ChunkReader implements AsyncIterable<Uint8Array> {
   /** Reads to the end and forgets what comes. */
   async drain(): Promise<void> {
     for await (const _chunk of this) this.#held = 0
+  }
+
+  /** Something has come, or the end. */
+  async #more(): Promise<void> {
+    const silence = this.#silence
+    const ask = (): void => void silence?.ask().catch((error: unknown) => this.#fail(error as Error))
+    const timer = silence === undefined ? undefined : setInterval(ask, silence.after)
+    await new Promise<void>((resolve) => (this.#wake = resolve))
+    clearInterval(timer)
   }
 
   #fail(error: Error): void {

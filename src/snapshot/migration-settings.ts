@@ -33,7 +33,8 @@ export const notWithBackgroundSnapshot: readonly string[] = [
 ]
 
 /**
- * Runs `task` under the settings and restores what was there before, whatever the task does.
+ * Runs `task` under the settings and restores what was there before, whatever the task does. An error of the task comes
+ * before one of restoring: a QEMU that has gone fails both.
  * @throws QmpError (`ERR_QMP`) if QEMU refuses a setting; nothing is changed then.
  */
 export async function withMigrationSettings<T>(qmp: Qmp, settings: MigrationSettings, task: () => Promise<T>): Promise<T> {
@@ -44,11 +45,7 @@ export async function withMigrationSettings<T>(qmp: Qmp, settings: MigrationSett
     .filter(([name, state]) => state && !before.some(({ capability }) => capability === name))
     .map(([capability, state]) => ({ capability, state }))
   await setCapabilities(qmp, [...wanted, ...missing])
-  try {
-    return await withParameters(qmp, settings.parameters, task)
-  } finally {
-    await setCapabilities(qmp, changes)
-  }
+  return finallyRestore(() => withParameters(qmp, settings.parameters, task), () => setCapabilities(qmp, changes))
 }
 
 async function withParameters<T>(
@@ -60,11 +57,19 @@ async function withParameters<T>(
   const before = await qmp.execute('query-migrate-parameters')
   const restore = Object.fromEntries(Object.keys(parameters).map((name) => [name, before[name]]))
   await qmp.execute('migrate-set-parameters', parameters)
+  return finallyRestore(task, () => qmp.execute('migrate-set-parameters', restore))
+}
+
+async function finallyRestore<T>(task: () => Promise<T>, restore: () => Promise<unknown>): Promise<T> {
+  let result: T
   try {
-    return await task()
-  } finally {
-    await qmp.execute('migrate-set-parameters', restore)
+    result = await task()
+  } catch (error) {
+    await restore().catch(() => undefined)
+    throw error
   }
+  await restore()
+  return result
 }
 
 /** Off before on: what is switched on may not go together with what is switched off. */

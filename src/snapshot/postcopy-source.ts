@@ -75,13 +75,17 @@ export interface RevertReport extends PageServerReport {
 /** A revert that did not come to its end; code `ERR_STREAM`, `cause` is what happened. */
 export class RevertError extends Qcow2Error {
   readonly phase: RevertPhase
-  /** True if the guest is paused and goes on when {@link recover} is called with the same source. */
+  /**
+   * True if the guest is paused and goes on when {@link recover} is called with the same source. Of a recovery that broke
+   * off while `recovering`, it is true for QEMU 10.0; 7.2 has ended then.
+   */
   readonly recoverable: boolean
 
   constructor(phase: RevertPhase, cause: unknown) {
     const recoverable = phase === 'running' || phase === 'completing' || phase === 'recovering'
     const why = cause instanceof Error ? cause.message : String(cause)
-    const next = recoverable ? '; the guest is paused and its memory incomplete: recover it with the same source' : ''
+    const unless = phase === 'recovering' ? ', unless QEMU has ended (7.2 does then)' : ''
+    const next = recoverable ? `; the guest is paused and its memory incomplete: recover it with the same source${unless}` : ''
     super('ERR_STREAM', `revert failed while ${phase}: ${why}${next}`, { cause })
     this.phase = phase
     this.recoverable = recoverable

@@ -71,6 +71,9 @@ export interface SaveReport {
   readonly took: number
 }
 
+/** VMs that are being saved, by their monitors. */
+const saving = new WeakSet<Qmp>()
+
 /** No limit on the bandwidth, in bytes a second. */
 const unlimited = 2 ** 40
 
@@ -81,10 +84,23 @@ const unlimited = 2 ** 40
  * QEMU counts as many pages as arrived. Otherwise the sink is aborted, frozen disks are merged back, the
  * guest is set running if it was, and the error says what happened.
  *
- * @throws QmpError (`ERR_QMP`) where QEMU refuses, FormatError (`ERR_STREAM`) for an incomplete stream.
+ * @throws QmpError (`ERR_QMP`) where QEMU refuses, FormatError (`ERR_STREAM`) for an incomplete stream, `ERR_BUSY`
+ *   while the VM is being saved or migrated already.
  */
 export async function saveTo(qmp: Qmp, sink: SaveSink, options: SaveToOptions = {}): Promise<SaveReport> {
   options.signal?.throwIfAborted()
+  if (saving.has(qmp)) throw await busy(sink, 'it is being saved')
+  saving.add(qmp)
+  try {
+    return await attemptSave(qmp, sink, options)
+  } finally {
+    saving.delete(qmp)
+  }
+}
+
+async function attemptSave(qmp: Qmp, sink: SaveSink, options: SaveToOptions): Promise<SaveReport> {
+  const { status } = await qmp.execute('query-migrate')
+  if (!isOver(status)) throw await busy(sink, `QEMU reports migration ${String(status)}`)
   const { mode = 'background', fallback } = options
   const attempt = new Attempt(qmp, sink, options)
   try {
@@ -97,6 +113,18 @@ export async function saveTo(qmp: Qmp, sink: SaveSink, options: SaveToOptions = 
     const help = `no background snapshot of this VM: ${error.message}; ask for the fallback 'stop' or 'precopy', or see doctor()`
     throw new Qcow2Error('ERR_QMP', help, { cause: error })
   }
+}
+
+/** Two at once would undo each other's settings. */
+async function busy(sink: SaveSink, why: string): Promise<Qcow2Error> {
+  const error = new Qcow2Error('ERR_BUSY', `the VM cannot be saved now: ${why}; wait until that has ended`)
+  await sink.abort(error)
+  return error
+}
+
+/** No migration is under way. */
+function isOver(status: MigrationInfo['status']): boolean {
+  return status === undefined || ['completed', 'failed', 'cancelled', 'none'].includes(status)
 }
 
 /** One try with one mode. */
@@ -170,7 +198,8 @@ class Attempt {
       await this.#qmp.execute('migrate', { uri: receiver.uri })
       this.started = true
       stream = await receiver.accept()
-      reader = new ChunkReader(stream)
+      // A QEMU that hangs says nothing on either connection.
+      reader = new ChunkReader(stream, { after: 2_000, ask: () => this.#qmp.execute('query-status') })
       const switching = mode === 'precopy' && this.#diskSnapshots.length > 0 ? this.#freezeAtSwitchover(events) : undefined
       switching?.catch(() => stream?.destroy())
       const summary = await this.#receive(mode, running, reader)
@@ -220,8 +249,7 @@ class Attempt {
     const deadline = performance.now() + timeout
     for (;;) {
       const info = await this.#qmp.execute('query-migrate')
-      const over = info.status === undefined || ['completed', 'failed', 'cancelled', 'none'].includes(info.status)
-      if (over && !(await this.#qmp.execute('query-yank')).some(({ type }) => type === 'migration')) return info
+      if (isOver(info.status) && !(await this.#qmp.execute('query-yank')).some(({ type }) => type === 'migration')) return info
       if (performance.now() > deadline) {
         throw new Qcow2Error('ERR_QMP', `migrate: no more comes, but QEMU reports ${String(info.status)} for ${timeout} ms`)
       }
@@ -255,7 +283,8 @@ class Attempt {
     const failures: unknown[] = []
     const step = (task: () => Promise<unknown>): Promise<unknown> => task().catch((error: unknown) => failures.push(error))
     if (this.started) {
-      if (mode === 'background' && reader !== undefined) await step(() => reader.drain())
+      // a connection that broke has nothing more to read
+      if (mode === 'background' && reader !== undefined) await reader.drain().catch(() => undefined)
       else await step(() => this.#qmp.execute('migrate_cancel'))
       await step(() => this.#ended(10_000))
     }

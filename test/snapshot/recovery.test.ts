@@ -4,6 +4,7 @@ import { createHash } from 'node:crypto'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { expect, onTestFinished, test } from 'vitest'
+import { connectSocket } from '../../src/qmp/socket.ts'
 import { openSaved } from '../../src/snapshot/open-saved.ts'
 import { recover, revert } from '../../src/snapshot/revert.ts'
 import { Guest } from '../support/guest.ts'
@@ -42,6 +43,31 @@ describeWithQemu('recovery', (qemu) => {
     expect(hash(file)).toBe(before)
   })
 
+  test(`a recovery that breaks off before QEMU has resumed ${qemu.major < 10 ? 'ends QEMU' : 'can be repeated'}`, async () => {
+    const { file, memory } = await makeSave(qemu, 'RAM image')
+    const guest = await Guest.boot(qemu, { incoming: 'defer' })
+    await using saved = await openSaved(file)
+    const abort = new AbortController()
+    const cut = revert(new SlowSource(saved, 1 << 20).source, {
+      qmp: guest.qmp,
+      incoming: join(guest.folder, 'incoming'),
+      signal: abort.signal,
+      onProgress: ({ phase }) => phase === 'running' && abort.abort(new Error('cut')),
+    })
+    await expect(cut).rejects.toThrow('cut')
+    const again = join(guest.folder, 'again')
+    await expect.poll(async () => guest.qmp.execute('migrate-recover', { uri: `unix:${again}` }, { outOfBand: true }).then(() => true, () => false), { interval: 10, timeout: 10_000 }).toBe(true)
+    const stream = await connectSocket(again)
+    const recovering = recover(saved, { incoming: stream, onProgress: ({ phase }) => phase === 'recovering' && setImmediate(() => stream.destroy()) })
+    await expect(recovering).rejects.toMatchObject({ code: 'ERR_STREAM', phase: 'recovering', message: expect.stringContaining('unless QEMU has ended') as string })
+    if (qemu.major < 10) {
+      await guest.exited()
+    } else {
+      await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'once-more') })
+      await guest.expectGoesOn(memory.tick)
+    }
+  })
+
   test('after the process was killed', async () => {
     const { file, memory } = await makeSave(qemu, 'RAM image')
     const folder = (await Guest.boot(qemu, { paused: true })).folder
@@ -51,7 +77,8 @@ describeWithQemu('recovery', (qemu) => {
     const script = join(folder, 'revert.mts')
     writeFileSync(
       script,
-      `import { openSaved } from ${JSON.stringify(join(sources, 'open-saved.ts'))}
+      `import { connectSocket } from '../../src/qmp/socket.ts'
+import { openSaved } from ${JSON.stringify(join(sources, 'open-saved.ts'))}
        import { revert } from ${JSON.stringify(join(sources, 'revert.ts'))}
        import { SlowSource } from ${JSON.stringify(resolve(import.meta.dirname, '../support/slow-source.ts'))}
        const { source } = new SlowSource(await openSaved(${JSON.stringify(file)}), 1 << 20)
