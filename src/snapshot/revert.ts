@@ -103,7 +103,8 @@ export interface EagerRevertReport {
 
 /**
  * Sends a saved VM as an ordinary migration: the guest runs when all of it has arrived. For destinations that
- * cannot take postcopy. The QEMU waits with `-incoming` at the address; with `qmp`, with `-incoming defer`.
+ * cannot take postcopy. The QEMU waits with `-incoming` at the address; with `qmp`, with `-incoming defer`. A VM that
+ * stood still when its memory was saved stays paused until `cont`.
  */
 export async function revertEagerly(saved: SavedVm, options: RevertOptions): Promise<EagerRevertReport> {
   return withSource(saved, options, async (source) => {
