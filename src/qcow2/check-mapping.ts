@@ -37,6 +37,8 @@ export interface L1Location {
   /** Entries. */
   readonly size: number
   readonly active: boolean
+  /** The entries of a table that is in memory only: its own clusters are not counted. */
+  readonly entries?: Uint8Array
 }
 
 /** Walks all L1 tables and then each L2 table once. COPIED flags are checked against `stored`. */
@@ -66,8 +68,8 @@ class MappingWalk {
   async l1(table: L1Location): Promise<void> {
     const { geometry, report } = this.#context
     if (table.size === 0) return
-    this.#context.reference(table.offset, table.size * 8, owner.l1Table)
-    const bytes = await this.#context.read(table.offset, table.size * 8)
+    if (table.entries === undefined) this.#context.reference(table.offset, table.size * 8, owner.l1Table)
+    const bytes = table.entries ?? await this.#context.read(table.offset, table.size * 8)
     const view = viewOf(bytes)
     for (let index = 0; index < table.size; index++) {
       const high = view.getUint32(index * 8)

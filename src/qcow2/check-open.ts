@@ -1,13 +1,16 @@
 /** Checking and repairing an image that is open: its engine rests meanwhile, and reads the outcome anew. */
 import { Qcow2Error } from '../core/errors.ts'
 import type { CheckReport } from './check-report.ts'
-import { checkImage, type CheckOptions } from './check.ts'
+import { checkImage, runCheck, type CheckOptions } from './check.ts'
 import type { Engine } from './engine.ts'
 import { readHeaderCluster, readState } from './open.ts'
 import { repairImage } from './repair.ts'
 import { settle } from './shutdown.ts'
 
-/** Checks the file of an open image, with `repair` repairs it, while no request is in flight. */
+/**
+ * Checks the file of an open image, with `repair` repairs it, while no request is in flight. What snapshots
+ * under construction hold is no leak; a repair, which sees the file alone, is refused while there are any.
+ */
 export function checkOpenImage(engine: Engine, options: CheckOptions & { readonly repair?: 'leaks' | 'all' | undefined }): Promise<CheckReport> {
   const { repair } = options
   if (engine.readOnly) {
@@ -16,7 +19,11 @@ export function checkOpenImage(engine: Engine, options: CheckOptions & { readonl
   }
   return engine.requests.exclusive(async () => {
     if (engine.damage === undefined) await settle(engine)
-    if (repair === undefined) return checkImage(engine.host.device, options)
+    if (repair === undefined) {
+      const held = [...engine.snapshotHolds.unfinished].map((snapshot) => snapshot.held())
+      return (await runCheck(engine.host.device, { ...options, held })).report
+    }
+    engine.snapshotHolds.assertNone('repair')
     const report = await repairImage(engine.host.device, { ...options, repair })
     engine.reload(await readState(engine.host, await readHeaderCluster(engine.host), false))
     return report

@@ -10,6 +10,7 @@ import { checkMapping, type MappingRepair } from './check-mapping.ts'
 import { compareRefcounts, StoredRefcounts, type RefcountComparison } from './check-refcounts.ts'
 import { CheckCollector, type CheckReport } from './check-report.ts'
 import { checkBitmaps, checkLuksHeader, checkSnapshotTable, type CheckedSnapshots } from './check-structures.ts'
+import type { HeldSpace } from './snapshot-holds.ts'
 
 /** Options of {@link checkImage}. */
 export interface CheckOptions extends CallOptions {
@@ -50,7 +51,7 @@ export interface CheckOmissions {
 }
 
 /** The check with all it learned. */
-export async function runCheck(host: BlockDevice, options: CheckOptions & CheckOmissions = {}): Promise<CheckState> {
+export async function runCheck(host: BlockDevice, options: CheckOptions & CheckOmissions & { readonly held?: readonly HeldSpace[] } = {}): Promise<CheckState> {
   const collector = new CheckCollector(options.maxFindings ?? 1000)
   const context = await CheckContext.open(host, collector, { signal: options.signal })
   const { header, geometry } = context
@@ -59,7 +60,10 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
   context.reference(0, geometry.clusterSize, owner.header)
   const snapshots = await checkSnapshotTable(context, options.omitSnapshotTable !== true)
   const active = { offset: header.l1TableOffset, size: header.l1Size, active: true }
-  const { repairs, l2Clusters } = await checkMapping(context, [active, ...snapshots.l1Tables], stored)
+  const { held = [] } = options
+  const heldTables = held.map(({ l1 }) => ({ offset: 0, size: l1.length / 8, active: false, entries: l1 }))
+  const { repairs, l2Clusters } = await checkMapping(context, [active, ...snapshots.l1Tables, ...heldTables], stored)
+  for (const space of held) countHeld(context, space)
   checkLuksHeader(context)
   await checkBitmaps(context)
   const structures = options.omitRefcounts !== true && stored.reference()
@@ -74,6 +78,13 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
     rebuild: structures || comparison.rebuild,
     report: reportOf(context, comparison),
   }
+}
+
+/** What is reserved may lie past the end of the file, where no counter is compared. */
+function countHeld(context: CheckContext, { tables, data }: HeldSpace): void {
+  const { geometry, host } = context
+  for (const offset of tables) context.reference(offset, geometry.clusterSize, owner.l2Table)
+  for (const { offset, length } of data) context.reference(offset, Math.min(length, host.size - offset), owner.data)
 }
 
 function reportOf(context: CheckContext, comparison: RefcountComparison): CheckReport {

@@ -8,7 +8,7 @@ import { Mutex, RangeLock } from '../core/lock.ts'
 import { Allocator } from './allocator.ts'
 import { DecompressedClusters } from './decompressed.ts'
 import { decodeBitmapsExtension, extensionType, findExtension } from './extensions.ts'
-import { autoclear, incompatible } from './features.ts'
+import { autoclear, incompatible, keptAutoclear } from './features.ts'
 import { geometryOf, type Geometry } from './geometry.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
 import type { HostFile } from './host-file.ts'
@@ -18,6 +18,7 @@ import type { PointerTable } from './pointer-table.ts'
 import { refcountLayout } from './refcount-layout.ts'
 import { Refcounts } from './refcounts.ts'
 import { Requests } from './requests.ts'
+import { SnapshotHolds } from './snapshot-holds.ts'
 import type { SnapshotRecord } from './snapshot-table.ts'
 import { TableCache } from './table-cache.ts'
 import { WriteBack } from './write-back.ts'
@@ -55,7 +56,7 @@ export interface EngineParts extends EngineState {
   /** Bytes of the metadata caches together. */
   readonly cacheSize: number
   readonly cipher?: DataCipher | undefined
-  /** What a writer owes before it changes anything. */
+  /** What a writer owes before it changes guest data. */
   readonly prepareFirstWrite: (engine: Engine) => Promise<void>
 }
 
@@ -90,12 +91,16 @@ export class Engine {
   active: Layer
   refcountTable: PointerTable
   snapshots: readonly SnapshotRecord[]
+  readonly snapshotHolds = new SnapshotHolds()
   /** Bytes the snapshot table takes in the file. */
   snapshotTableLength: number
   /** What made the image unusable for this open: found damaged, or its header may be either of two. */
   damage: Error | undefined
-  /** Nothing was written yet: promises of optional metadata (autoclear bits) still stand. */
+  /** Nothing in the file was changed yet. */
+  unchanged = true
+  /** No guest data was changed yet: what bitmaps promise still stands. */
   untouched = true
+  #changing: Promise<void> | undefined
   #touching: Promise<void> | undefined
   readonly #headerLock = new Mutex()
   /** Resolves when the corrupt bit is set, if it is to be set. */
@@ -190,14 +195,29 @@ export class Engine {
     if (this.damage !== undefined) throw this.damage
   }
 
-  /** Does what a writer owes before it writes. Call before any change unless `untouched` is false. */
-  touch(): Promise<void> {
-    return (this.#touching ??= this.#prepareFirstWrite(this).then(() => {
-      this.untouched = false
+  /** Clears autoclear bits of features that are not known here. Call before any change unless `unchanged` is false. */
+  change(): Promise<void> {
+    return (this.#changing ??= this.#clearUnknownAutoclear().then(() => {
+      this.unchanged = false
     }))
   }
 
-  /** Everything is settled: the next change is a first one again. */
+  async #clearUnknownAutoclear(): Promise<void> {
+    const { autoclearFeatures } = this.header
+    const kept = keptAutoclear(autoclearFeatures)
+    if (kept !== autoclearFeatures) await this.writeHeader({ autoclearFeatures: kept })
+  }
+
+  /** Does what a writer owes before guest data changes. Call before such a change unless `untouched` is false. */
+  touch(): Promise<void> {
+    return (this.#touching ??= this.change()
+      .then(() => this.#prepareFirstWrite(this))
+      .then(() => {
+        this.untouched = false
+      }))
+  }
+
+  /** The bitmaps are as they shall be: the next change of guest data is a first one again. */
   rest(): void {
     this.#touching = undefined
     this.untouched = true

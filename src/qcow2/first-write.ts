@@ -1,19 +1,15 @@
 /**
- * What a writer owes to optional metadata before it changes anything: unknown autoclear bits are
- * cleared, and bitmaps that track changes are marked as in use, because this library does not keep
- * them up to date. Later readers then do not trust them.
+ * What a writer owes to bitmaps before it changes guest data: those that track changes are marked as in
+ * use, because this library does not keep them up to date. Later readers then do not trust them.
  */
 import { bitmapLimits, decodeBitmapDirectory, encodeBitmapDirectory, type BitmapRecord } from './bitmaps-directory.ts'
 import type { Engine } from './engine.ts'
 import { decodeBitmapsExtension, extensionType, findExtension, type BitmapsExtension } from './extensions.ts'
-import { autoclear, keptAutoclear } from './features.ts'
+import { autoclear } from './features.ts'
 
-/** Runs once, before the first change of an image that is open for writing. */
+/** Runs once, before the first change of guest data. */
 export async function prepareFirstWrite(engine: Engine): Promise<void> {
-  const { autoclearFeatures } = engine.header
-  const kept = keptAutoclear(autoclearFeatures)
-  if (kept !== autoclearFeatures) await engine.writeHeader({ autoclearFeatures: kept })
-  if ((kept & autoclear.bitmaps) !== 0n) await markBitmaps(engine, ({ auto }) => auto)
+  if ((engine.header.autoclearFeatures & autoclear.bitmaps) !== 0n) await markBitmaps(engine, ({ auto }) => auto)
 }
 
 /** Runs before the disk changes its size: no bitmap fits it any more. */

@@ -202,7 +202,8 @@ export class Qcow2Image extends BaseDevice {
 
   /**
    * Checks the whole image, and repairs it if asked: `leaks` frees what nothing refers to, `all` also
-   * repairs corruptions. Requests wait meanwhile.
+   * repairs corruptions. Requests wait meanwhile. What snapshots under construction hold is no leak.
+   * @throws Qcow2Error `ERR_BUSY` for a repair while a snapshot is being written or is open.
    */
   check(options: CheckOptions & { readonly repair?: 'leaks' | 'all' | undefined } = {}): Promise<CheckReport> {
     this.assertOpen()
@@ -236,8 +237,11 @@ export class Qcow2Image extends BaseDevice {
   }
 
   protected async onClose(): Promise<void> {
-    await this.snapshots.close()
-    await closeEngine(this.#engine)
+    try {
+      await this.snapshots.close()
+    } finally {
+      await closeEngine(this.#engine)
+    }
   }
 }
 
@@ -252,6 +256,7 @@ async function createImage(target: Source, options: CreateOptions & LayoutOption
     const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
     const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
     if (options.encryption !== undefined) engine.cipher = await encryptEmptyImage(engine, options.encryption)
+    engine.unchanged = false
     engine.untouched = false
     return Qcow2Image.over(engine)
   } catch (error) {

@@ -21,8 +21,10 @@ export async function closeEngine(engine: Engine): Promise<void> {
   const { backing } = engine
   if (backing !== undefined) closers.push(() => backing.close())
   let failure: { readonly error: unknown } | undefined
-  if (!engine.readOnly && engine.damage === undefined && !engine.untouched) {
-    closers.unshift(() => engine.requests.exclusive(() => settle(engine)))
+  if (!engine.readOnly) {
+    closers.unshift(() => engine.requests.exclusive(async () => {
+      if (engine.damage === undefined && !engine.unchanged) await settle(engine)
+    }))
   }
   await engine.marked()
   for (const close of closers) {

@@ -40,6 +40,7 @@ class LayerDevice extends BaseDevice {
   protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
     for await (const extent of mapLayer(this.#engine, () => this.#layer, this.#base + offset, length, options)) {
       yield { ...extent, start: extent.start - this.#base }
+      this.assertOpen() // once it is closed the snapshot may be deleted
     }
   }
 

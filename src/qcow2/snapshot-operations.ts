@@ -5,12 +5,13 @@
  */
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
+import { prepareResize } from './first-write.ts'
 import { clustersFor, requiredL1Size } from './geometry.ts'
 import { maxSnapshots } from './limits.ts'
 import { PointerTable, tableBytes } from './pointer-table.ts'
 import { settle } from './shutdown.ts'
 import { encodeSnapshotTable, nextSnapshotId, type SnapshotRecord } from './snapshot-table.ts'
-import { adjustTree, recomputeCopied, shareTree } from './tree.ts'
+import { adjustTree, recomputeCopied, shareTree, unshareTree } from './tree.ts'
 
 /** What the caller says about a new snapshot. */
 export interface SnapshotDetails {
@@ -47,15 +48,17 @@ export function assertSnapshotsPossible(engine: Engine): void {
 
 /**
  * Holds the disk as it is now: raises the counters of its tree, clears COPIED in L2, then in L1, each
- * durable before the next. A crash leaves counters that are too high, and flags that are too careful.
+ * durable before the next. A crash leaves counters that are too high, and flags that are too careful;
+ * what fails or is aborted is undone.
  */
-export async function captureDisk(engine: Engine): Promise<CapturedDisk> {
+export async function captureDisk(engine: Engine, signal?: AbortSignal): Promise<CapturedDisk> {
+  signal?.throwIfAborted()
   assertSnapshotsPossible(engine)
-  if (engine.untouched) await engine.touch()
+  if (engine.unchanged) await engine.change()
   await settle(engine)
   const { l1Table, header, geometry } = engine
   const entries = requiredL1Size(geometry, header.size)
-  await shareTree(engine, l1Table, entries)
+  await shareTree(engine, l1Table, entries, signal)
   for (let index = 0; index < entries; index++) {
     const offset = l1Table.offsetAt(index)
     if (offset !== 0 && l1Table.high(index) >= 0x8000_0000) l1Table.set(index, offset)
@@ -68,9 +71,7 @@ export async function captureDisk(engine: Engine): Promise<CapturedDisk> {
 export async function releaseDisk(engine: Engine, disk: CapturedDisk): Promise<void> {
   if (engine.damage !== undefined) return
   await settle(engine)
-  await adjustTree(engine, new PointerTable(0, disk.entries, disk.l1), disk.entries, -1)
-  await engine.flush()
-  await recomputeCopied(engine)
+  await unshareTree(engine, new PointerTable(0, disk.entries, disk.l1), disk.entries)
 }
 
 /**
@@ -153,7 +154,7 @@ export async function replaceSnapshots(engine: Engine, records: readonly Snapsho
  */
 export async function deleteSnapshot(engine: Engine, record: SnapshotRecord): Promise<void> {
   assertSnapshotsPossible(engine)
-  if (engine.untouched) await engine.touch()
+  if (engine.unchanged) await engine.change()
   await settle(engine)
   const l1 = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
   await replaceSnapshots(
@@ -182,22 +183,25 @@ async function giveUpTable(engine: Engine, table: PointerTable): Promise<void> {
  * 3. switch size, l1_size and l1_table_offset, which lie in one sector of the header, durable;
  * 4. lower the counters of the old tree; 5. recompute COPIED.
  *
- * A crash before 3 leaves the old disk and counters that are too high, after it the snapshot's.
+ * A crash before 3 leaves the old disk and counters that are too high, after it the snapshot's. Aborting
+ * undoes step 1; from then on it goes through.
  */
-export async function applySnapshot(engine: Engine, record: SnapshotRecord): Promise<void> {
+export async function applySnapshot(engine: Engine, record: SnapshotRecord, signal?: AbortSignal): Promise<void> {
+  signal?.throwIfAborted()
   assertSnapshotsPossible(engine)
   const size = record.diskSize ?? engine.header.size
   if (size !== engine.header.size && engine.header.version === 2) {
     throw new UnsupportedError(`snapshot ${record.name} is of a disk of ${size} bytes; a version 2 image cannot change its size`, ['resize'])
   }
   if (engine.untouched) await engine.touch()
+  if (size !== engine.header.size) await prepareResize(engine)
   await settle(engine)
   const entries = requiredL1Size(engine.geometry, size)
   if (record.l1Size < entries) {
     throw new FormatError(`l1_size of snapshot ${record.id} is ${record.l1Size}, its disk needs ${entries}`, { structure: 'snapshot table' }, 'ERR_CORRUPT')
   }
   const source = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
-  await shareTree(engine, source, entries)
+  await shareTree(engine, source, entries, signal)
   const old = engine.l1Table
   const length = Math.max(old.length, entries)
   const bytes = tableBytes(length)

@@ -185,8 +185,18 @@ function encodeText(text: string, what: string): Uint8Array {
   return bytes
 }
 
-/** The id a new snapshot gets: the largest numeric id plus one, as QEMU counts. */
+/**
+ * The id a new snapshot gets: the largest number an id begins with plus one, as QEMU counts. Numbers past
+ * 64 bits do not count; an id that is there already is passed over.
+ */
 export function nextSnapshotId(records: readonly SnapshotRecord[]): string {
-  const largest = records.reduce((max, { id }) => Math.max(max, /^\d+/.test(id) ? Number.parseInt(id, 10) : 0), 0)
-  return String(largest + 1)
+  const ids = new Set(records.map(({ id }) => id))
+  let largest = 0n
+  for (const id of ids) {
+    const number = BigInt(/^\d{1,20}(?!\d)/.exec(id)?.[0] ?? 0)
+    if (number > largest && number < 2n ** 64n) largest = number
+  }
+  let next = largest + 1n
+  while (ids.has(String(next))) next++
+  return String(next)
 }

@@ -8,6 +8,7 @@ import { AlignedWriteQueue } from '../block/write-queue.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
 import type { Engine } from './engine.ts'
+import type { HeldSpace, UnfinishedSnapshot } from './snapshot-holds.ts'
 import { addSnapshot, captureDisk, releaseDisk, type CapturedDisk, type SnapshotDetails } from './snapshot-operations.ts'
 import { infoOf, type SnapshotInfo } from './snapshot-info.ts'
 import { VmStateArea } from './vm-state-area.ts'
@@ -26,7 +27,6 @@ export interface FinishOptions {
 
 interface WriterOptions extends CallOptions {
   readonly depth: number | undefined
-  readonly onClose: () => void
 }
 
 /** The fields of the snapshot table for what the caller gave. */
@@ -45,15 +45,15 @@ export function detailsOf(name: string, options: FinishOptions): SnapshotDetails
 }
 
 /** Writes the VM state of one snapshot. Made by `Snapshots.begin`; `close` without `finish` gives up. */
-export class SnapshotWriter extends Resource {
+export class SnapshotWriter extends Resource implements UnfinishedSnapshot {
   /** Name of the snapshot to be. */
   readonly name: string
   readonly #engine: Engine
-  readonly #options: WriterOptions
+  readonly #signal: AbortSignal | undefined
   readonly #area: VmStateArea
   readonly #queue: AlignedWriteQueue
   #disk: CapturedDisk | undefined
-  #finished = false
+  #finishing: Promise<SnapshotInfo> | undefined
 
   /** @internal */
   constructor(engine: Engine, name: string, options: WriterOptions) {
@@ -61,10 +61,11 @@ export class SnapshotWriter extends Resource {
     detailsOf(name, {})
     this.name = name
     this.#engine = engine
-    this.#options = options
     this.#area = new VmStateArea(engine)
     const { depth, signal } = options
+    this.#signal = signal
     this.#queue = new AlignedWriteQueue(this.#area, { ...(depth === undefined ? {} : { depth }), ...(signal === undefined ? {} : { signal }) })
+    engine.snapshotHolds.unfinished.add(this)
   }
 
   /** Bytes of VM state taken so far. */
@@ -90,22 +91,29 @@ export class SnapshotWriter extends Resource {
     const engine = this.#engine
     await engine.requests.exclusive(async () => {
       if (this.#disk !== undefined) throw new Qcow2Error('ERR_EXISTS', 'the disk of this snapshot was taken already')
-      this.#disk = await captureDisk(engine)
+      this.#disk = await captureDisk(engine, this.#signal)
     })
   }
 
-  /** Completes the snapshot: from now on it is in the image, durably. */
+  /**
+   * Completes the snapshot: from now on it is in the image, durably. Every call returns the outcome of the
+   * first; one that has begun is waited for when the writer or the image is closed.
+   */
   async finish(options: FinishOptions = {}): Promise<SnapshotInfo> {
     this.assertOpen()
     const details = detailsOf(this.name, options)
+    return (this.#finishing ??= this.#finish(details))
+  }
+
+  async #finish(details: SnapshotDetails): Promise<SnapshotInfo> {
     const engine = this.#engine
     const size = this.#queue.position
     await this.#queue.close()
     return engine.requests.exclusive(async () => {
       const state = await this.#area.finish(size)
-      this.#disk ??= await captureDisk(engine)
+      this.#disk ??= await captureDisk(engine, this.#signal)
       const record = await addSnapshot(engine, details, this.#disk, state)
-      this.#finished = true
+      engine.snapshotHolds.unfinished.delete(this)
       return infoOf(record)
     })
   }
@@ -115,14 +123,22 @@ export class SnapshotWriter extends Resource {
     return this.close()
   }
 
-  protected async onClose(): Promise<void> {
-    this.#options.onClose()
-    if (this.#finished) return
-    await this.#queue.abort()
-    const engine = this.#engine
-    if (engine.damage !== undefined) return
-    await this.#area.discard()
+  /** @internal What a check has to count for this snapshot. */
+  held(): HeldSpace {
     const disk = this.#disk
-    if (disk !== undefined) await engine.requests.exclusive(() => releaseDisk(engine, disk))
+    return { ...this.#area.held(), l1: disk === undefined ? new Uint8Array(0) : disk.l1.subarray(0, disk.entries * 8) }
+  }
+
+  protected async onClose(): Promise<void> {
+    await this.#finishing?.catch(() => undefined) // whoever called finish gets the error
+    await this.#queue.abort()
+    await this.#engine.requests.exclusive(() => this.#giveUp())
+  }
+
+  async #giveUp(): Promise<void> {
+    const engine = this.#engine
+    if (!engine.snapshotHolds.unfinished.delete(this) || engine.damage !== undefined) return
+    await this.#area.discard()
+    if (this.#disk !== undefined) await releaseDisk(engine, this.#disk)
   }
 }

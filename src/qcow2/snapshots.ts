@@ -38,8 +38,7 @@ export interface BeginSnapshotOptions extends CallOptions {
 /** The internal snapshots of an image. Iterates, oldest first, without I/O. */
 export class Snapshots implements Iterable<SnapshotInfo> {
   readonly #engine: Engine
-  readonly #open = new Map<SnapshotRecord, number>()
-  readonly #writers = new Set<SnapshotWriter>()
+  #closed = false
 
   /** @internal Made by the image. */
   constructor(engine: Engine) {
@@ -72,10 +71,11 @@ export class Snapshots implements Iterable<SnapshotInfo> {
     this.#assertWritable(options)
     if (options.vmState !== undefined) return this.#createWithState(options, options.vmState)
     const engine = this.#engine
+    const details = detailsOf(options.name, options)
     return engine.requests.exclusive(async () => {
-      const disk = await captureDisk(engine)
+      const disk = await captureDisk(engine, options.signal)
       try {
-        return infoOf(await addSnapshot(engine, detailsOf(options.name, options), disk, undefined))
+        return infoOf(await addSnapshot(engine, details, disk, undefined))
       } catch (error) {
         await releaseDisk(engine, disk)
         throw error
@@ -100,14 +100,11 @@ export class Snapshots implements Iterable<SnapshotInfo> {
   async begin(options: BeginSnapshotOptions): Promise<SnapshotWriter> {
     this.#assertWritable(options)
     const engine = this.#engine
-    if (engine.untouched) await engine.touch()
-    const writer: SnapshotWriter = new SnapshotWriter(engine, options.name, {
-      depth: options.depth,
-      signal: options.signal,
-      onClose: () => this.#writers.delete(writer),
+    return engine.requests.run(async () => {
+      if (engine.unchanged) await engine.change()
+      this.#assertWritable(options)
+      return new SnapshotWriter(engine, options.name, { depth: options.depth, signal: options.signal })
     })
-    this.#writers.add(writer)
-    return writer
   }
 
   /**
@@ -118,7 +115,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
   async apply(idOrName: string, options: CallOptions = {}): Promise<void> {
     this.#assertWritable(options)
     const engine = this.#engine
-    await engine.requests.exclusive(() => applySnapshot(engine, this.#get(idOrName)))
+    await engine.requests.exclusive(() => applySnapshot(engine, this.#get(idOrName), options.signal))
   }
 
   /**
@@ -129,8 +126,9 @@ export class Snapshots implements Iterable<SnapshotInfo> {
     this.#assertWritable(options)
     const engine = this.#engine
     await engine.requests.exclusive(async () => {
+      options.signal?.throwIfAborted()
       const record = this.#get(idOrName)
-      if (this.#open.has(record)) throw new Qcow2Error('ERR_BUSY', `snapshot ${record.name} is open; close it first`)
+      if (engine.snapshotHolds.isOpen(record.id)) throw new Qcow2Error('ERR_BUSY', `snapshot ${record.name} is open; close it first`)
       await deleteSnapshot(engine, record)
     })
   }
@@ -138,48 +136,45 @@ export class Snapshots implements Iterable<SnapshotInfo> {
   /** Gives a snapshot another name. */
   async rename(idOrName: string, name: string, options: CallOptions = {}): Promise<void> {
     this.#assertWritable(options)
+    if (name === '') throw new TypeError('a snapshot needs a name')
     const engine = this.#engine
     await engine.requests.exclusive(async () => {
+      options.signal?.throwIfAborted()
       assertSnapshotsPossible(engine)
       const record = this.#get(idOrName)
-      if (engine.untouched) await engine.touch()
+      if (engine.unchanged) await engine.change()
       const { rawText: _, ...rest } = record
       const renamed = { ...rest, name }
       await replaceSnapshots(engine, engine.snapshots.map((each) => (each === record ? renamed : each)))
-      const open = this.#open.get(record)
-      if (open === undefined) return
-      this.#open.delete(record)
-      this.#open.set(renamed, open)
     })
   }
 
   /** The snapshot's disk, read-only, with its VM state as `.vmState`. Close it when done. */
   async open(idOrName: string, options: CallOptions = {}): Promise<SnapshotDevice> {
-    options.signal?.throwIfAborted()
+    this.#assertOpen(options)
     const engine = this.#engine
-    const record = this.#get(idOrName)
-    const id = record.id
-    this.#count(record, 1)
-    try {
-      const l1 = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
-      const disk = record.diskSize ?? engine.header.size
-      const sizes = { disk, vmState: record.vmStateSize, vmStateBase: vmStateBase(engine.geometry, disk) }
-      return new SnapshotDevice(engine, { l1, backing: engine.backing }, sizes, () => this.#count(this.#get(id), -1))
-    } catch (error) {
-      this.#count(record, -1)
-      throw error
-    }
+    return engine.requests.run(async () => {
+      options.signal?.throwIfAborted()
+      const record = this.#get(idOrName)
+      const release = engine.snapshotHolds.open(record.id)
+      try {
+        const l1 = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
+        const disk = record.diskSize ?? engine.header.size
+        const sizes = { disk, vmState: record.vmStateSize, vmStateBase: vmStateBase(engine.geometry, disk) }
+        return new SnapshotDevice(engine, { l1, backing: engine.backing }, sizes, release)
+      } catch (error) {
+        release()
+        throw error
+      }
+    })
   }
 
-  /** @internal Gives up snapshots that are being written. */
+  /** @internal Waits for snapshots that are being finished, and gives up the others. */
   async close(): Promise<void> {
-    for (const writer of this.#writers) await writer.abort()
-  }
-
-  #count(record: SnapshotRecord, change: number): void {
-    const count = (this.#open.get(record) ?? 0) + change
-    if (count > 0) this.#open.set(record, count)
-    else this.#open.delete(record)
+    this.#closed = true
+    const closing = [...this.#engine.snapshotHolds.unfinished].map((writer) => writer.close())
+    const failed = (await Promise.allSettled(closing)).find(({ status }) => status === 'rejected')
+    if (failed?.status === 'rejected') throw failed.reason
   }
 
   #find(idOrName: string): SnapshotRecord | undefined {
@@ -194,8 +189,13 @@ export class Snapshots implements Iterable<SnapshotInfo> {
     throw new Qcow2Error('ERR_NOT_FOUND', `the image has no snapshot ${JSON.stringify(idOrName)}; it has ${names === '' ? 'none' : names}`)
   }
 
-  #assertWritable(options: CallOptions): void {
+  #assertOpen(options: CallOptions): void {
     options.signal?.throwIfAborted()
+    if (this.#closed) throw new Qcow2Error('ERR_CLOSED', 'the image is closed')
+  }
+
+  #assertWritable(options: CallOptions): void {
+    this.#assertOpen(options)
     if (this.#engine.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'the image is open read-only; open it for writing')
     assertSnapshotsPossible(this.#engine)
   }

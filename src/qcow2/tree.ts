@@ -112,12 +112,13 @@ function ownedRuns(engine: Engine, table: L2Table): Runs {
 
 /**
  * Adds `delta` to the counters of everything `l1` reaches over its first `entries` entries. All or
- * nothing: if a counter overflows, those already changed are changed back.
+ * nothing: if a counter overflows or the call is aborted, those already changed are changed back.
  */
-export async function adjustTree(engine: Engine, l1: PointerTable, entries: number, delta: number): Promise<void> {
+export async function adjustTree(engine: Engine, l1: PointerTable, entries: number, delta: number, signal?: AbortSignal): Promise<void> {
   let tables = 0
   try {
     for await (const table of l2Tables(engine, l1, entries)) {
+      signal?.throwIfAborted()
       await engine.allocator.adjustAll(ownedRuns(engine, table).pairs, delta)
       if (delta < 0) {
         engine.l2Tables.forget(table.offset, engine.geometry.clusterSize)
@@ -147,12 +148,13 @@ type CopiedRule = (cluster: number) => boolean | Promise<boolean>
  * Sets the COPIED flags in the L2 tables of `l1` by a rule and writes those that change; the L1 entries
  * are the caller's. Nothing is flushed.
  */
-async function setCopied(engine: Engine, l1: PointerTable, entries: number, rule: CopiedRule): Promise<void> {
+async function setCopied(engine: Engine, l1: PointerTable, entries: number, rule: CopiedRule, signal?: AbortSignal): Promise<void> {
   for await (const table of l2Tables(engine, l1, entries)) {
+    signal?.throwIfAborted()
     const changed = await setTableCopied(engine, table, rule)
     if (changed.length === 0) continue
-    await engine.host.writeAll(changed)
     engine.l2Tables.forget(table.offset, engine.geometry.clusterSize)
+    await engine.host.writeAll(changed)
   }
 }
 
@@ -179,13 +181,26 @@ async function setTableCopied(engine: Engine, table: L2Table, rule: CopiedRule):
 
 /**
  * Makes a tree shared: raises its counters, durably, then clears the COPIED flags in its L2 tables,
- * durably. A crash between leaves counters that are too high.
+ * durably. A crash between leaves counters that are too high; what fails or is aborted is undone.
  */
-export async function shareTree(engine: Engine, l1: PointerTable, entries: number): Promise<void> {
-  await adjustTree(engine, l1, entries, 1)
+export async function shareTree(engine: Engine, l1: PointerTable, entries: number, signal?: AbortSignal): Promise<void> {
+  await adjustTree(engine, l1, entries, 1, signal)
+  try {
+    await engine.flush()
+    await setCopied(engine, l1, entries, () => false, signal)
+    await engine.host.flush()
+  } catch (error) {
+    // where this fails too, counters stay too high: leaks
+    if (engine.damage === undefined) await unshareTree(engine, l1, entries).catch(() => undefined)
+    throw error
+  }
+}
+
+/** Gives up a shared tree: lowers its counters, durably, then recomputes COPIED. */
+export async function unshareTree(engine: Engine, l1: PointerTable, entries: number): Promise<void> {
+  await adjustTree(engine, l1, entries, -1)
   await engine.flush()
-  await setCopied(engine, l1, entries, () => false)
-  await engine.host.flush()
+  await recomputeCopied(engine)
 }
 
 /**

@@ -12,6 +12,7 @@ import type { Engine } from './engine.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { copiedFlag, offsetHigh, offsetLow } from './l2-entry.ts'
 import { vmStateBase } from './geometry.ts'
+import type { HeldSpace } from './snapshot-holds.ts'
 import { writeData } from './write.ts'
 import type { StoredVmState } from './snapshot-operations.ts'
 
@@ -50,15 +51,19 @@ export class VmStateArea implements WriteSink {
 
   /** Stores whole clusters at an offset in the area; the same cluster may be stored again. */
   submit(offset: number, bytes: Uint8Array): Promise<void> {
-    const { clusterSize } = this.#engine.geometry
-    const end = (offset + bytes.length) / clusterSize
-    this.#placing = this.#placing.then(() => (end > this.#placed ? this.#place(end) : undefined))
-    return this.#placing.then(() => this.#write(offset / clusterSize, bytes))
+    return this.#engine.requests.run(() => this.#store(offset, bytes))
   }
 
   /** The counters of what was stored follow the data at the next flush. */
   flush(): Promise<void> {
     return this.#engine.flush()
+  }
+
+  #store(offset: number, bytes: Uint8Array): Promise<void> {
+    const { clusterSize } = this.#engine.geometry
+    const end = (offset + bytes.length) / clusterSize
+    this.#placing = this.#placing.then(() => (end > this.#placed ? this.#place(end) : undefined))
+    return this.#placing.then(() => this.#write(offset / clusterSize, bytes))
   }
 
   async #place(end: number): Promise<void> {
@@ -128,6 +133,13 @@ export class VmStateArea implements WriteSink {
         if (extendedL2) view.setUint32(at + 12, 0xffff_ffff)
       }
     }
+  }
+
+  /** What the area holds, as long as no snapshot names it. Nothing may be in flight. */
+  held(): Pick<HeldSpace, 'tables' | 'data'> {
+    const { clusterSize } = this.#engine.geometry
+    const runs = [...this.#runs.map(({ host, clusters }) => ({ offset: host, clusters })), this.#reserve]
+    return { tables: this.#tables, data: runs.map(({ offset, clusters }) => ({ offset, length: clusters * clusterSize })) }
   }
 
   /** Gives everything back. Nothing may be in flight. */

@@ -10,20 +10,12 @@ import { allocateAligned } from '../../src/block/slab.ts'
 import { Qcow2Error } from '../../src/core/errors.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { Qcow2Image, type CreateOptions } from '../../src/qcow2/image.ts'
+import { codeOf } from '../support/code.ts'
 import { qemus } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
 
 const KiB = 1024
 const MiB = 1 << 20
-
-const codeOf = async (task: Promise<unknown>): Promise<string> => {
-  try {
-    await task
-  } catch (error) {
-    return Qcow2Error.is(error) ? error.code : (error as Error).name
-  }
-  return 'no error'
-}
 
 /** A memory device that survives `close`, with its bytes. */
 async function inMemory(options: CreateOptions, fill: (image: Qcow2Image) => Promise<void> = () => Promise.resolve()): Promise<Uint8Array> {
