@@ -2,6 +2,7 @@
  * A stream without its pages, taken apart into what a VM needs to start again. Owns finding the parts;
  * sending them is the business of whoever starts the VM.
  */
+import { concat } from '../bytes/concat.ts'
 import { streamError } from './format.ts'
 import { MigrationParser } from './parser.ts'
 import type { RamBlock } from './records.ts'
@@ -75,14 +76,4 @@ export function splitStream(before: Uint8Array, after: Uint8Array): StreamParts 
     devices: after.subarray(start ?? eof, eof),
     vmDescription: after.subarray(eof + 1, location === undefined ? eof + 1 : location.start + location.length),
   }
-}
-
-function concat(pieces: readonly Uint8Array[]): Uint8Array {
-  const whole = new Uint8Array(pieces.reduce((sum, { length }) => sum + length, 0))
-  let at = 0
-  for (const piece of pieces) {
-    whole.set(piece, at)
-    at += piece.length
-  }
-  return whole
 }

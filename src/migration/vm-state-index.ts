@@ -4,6 +4,7 @@
  * stream with it; reading what was indexed is next door.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { concat } from '../bytes/concat.ts'
 import { deviceChunks } from './byte-source.ts'
 import { streamError } from './format.ts'
 import { MigrationParser, type ParserOptions } from './parser.ts'
@@ -228,7 +229,7 @@ class Walk {
     this.#bitmap.push(record.bytes.slice())
     const block = this.#block!
     const have = this.#bitmap.reduce((sum, { length }) => sum + length, 0)
-    if (have === mappedRamBitmapLength(block.length, this.#ram!.pageSize)) this.#ram!.addMapped(block, concat(this.#bitmap, have))
+    if (have === mappedRamBitmapLength(block.length, this.#ram!.pageSize)) this.#ram!.addMapped(block, concat(this.#bitmap))
   }
 
   /** QEMU 10.0 lets background-snapshot go with mapped-ram and then never writes the bitmaps. */
@@ -244,14 +245,4 @@ class Walk {
     }
     for (const each of this.#blocks) ram.markAllMapped(each)
   }
-}
-
-function concat(pieces: readonly Uint8Array[], length: number): Uint8Array {
-  const whole = new Uint8Array(length)
-  let at = 0
-  for (const piece of pieces) {
-    whole.set(piece, at)
-    at += piece.length
-  }
-  return whole
 }

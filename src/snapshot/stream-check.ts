@@ -3,6 +3,7 @@
  * checksum, so its structure is all there is. Owns what has to agree; stores nothing but what stands
  * behind the pages.
  */
+import { concat } from '../bytes/concat.ts'
 import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { ramFlag } from '../migration/format.ts'
@@ -120,12 +121,7 @@ export class StreamCheck {
 
   /** Takes the device sections apart by the description's lengths; gives their number. */
   #checkTail(optional: boolean): number {
-    const tail = new Uint8Array(this.#tailLength)
-    let at = 0
-    for (const piece of this.#tail) {
-      tail.set(piece, at)
-      at += piece.length
-    }
+    const tail = concat(this.#tail)
     const location = locateVmDescription(tail)
     if (location === undefined) {
       if (optional) return 0

@@ -4,6 +4,7 @@
  * pages are is found out while the guest already starts, and whoever reads a page waits for that.
  */
 import { anyRequest, BaseDevice, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import { concat } from '../bytes/concat.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
 import { MigrationParser } from '../migration/parser.ts'
@@ -241,14 +242,4 @@ async function gather(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Array> {
   const pieces: Uint8Array[] = []
   for await (const chunk of chunks) pieces.push(new Uint8Array(chunk))
   return concat(pieces)
-}
-
-function concat(pieces: readonly Uint8Array[]): Uint8Array {
-  const whole = new Uint8Array(pieces.reduce((sum, { length }) => sum + length, 0))
-  let at = 0
-  for (const piece of pieces) {
-    whole.set(piece, at)
-    at += piece.length
-  }
-  return whole
 }
