@@ -19,7 +19,9 @@ export function decodeStruct(struct: StructDescription, bytes: Uint8Array, at = 
     const count = field.array_len ?? 1
     const length = field.size * count
     if (at + length > bytes.length) throw new RangeError(`field '${field.name}' reaches past its section of ${bytes.length} bytes`)
-    if (field.array_len === undefined && field.index === undefined) values[field.name] = decodeField(field, bytes, at)
+    // of elements that are described one by one, QEMU 10.0 leaves the last without an index
+    const element = field.array_len !== undefined || field.index !== undefined || Array.isArray(values[field.name])
+    if (!element) values[field.name] = decodeField(field, bytes, at)
     else decodeElements(values, field, bytes, at)
     at += length
   }

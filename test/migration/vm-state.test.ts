@@ -141,6 +141,17 @@ describe('devices', () => {
     expect(Object.keys(all)).toHaveLength(expected[name]!.device_sections!)
     expect(JSON.parse(JSON.stringify(all))).toBeTruthy()
   })
+
+  test.each(['qemu72-bgsnap.mig', 'qemu100-bgsnap.mig'])('%s: elements described one by one make one array', async (name) => {
+    await using vm = await index(capture(name))
+    const { state } = await vm.decodeDevice(vm.device('fdc'))
+    expect((state as { drives: unknown }).drives).toEqual([
+      { head: 0, track: 0, sect: 0, 'fdrive/media_rate': { media_rate: 0 } },
+      { head: 0, track: 0, sect: 0, 'fdrive/media_rate': { media_rate: 0 } },
+    ])
+    const power = await vm.decodeDevice(vm.device('0000:00:01.3/piix4_pm'))
+    expect(power['acpi_pci_hotplug.acpi_pcihp_pci_status']).toHaveLength(256)
+  })
 })
 
 describe('libvirt save images', () => {
