@@ -111,6 +111,7 @@ function encodeHeaders(ranges: readonly PhysicalRange[], positions: readonly num
     view.setUint32(at, 1, true) // PT_LOAD
     view.setUint32(at + 4, 7, true) // readable, writable, executable
     setU64(view, at + 8, positions[i]!)
+    setU64(view, at + 16, address) // virtual: all that a debugger looks at
     setU64(view, at + 24, address)
     setU64(view, at + 32, length)
     setU64(view, at + 40, length)

@@ -89,6 +89,8 @@ function segmentsOf(elf: Uint8Array): Segment[] {
   return Array.from({ length: count }, (_, i) => {
     const at = 64 + 56 * i
     expect(view.getUint32(at, true)).toBe(1)
+    // debuggers look at virtual addresses only
+    expect(view.getBigUint64(at + 16, true)).toBe(view.getBigUint64(at + 24, true))
     return { offset: Number(view.getBigUint64(at + 8, true)), address: Number(view.getBigUint64(at + 24, true)), length: Number(view.getBigUint64(at + 32, true)) }
   })
 }
