@@ -12,6 +12,8 @@ import { streamError } from './format.ts'
 export const underrun: Error = new Error('more input is needed')
 
 const nothing = new Uint8Array(0)
+/** Least bytes of the carry: a page and its header. */
+const carrySize = 8 << 10
 const decoder = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
 
 /** A window of contiguous input with a read position. */
@@ -27,6 +29,8 @@ export class ParserInput {
   #start = 0
   #wanted = 0
   #carrying = false
+  /** Used again for each chunk: by then nothing refers to the structure before. */
+  #carry: Uint8Array = nothing
   #chunk: Uint8Array = nothing
   #chunkAt = 0
   #chunkBase: number
@@ -90,11 +94,11 @@ export class ParserInput {
     const wanted = this.#wanted
     const have = this.end - this.#start
     if (!this.#carrying || this.bytes.length - this.#start < wanted) {
-      const carry = new Uint8Array(wanted)
-      carry.set(this.bytes.subarray(this.#start, this.end))
+      if (this.#carrying || this.#carry.length < wanted) this.#carry = new Uint8Array(Math.max(wanted, carrySize))
+      this.#carry.set(this.bytes.subarray(this.#start, this.end))
       if (!this.#carrying) this.#chunkAt = this.#chunk.length
       this.base += this.#start
-      this.#use(carry, 0, have)
+      this.#use(this.#carry, 0, have)
       this.#start = 0
       this.#carrying = true
     }
