@@ -30,7 +30,7 @@ export interface RamImageWriterOptions extends CallOptions {
   readonly unit?: number | undefined
   /** The image has a backing file with an earlier RAM image: store only what differs from it. Default false. */
   readonly incremental?: boolean | undefined
-  /** Bytes being written at once at most. Default 16 MiB. */
+  /** Bytes being written at once at most. Default 8 MiB. */
   readonly inFlight?: number | undefined
 }
 
@@ -42,6 +42,8 @@ export interface NewRamImageOptions extends Omit<RamImageWriterOptions, 'unit' |
   readonly extendedL2?: boolean | undefined
   /** An earlier RAM image of the VM: only what changed since is stored. */
   readonly backing?: { readonly file: string; readonly format: string } | undefined
+  /** Direct I/O for paths: past the page cache. Default false. */
+  readonly direct?: boolean | undefined
   /** Which files the image may open as its backing file; see {@link Qcow2Image.create}. */
   readonly references?: CreateOptions['references']
 }
@@ -96,17 +98,17 @@ export class RamImageWriter implements SaveSink {
     this.#create = create
     this.#options = options
     this.#unit = options.unit ?? 65_536
-    this.#limit = options.inFlight ?? 16 << 20
+    this.#limit = options.inFlight ?? 8 << 20
   }
 
   /** A writer that makes a new image in `target`, a path or an empty device. */
   static to(target: Source, options: NewRamImageOptions = {}): RamImageWriter {
-    const { backing } = options
+    const { backing, direct, references, signal } = options
     const incremental = backing !== undefined
     const extendedL2 = options.extendedL2 ?? incremental
     const clusterSize = options.clusterSize ?? (extendedL2 ? 131_072 : 65_536)
     const create = (size: number): Promise<Qcow2Image> =>
-      Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, references: options.references, signal: options.signal })
+      Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct, references, signal })
     return new RamImageWriter(create, { ...options, unit: extendedL2 ? clusterSize / 32 : clusterSize, incremental })
   }
 

@@ -28,6 +28,8 @@ describeWithQemu('files', (qemu) => {
 
   test.each<[string, (folder: string) => MemoryTarget, string]>([
     ['RAM image', (folder) => join(folder, 'warm.qcow2'), 'warm.qcow2'],
+    ['RAM image past the page cache', (folder) => join(folder, 'warm.qcow2'), 'warm.qcow2'],
+    ['stream past the page cache', (folder) => ({ stream: join(folder, 'warm.mig') }), 'warm.mig'],
     ['stream', (folder) => ({ stream: join(folder, 'warm.mig') }), 'warm.mig'],
     ['internal snapshot', (folder) => ({ image: join(folder, 'disk.qcow2'), snapshot: 'warm' }), 'disk.qcow2'],
   ])('%s', async (kind, target, name) => {
@@ -35,7 +37,7 @@ describeWithQemu('files', (qemu) => {
     if (kind === 'internal snapshot') await (await Qcow2Image.create(join(folder, 'disk.qcow2'), { size: 1 << 20 })).close()
     const guest = await Guest.boot(qemu)
     await guest.run(3)
-    const report = await save(guest.qmp, { memory: target(folder) })
+    const report = await save(guest.qmp, { memory: target(folder), direct: kind.endsWith('past the page cache') })
     await guest.run(3)
     expect(guest.errors).toEqual([])
     await guest.kill()
