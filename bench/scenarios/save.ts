@@ -3,7 +3,7 @@ import { randomFillSync } from 'node:crypto'
 import * as fs from 'node:fs'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { save, type MemoryTarget, type SaveMode } from '../../src/snapshot.ts'
+import { save, saveTo, type MemoryTarget, type SaveMode } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
 import { measure, type GroupResult, type Variant } from '../harness.ts'
 import { findQemus, qemuImg, QemuVm, type QemuInstallation } from '../qemu.ts'
@@ -44,6 +44,8 @@ function group(setup: Setup, span: Span): Promise<GroupResult> {
     ours(setup, span, 'background-disk', 'background with a disk frozen, RAM image', ram, { disk: true }),
     ours(setup, span, 'background-stream', 'background, stream file', { stream }),
     ours(setup, span, 'stop', 'stop and copy, RAM image', ram, { mode: 'stop' }),
+    ours(setup, span, 'stop-direct', 'stop and copy, RAM image, O_DIRECT', ram, { mode: 'stop', direct: true }),
+    thrownAway(setup, span),
     savevm(setup, span),
   ]
   return measure({
@@ -52,7 +54,10 @@ function group(setup: Setup, span: Span): Promise<GroupResult> {
     note: 'The guest changes and checks 32 MiB all the time. Standing still: by the timestamps of STOP and RESUME. savevm: HMP, cache=writeback.',
     bytes: memory * MiB,
     variants,
-    ratios: [{ fast: 'background', slow: 'savevm' }, { fast: 'background-disk', slow: 'savevm' }],
+    ratios: [
+      ...['background', 'background-disk', 'stop', 'stop-direct'].map((fast) => ({ fast, slow: 'savevm' })),
+      { fast: 'background', slow: 'thrown-away' },
+    ],
   }, context)
 }
 
@@ -78,7 +83,7 @@ function ours(
   id: string,
   title: string,
   memory: MemoryTarget,
-  { disk = false, mode = 'background' }: { readonly disk?: boolean; readonly mode?: SaveMode } = {},
+  { disk = false, mode = 'background', direct = false }: { readonly disk?: boolean; readonly mode?: SaveMode; readonly direct?: boolean } = {},
 ): Variant {
   let vm: QemuVm
   return {
@@ -89,7 +94,25 @@ function ours(
     },
     async run() {
       const disks = disk ? [{ node: 'd0', overlay: join(setup.context.folder, 'overlay.qcow2') }] : []
-      const report = await save(vm.qmp, { memory, mode, disks, manifest: false })
+      const report = await save(vm.qmp, { memory, mode, disks, direct, manifest: false })
+      return { seconds: (span === 'stopped' ? report.stoppedFor : report.took) / 1000 }
+    },
+    finish: () => ended(vm),
+  }
+}
+
+/** What is left when nothing is stored: QEMU, the guest beside it, the socket and the parser. */
+function thrownAway(setup: Setup, span: Span): Variant {
+  let vm: QemuVm
+  const done = (): Promise<void> => Promise.resolve()
+  return {
+    id: 'thrown-away',
+    title: 'background, received and thrown away',
+    async prepare() {
+      ;({ vm } = await boot(setup))
+    },
+    async run() {
+      const report = await saveTo(vm.qmp, { finish: done, abort: done })
       return { seconds: (span === 'stopped' ? report.stoppedFor : report.took) / 1000 }
     },
     finish: () => ended(vm),

@@ -18,17 +18,24 @@ const MiB = 1 << 20
 /** The image's guest disk: there only because a snapshot needs one. */
 const diskSize = 64 * MiB
 
-interface Guest {
+/** A guest that never runs. */
+export interface Guest {
   readonly machine: string
   /** File of random bytes that QEMU loads into the guest's memory. */
   readonly ram: string
   readonly ramSize: number
+  /** MiB of guest memory; default a little more than the random bytes. */
+  readonly megabytes?: number
 }
 
-interface Setup extends Guest {
+/** A guest and what QEMU makes of it. */
+export interface SaveSetup extends Guest {
   readonly context: ScenarioContext
   readonly qemus: readonly QemuInstallation[]
   readonly stream: Uint8Array
+}
+
+interface Setup extends SaveSetup {
   readonly memory: GuestMemory
 }
 
@@ -51,21 +58,22 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
 }
 
 /** A machine type that every QEMU found has. */
-function machineOf(qemus: readonly QemuInstallation[]): string {
+export function machineOf(qemus: readonly QemuInstallation[]): string {
   const [major, minor] = qemus[0]?.version.split('.') ?? []
   return major === undefined || minor === undefined ? 'pc' : `pc-i440fx-${major}.${minor}`
 }
 
-function vmArguments({ machine, ram, ramSize }: Guest): string[] {
-  const megabytes = Math.ceil(ramSize / MiB / 4) * 4 + 176
-  return ['-M', machine, '-S', '-m', String(megabytes), '-device', `loader,file=${ram},addr=0x100000,force-raw=on`]
+function vmArguments({ machine, ram, ramSize, megabytes }: Guest): string[] {
+  const size = megabytes ?? Math.ceil(ramSize / MiB / 4) * 4 + 176
+  return ['-M', machine, '-S', '-m', String(size), '-device', `loader,file=${ram},addr=0x100000,force-raw=on`]
 }
 
-function startVm(qemu: QemuInstallation, setup: Setup, image: string, cache: string): Promise<QemuVm> {
+function startVm(qemu: QemuInstallation, setup: Guest, image: string, cache: string): Promise<QemuVm> {
   return QemuVm.start(qemu, [...vmArguments(setup), '-drive', `if=none,id=d0,file=${image},format=qcow2,cache=${cache},aio=threads`])
 }
 
-async function captureStream(qemu: QemuInstallation, guest: Guest, folder: string): Promise<Uint8Array> {
+/** The stream that QEMU makes of the guest. */
+export async function captureStream(qemu: QemuInstallation, guest: Guest, folder: string): Promise<Uint8Array> {
   const file = join(folder, 'stream')
   const vm = await QemuVm.start(qemu, vmArguments(guest))
   try {
@@ -108,7 +116,8 @@ function againstQemu(qemus: readonly QemuInstallation[], goal: number, writeback
   return [...qemus.map((qemu) => ({ fast: 'ours', slow: `qemu-${qemu.version}-none`, goal })), { fast: 'ours', slow: `qemu-${newest.version}-writeback`, goal: writebackGoal }]
 }
 
-function oursSaves({ context, qemus, stream }: Setup, image: string): Variant {
+/** The stream into an internal snapshot. */
+export function oursSaves({ context, qemus, stream }: SaveSetup, image: string): Variant {
   return {
     id: 'ours',
     title: 'saveVmState, O_DIRECT',
@@ -128,11 +137,12 @@ function oursSaves({ context, qemus, stream }: Setup, image: string): Variant {
 }
 
 /** The stream as a socket would bring it. */
-function* pieces(stream: Uint8Array): Generator<Uint8Array> {
+export function* pieces(stream: Uint8Array): Generator<Uint8Array> {
   for (let at = 0; at < stream.length; at += 256 << 10) yield stream.subarray(at, at + (256 << 10))
 }
 
-function qemuSaves(setup: Setup, qemu: QemuInstallation, image: string, cache: string): Variant {
+/** QEMU's own `savevm` of the guest. */
+export function qemuSaves(setup: SaveSetup, qemu: QemuInstallation, image: string, cache: string): Variant {
   let vm: QemuVm | undefined
   return {
     id: `qemu-${qemu.version}-${cache}`,
