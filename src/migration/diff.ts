@@ -1,5 +1,6 @@
 /** What differs between two saved VMs: pages of RAM and fields of devices. */
 import type { CallOptions } from '../block/device.ts'
+import { equalBytes } from '../bytes/equal.ts'
 import type { DeviceValue } from './device-fields.ts'
 import type { RamRange } from './commands.ts'
 import type { VmState } from './vm-state.ts'
@@ -64,18 +65,13 @@ async function changedRanges(before: VmState, after: VmState, name: string, leng
     const size = Math.min(compareSize, length - offset)
     const [old, next] = await Promise.all([before.ram.read(name, offset, size, options), after.ram.read(name, offset, size, options)])
     for (let at = 0; at < size; at += pageSize) {
-      if (equalPage(old, next, at, Math.min(at + pageSize, size))) continue
+      if (equalBytes(old, next, at, Math.min(pageSize, size - at))) continue
       const last = ranges.at(-1)
       if (last !== undefined && last.offset + last.length === offset + at) last.length += pageSize
       else ranges.push({ offset: offset + at, length: pageSize })
     }
   }
   return ranges
-}
-
-function equalPage(a: Uint8Array, b: Uint8Array, from: number, to: number): boolean {
-  for (let i = from; i < to; i++) if (a[i] !== b[i]) return false
-  return true
 }
 
 function collect(found: FieldDifference[], device: string, field: string, before: DeviceValue | undefined, after: DeviceValue | undefined): void {

@@ -12,6 +12,7 @@ import { ramFlag } from '../migration/format.ts'
 import type { MigrationRecord, RamBlock, RamPagesRecord } from '../migration/records.ts'
 import { StreamRest } from '../migration/stream-rest.ts'
 import { encodeRecord } from '../migration/writer.ts'
+import { equalBytes } from '../bytes/equal.ts'
 import { isZero } from '../bytes/zero.ts'
 import { Qcow2Image, type CreateOptions } from '../qcow2/image.ts'
 import type { SnapshotInfo } from '../qcow2/snapshot-info.ts'
@@ -92,6 +93,8 @@ export class RamImageWriter implements SaveSink {
   #bytesInFlight = 0
   #failure: { error: unknown } | undefined
   #scratch: Uint8Array | undefined
+  /** For what the backing file holds; used again. */
+  readonly #spareBases: Uint8Array[] = []
   #snapshot: SnapshotInfo | undefined
 
   constructor(create: (size: number) => Promise<Qcow2Image>, options: RamImageWriterOptions = {}) {
@@ -254,8 +257,18 @@ export class RamImageWriter implements SaveSink {
 
   /** Over a backing file, units are completed with what they hold; those that would not change are left out. */
   async #completeFromBase(area: PageArea): Promise<void> {
-    const base = new Uint8Array(area.bytes.length)
-    await this.#image!.readInto(area.base, base.subarray(0, Math.min(base.length, this.#image!.size - area.base)))
+    const { length } = area.bytes
+    const buffer = this.#spareBases.pop() ?? new Uint8Array(Math.max(1 << 20, this.#unit))
+    const base = buffer.subarray(0, length)
+    const inside = Math.min(length, this.#image!.size - area.base)
+    await this.#image!.readInto(area.base, base.subarray(0, inside))
+    base.fill(0, inside)
+    this.#keepChanged(area, base)
+    this.#spareBases.push(buffer)
+  }
+
+  /** Units that differ from what the backing file has become data as a whole, the others missing. */
+  #keepChanged(area: PageArea, base: Uint8Array): void {
     const pageSize = this.#pageSize
     const unitPages = this.#unit / pageSize
     for (let first = 0; first < area.pages.length; first += unitPages) {
@@ -358,9 +371,4 @@ interface Run {
   end: number
   /** All of it is zero. */
   readonly zero: boolean
-}
-
-function equalBytes(a: Uint8Array, b: Uint8Array, at: number, length: number): boolean {
-  for (let i = at; i < at + length; i++) if (a[i] !== b[i]) return false
-  return true
 }
