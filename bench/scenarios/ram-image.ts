@@ -101,7 +101,7 @@ function incremental(setup: SaveSetup): Variant {
 
 /** The stream of the same guest a little later. */
 function changed(stream: Uint8Array): Uint8Array {
-  const later = stream.slice()
+  const later = new Uint8Array(stream)
   let page = 0
   for (const record of new MigrationParser().push(stream)) {
     if (record.kind !== 'ram-pages') continue
