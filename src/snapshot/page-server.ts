@@ -14,6 +14,8 @@ import { SendWindow } from './send-window.ts'
 
 /** Bytes of one background read. */
 const readSize = 1 << 20
+/** Most bytes sent before the guest starts: it waits for all of them. */
+const aheadLimit = 32 << 20
 
 /** How pages are sent. */
 export interface PageServerOptions {
@@ -124,11 +126,28 @@ export class PageServer {
   }
 
   /**
+   * Sends the first of recorded faults, to be called before the destination listens: until then it only copies
+   * pages, later it has to place each by itself.
+   */
+  async sendAhead(faultOrder: FaultOrder): Promise<void> {
+    await this.#fillFaults(faultOrder, aheadLimit, async (spare) => {
+      if (this.#failure !== undefined) throw this.#failure as Error
+      await new Promise<void>((resolve) => this.#send(spare, undefined, resolve))
+    })
+  }
+
+  /**
    * Sends everything that is not known to be zero: the recorded faults first, then block by block.
    * Resolves when every such page has been handed to the connection. `onProgress` gets the bytes passed.
    */
   async fill(onProgress?: (filled: number) => void): Promise<void> {
-    if (this.#options.faultOrder !== undefined) await this.#fillFaults(this.#options.faultOrder)
+    const { faultOrder } = this.#options
+    if (faultOrder !== undefined) {
+      await this.#fillFaults(faultOrder, Infinity, async (spare, length) => {
+        await this.#turn(length)
+        this.#send(spare, this.#window.sent(length))
+      })
+    }
     let filled = 0
     for (const progress of this.#blocks.values()) {
       await this.#fillBlock(progress, (within) => onProgress?.(filled + within))
@@ -155,22 +174,24 @@ export class PageServer {
     this.#send(spare)
   }
 
-  /** What was asked for last time, in the same order, clusters whole: the guest will touch them again. */
-  async #fillFaults(order: FaultOrder): Promise<void> {
+  /** What was asked for last time, in the same order, clusters whole, up to `limit` bytes: the guest will touch them again. */
+  async #fillFaults(order: FaultOrder, limit: number, send: (spare: Spare, length: number) => Promise<void>): Promise<void> {
     const ahead: { progress: BlockProgress; claim: Claim; reading: Promise<Spare> }[] = []
+    let claimed = 0
     const sendFirst = async (): Promise<void> => {
       const { progress, claim, reading } = ahead.shift()!
       const spare = await reading
-      await this.#turn(claim.length)
       spare.part.begin(progress.block.name)
       this.#pages += progress.write(spare.part, claim, spare.bytes)
-      this.#send(spare, this.#window.sent(claim.length))
+      await send(spare, claim.length)
     }
     for (const { block, offset } of faultsOf(order)) {
       const progress = this.#blocks.get(block)
       if (progress === undefined || offset >= progress.block.length) continue
+      if (claimed + progress.clusterSize > limit) break
       const claim = progress.claimCluster(offset)
       if (claim === undefined) continue
+      claimed += claim.length
       const spare = this.#take(claim.length)
       const reading = progress.block.content.readInto(claim.offset, spare.bytes.subarray(0, claim.length)).then(() => spare)
       reading.catch(() => undefined) // reported where it is awaited
@@ -235,14 +256,18 @@ export class PageServer {
     }
   }
 
-  #send(spare: Spare, behind?: Uint8Array): void {
+  /** `behind` goes out with the section; `done` is called when the connection has taken both. */
+  #send(spare: Spare, behind?: Uint8Array, done?: () => void): void {
     const section = spare.part.finish()
     let bytes = section
     if (behind !== undefined) {
       spare.buffer.set(behind, section.length)
       bytes = spare.buffer.subarray(0, section.length + behind.length)
     }
-    this.#stream.write(bytes, () => this.#spare.push(spare))
+    this.#stream.write(bytes, () => {
+      this.#spare.push(spare)
+      done?.()
+    })
   }
 
   #take(length: number): Spare {

@@ -15,6 +15,12 @@ import { openSaved, type OpenSavedOptions } from './open-saved.ts'
 import type { PageSource } from './page-source.ts'
 import { PostcopySource, type PostcopyOptions, type RevertReport } from './postcopy-source.ts'
 
+/**
+ * Reads of up to a cluster are made synchronously unless the caller says otherwise: what a guest waits for is mostly
+ * in the page cache, where a turn through the thread pool costs more than the read.
+ */
+const faultRead = 65_536
+
 /** A saved VM: an open one, or what {@link openSaved} opens. */
 export type SavedVm = PageSource | Source | Qcow2Image
 
@@ -131,7 +137,7 @@ export async function revertEagerly(saved: SavedVm, options: RevertOptions): Pro
 async function withSource<T>(saved: SavedVm, options: OpenSavedOptions, task: (source: PageSource) => Promise<T>): Promise<T> {
   options.signal?.throwIfAborted()
   if (isPageSource(saved)) return task(saved)
-  await using source = await openSaved(saved, options)
+  await using source = await openSaved(saved, { syncLimit: faultRead, ...options })
   return await task(source)
 }
 

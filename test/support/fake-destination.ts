@@ -13,7 +13,7 @@ import { duplexPair } from '../qmp/monitor.ts'
 export interface FakeDestinationOptions {
   /** Pages to ask for, one after the other: block and page number. */
   readonly requests?: readonly { readonly block: string; readonly page: number }[]
-  /** Ask from the first DISCARD on, before the guest runs. */
+  /** Ask while the package comes, before the guest runs. */
   readonly early?: boolean
   /** Bytes in a host page. */
   readonly hostPageSize?: number
@@ -123,8 +123,6 @@ export class FakeDestination {
         if (!this.order.includes('postcopyRamDiscard')) this.problems.push('no DISCARD before the package: QEMU would deadlock')
         if (!this.order.includes('openReturnPath')) this.problems.push('no return path')
         this.#packageLeft = command.packageLength
-        break
-      case 'postcopyRamDiscard':
         if (this.#options.early === true) this.#ask()
         break
       case 'recvBitmap':
@@ -155,7 +153,8 @@ export class FakeDestination {
   }
 
   #place(record: RamPagesRecord): void {
-    if (!this.#listening) this.problems.push('pages before LISTEN')
+    const discarded = this.#listening || this.order.includes('postcopyRamDiscard')
+    if (!discarded) this.problems.push('pages before DISCARD: a huge page would put zeroes beside them')
     const { pageSize } = this.#source
     const perHostPage = (this.#options.hostPageSize ?? pageSize) / pageSize
     const memory = this.memory.get(record.block.name)!
