@@ -59,11 +59,15 @@ export class FileDevice extends BaseDevice {
   readonly #handle: FileHandle | undefined
   readonly #syncLimit: number
   readonly #growable: boolean
+  readonly #direct: boolean
   #size: number
   /** End of the furthest write submitted: truncating below it would cut bytes that are on their way. */
   #submittedEnd: number
+  /** Operations under way, each with all its system calls. */
   #inFlight = 0
   #idle: (() => void) | undefined
+  #released = false
+  #lostWrites: Error | undefined
 
   private constructor(opened: OpenedFile, options: FileOptions) {
     super()
@@ -73,6 +77,7 @@ export class FileDevice extends BaseDevice {
     this.#size = opened.size
     this.#submittedEnd = opened.size
     this.#growable = !opened.isBlockDevice
+    this.#direct = options.direct === true
     this.readOnly = options.readOnly ?? false
     this.#syncLimit = options.direct === true ? 0 : (options.syncLimit ?? 0)
     this.limits = {
@@ -108,7 +113,7 @@ export class FileDevice extends BaseDevice {
   protected onRead(offset: number, target: Uint8Array): Promise<void> {
     const odd = target.length % this.limits.requestAlignment
     if (odd === 0) return this.#transfer('read', offset, target)
-    return this.#readLastSector(offset, target, odd)
+    return this.#asOne(() => this.#readLastSector(offset, target, odd))
   }
 
   protected async onWrite(offset: number, source: Uint8Array): Promise<void> {
@@ -123,11 +128,21 @@ export class FileDevice extends BaseDevice {
     const end = offset + length
     const written = Math.max(0, Math.min(end, this.#submittedEnd) - offset)
     if (written < length) this.#extend(end)
-    if (written > 0) await super.onWriteZeroes(offset, this.#roundUp(written, length), options)
+    if (written > 0) await this.#asOne(() => super.onWriteZeroes(offset, this.#roundUp(written, length), options))
   }
 
-  protected onFlush(): Promise<void> {
-    return this.#call('flush', (settle) => fs.fdatasync(this.#fd, settle))
+  /**
+   * The system reports a failed write-back once and then takes the pages for clean: after that no flush of a
+   * buffered file can promise anything.
+   */
+  protected async onFlush(): Promise<void> {
+    if (this.#lostWrites !== undefined) throw this.#lostWrites
+    try {
+      await this.#call('flush', (settle) => fs.fdatasync(this.#fd, settle))
+    } catch (error) {
+      if (!this.#direct) this.#lostWrites = error as Error
+      throw error
+    }
   }
 
   /** Shrinking waits for nothing: the caller ends its requests beyond the new size first. */
@@ -145,11 +160,18 @@ export class FileDevice extends BaseDevice {
   protected async onClose(): Promise<void> {
     // a descriptor closed under a running request may be reused by another file
     if (this.#inFlight > 0) await new Promise<void>((resolve) => (this.#idle = resolve))
+    this.#released = true
     await (this.#handle === undefined ? closeDescriptor(this.#fd) : this.#handle.close())
+  }
+
+  /** Before each use of the descriptor: once it is closed its number may be another file's. */
+  #assertHeld(): void {
+    if (this.#released) throw new Qcow2Error('ERR_CLOSED', `${this.path ?? 'FileHandle'}: the file is closed`)
   }
 
   /** Synchronous, so that no write can be submitted between the decision and the truncation. */
   #extend(size: number): void {
+    this.#assertHeld()
     this.#submittedEnd = size
     try {
       fs.ftruncateSync(this.#fd, size)
@@ -199,6 +221,7 @@ export class FileDevice extends BaseDevice {
 
   // eslint-disable-next-line @typescript-eslint/require-await -- async turns what it throws into a rejection
   async #transferSync(operation: 'read' | 'write', offset: number, bytes: Uint8Array): Promise<void> {
+    this.#assertHeld()
     try {
       for (let at = 0; at < bytes.length; ) {
         const rest = bytes.length - at
@@ -224,6 +247,21 @@ export class FileDevice extends BaseDevice {
     return Math.min(Math.ceil(length / requestAlignment) * requestAlignment, limit)
   }
 
+  /** An operation of several calls, counted as one: `close` must not come between them. */
+  async #asOne(operation: () => Promise<void>): Promise<void> {
+    this.#inFlight++
+    try {
+      await operation()
+    } finally {
+      this.#ended()
+    }
+  }
+
+  #ended(): void {
+    this.#inFlight--
+    if (this.#inFlight === 0) this.#idle?.()
+  }
+
   /** One system call as a promise, counted so that `close` can wait for it. */
   #call(
     operation: IoOperation,
@@ -232,10 +270,10 @@ export class FileDevice extends BaseDevice {
     length?: number,
   ): Promise<void> {
     return new Promise((resolve, reject) => {
+      this.#assertHeld()
       this.#inFlight++
       start((error) => {
-        this.#inFlight--
-        if (this.#inFlight === 0) this.#idle?.()
+        this.#ended()
         if (error === null) resolve()
         else reject(fileError(operation, error, { offset, length, name: this.path }))
       })

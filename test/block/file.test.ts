@@ -1,5 +1,6 @@
-import { constants, existsSync, readdirSync, readFileSync, readlinkSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import fs, { closeSync, constants, existsSync, openSync, readdirSync, readFileSync, readlinkSync, statSync, truncateSync, writeFileSync } from 'node:fs'
 import { open } from 'node:fs/promises'
+import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
@@ -178,3 +179,65 @@ function linkTarget(link: string): string | undefined {
     return undefined // the descriptor that listed the folder is closed by now
   }
 }
+
+describe('closing', () => {
+  test('waits for whole operations, so that no piece of one reaches the next file of that number', async () => {
+    const [path, other] = [join(tempFolder(), 'zeroed'), join(tempFolder(), 'other')]
+    const bytes = pattern(4 << 20)
+    for (let pause = 0; pause < 4; pause++) {
+      writeFileSync(path, bytes)
+      writeFileSync(other, bytes)
+      const device = await openFile(path)
+      const zeroing = device.writeZeroes(0, bytes.length)
+      for (let turn = 0; turn < pause; turn++) await new Promise((resolve) => setImmediate(resolve))
+      await device.close()
+      const next = openSync(other, 'r+') // takes the number that became free
+      const outcome = await Promise.allSettled([zeroing])
+      closeSync(next)
+      expect(outcome).toMatchObject([{ status: 'fulfilled' }])
+      expectBytes(readFileSync(other), bytes)
+      expectBytes(readFileSync(path), new Uint8Array(bytes.length))
+    }
+  })
+})
+
+describe('a flush that failed', () => {
+  /** `fdatasync` as it fails once for a lost write-back and then knows nothing of it. */
+  async function failOnce(run: () => Promise<void>): Promise<void> {
+    const real = fs.fdatasync
+    let failing = true
+    fs.fdatasync = ((fd: number, done: (error: Error | null) => void) => {
+      if (!failing) {
+        real(fd, done)
+        return
+      }
+      failing = false
+      done(Object.assign(new Error('EIO: i/o error, fdatasync'), { code: 'EIO' }))
+    }) as typeof fs.fdatasync
+    syncBuiltinESMExports()
+    try {
+      await run()
+    } finally {
+      fs.fdatasync = real
+      syncBuiltinESMExports()
+    }
+  }
+
+  test('fails every later one of a buffered file', async () => {
+    await using device = await openFile(join(tempFolder(), 'buffered'), { create: 'wx' })
+    await device.write(0, pattern(4096))
+    await failOnce(async () => {
+      await expect(device.flush()).rejects.toMatchObject({ code: 'ERR_IO', operation: 'flush' })
+      await expect(device.flush()).rejects.toMatchObject({ code: 'ERR_IO', operation: 'flush' })
+      await expect(device.write(0, pattern(4096), { fua: true })).rejects.toMatchObject({ code: 'ERR_IO', operation: 'flush' })
+    })
+  })
+
+  test('may be tried again where nothing is cached: direct I/O', async () => {
+    await using device = await openFile(join(tempFolder(), 'direct'), { create: 'wx', direct: true })
+    await failOnce(async () => {
+      await expect(device.flush()).rejects.toMatchObject({ code: 'ERR_IO' })
+      await device.flush()
+    })
+  })
+})
