@@ -2,66 +2,79 @@
  * An NBD export as a block device. Owns the client's side of the conversation: negotiation, many
  * requests under way at once, the matching of replies; knows nothing of sockets.
  */
-import { anyRequest, BaseDevice, type BlockLimits, type Extent, type MapOptions, type WriteZeroesOptions } from '../block/device.ts'
-import { FormatError, IoError, type IoOperation } from '../core/errors.ts'
+import { anyRequest, BaseDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions, type WriteOptions, type WriteZeroesOptions } from '../block/device.ts'
+import { FormatError, IoError } from '../core/errors.ts'
+import { InFlight } from '../core/in-flight.ts'
 import * as protocol from './protocol.ts'
-import { chunkTypes, commandFlags, commands, errors, transmissionFlags, type StatusRun } from './protocol.ts'
+import { commandFlags, commands, transmissionFlags } from './protocol.ts'
 import { combine, sameKind, toExtent } from './client-map.ts'
 import { shakeHands, type Handshake } from './client-handshake.ts'
+import { ClientRequest, type RequestFields, type StatusRuns } from './client-request.ts'
 import { ByteReader, type NbdTransport } from './transport.ts'
+import { silence, SilenceTimer, within } from './waiting.ts'
 
-/** Options of {@link NbdClient.open}. */
-export interface NbdClientOptions {
+/** Options of {@link NbdClient.open}. Its `signal` ends the negotiation. */
+export interface NbdClientOptions extends CallOptions {
   /** The export's name; default the empty one. */
   readonly name?: string | undefined
   /** Refuse changes even where the server allows them. */
   readonly readOnly?: boolean | undefined
+  /**
+   * Milliseconds for the negotiation, and later for any sign of life while an answer is due; then the
+   * connection is given up. Default 60 000; 0 for ever.
+   */
+  readonly timeout?: number | undefined
 }
 
-interface Pending {
-  readonly offset: number
-  readonly target: Uint8Array | undefined
-  readonly status: Map<number, StatusRun[]>
-  error: Error | undefined
-  readonly operation: IoOperation
-  readonly length: number
-  resolve(): void
-  reject(error: unknown): void
-}
+/** Default of {@link NbdClientOptions.timeout}. */
+export const defaultTimeout = 60_000
 
 /** Longest range of one request without a payload: below 2^32, and aligned to any block size. */
 const maxRange = 1 << 30
+/** Parts of one long request that are under way at once. */
+const mostParts = 16
 
-/** An NBD export. Errors of the server are `ERR_IO` with the server's own words, where it gives them. */
+/**
+ * An NBD export. Errors of the server are `ERR_IO` with the server's own words, where it gives them; so is a
+ * server that stays silent. Aborting a read, a flush or a map ends it at once; a call that changes data sends
+ * nothing more and ends when what was sent is answered.
+ */
 export class NbdClient extends BaseDevice {
   readonly #transport: NbdTransport
   readonly #reader: ByteReader
   readonly #handshake: Handshake
   readonly #readOnly: boolean
-  readonly #pending = new Map<number, Pending>()
+  readonly #pending = new Map<number, ClientRequest>()
+  readonly #silence: SilenceTimer
   readonly #received: Promise<void>
   #nextCookie = 1
   #failure: unknown
 
-  private constructor(transport: NbdTransport, reader: ByteReader, handshake: Handshake, readOnly: boolean) {
+  private constructor(transport: NbdTransport, reader: ByteReader, handshake: Handshake, { readOnly = false, timeout = defaultTimeout }: NbdClientOptions) {
     super()
     this.#transport = transport
     this.#reader = reader
     this.#handshake = handshake
     this.#readOnly = readOnly || this.#can('readOnly')
+    this.#silence = new SilenceTimer(timeout, () => this.#pending.size > 0, () => {
+      this.#fail(silence('read', timeout))
+      transport.close()
+    })
+    reader.onPiece = () => this.#silence.heard()
     this.#received = this.#receive()
   }
 
   /**
    * Negotiates over `transport`, which the client owns from now on.
    * @throws Qcow2Error `ERR_NOT_FOUND` if there is no such export, `ERR_UNSUPPORTED` if the server has no
-   * structured replies, `ERR_FORMAT` if it breaks the protocol.
+   * structured replies, `ERR_FORMAT` if it breaks the protocol, `ERR_IO` if it does not answer in time.
    */
   static async open(transport: NbdTransport, options: NbdClientOptions = {}): Promise<NbdClient> {
     const reader = new ByteReader(transport.incoming)
     try {
-      const handshake = await shakeHands(transport, reader, options.name ?? '')
-      return new NbdClient(transport, reader, handshake, options.readOnly ?? false)
+      const { signal, timeout = defaultTimeout, name = '' } = options
+      const handshake = await within(shakeHands(transport, reader, name), { signal, timeout })
+      return new NbdClient(transport, reader, handshake, options)
     } catch (error) {
       transport.close()
       throw error
@@ -81,43 +94,42 @@ export class NbdClient extends BaseDevice {
     return { ...anyRequest, requestAlignment: minimum, discardAlignment: this.#can('sendTrim') ? Math.max(minimum, 4096) : 0 }
   }
 
-  protected override async onRead(offset: number, target: Uint8Array): Promise<void> {
-    const piece = this.#handshake.maximum
-    const parts: Promise<unknown>[] = []
-    for (let at = 0; at < target.length; at += piece) {
-      const part = target.subarray(at, at + piece)
-      parts.push(this.#request('read', commands.read, 0, offset + at, part.length, { target: part }))
-    }
-    await Promise.all(parts)
+  protected override onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    const signal = options?.signal
+    return this.#inParts(target.length, signal, (from, to) => {
+      const part = target.subarray(from, to)
+      return this.#request({ operation: 'read', command: commands.read, offset: offset + from, length: to - from, target: part, signal })
+    })
   }
 
-  protected override async onWrite(offset: number, source: Uint8Array): Promise<void> {
-    const piece = this.#handshake.maximum
-    const parts: Promise<unknown>[] = []
-    for (let at = 0; at < source.length; at += piece) {
-      const part = source.subarray(at, at + piece)
-      parts.push(this.#request('write', commands.write, 0, offset + at, part.length, { payload: part }))
-    }
-    await Promise.all(parts)
+  protected override onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+    return this.#inParts(source.length, options?.signal, (from, to) => {
+      const payload = source.subarray(from, to)
+      return this.#request({ operation: 'write', command: commands.write, offset: offset + from, length: to - from, payload })
+    })
   }
 
   protected override async onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
     if (!this.#can('sendWriteZeroes')) return super.onWriteZeroes(offset, length, options)
     const flags = options?.unmap === true ? 0 : commandFlags.noHole
     for (let at = 0; at < length; at += maxRange) {
-      await this.#request('write zeroes', commands.writeZeroes, flags, offset + at, Math.min(maxRange, length - at))
+      options?.signal?.throwIfAborted()
+      const part = { offset: offset + at, length: Math.min(maxRange, length - at) }
+      await this.#request({ operation: 'write zeroes', command: commands.writeZeroes, flags, ...part })
     }
   }
 
-  protected override async onDiscard(offset: number, length: number): Promise<void> {
+  protected override async onDiscard(offset: number, length: number, options?: CallOptions): Promise<void> {
     if (!this.#can('sendTrim')) return
     for (let at = 0; at < length; at += maxRange) {
-      await this.#request('discard', commands.trim, 0, offset + at, Math.min(maxRange, length - at))
+      options?.signal?.throwIfAborted()
+      await this.#request({ operation: 'discard', command: commands.trim, offset: offset + at, length: Math.min(maxRange, length - at) })
     }
   }
 
-  protected override async onFlush(): Promise<void> {
-    if (this.#can('sendFlush')) await this.#request('flush', commands.flush, 0, 0, 0)
+  protected override async onFlush(options?: CallOptions): Promise<void> {
+    const signal = options?.signal
+    if (this.#can('sendFlush')) await this.#request({ operation: 'flush', command: commands.flush, offset: 0, length: 0, signal })
   }
 
   protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
@@ -131,7 +143,8 @@ export class NbdClient extends BaseDevice {
     for (let at = offset; at < offset + length; ) {
       options?.signal?.throwIfAborted()
       const asked = Math.min(maxRange, offset + length - at)
-      const status = await this.#request('map', commands.blockStatus, 0, at, asked)
+      const fields = { operation: 'map', command: commands.blockStatus, offset: at, length: asked } as const
+      const status = await this.#request({ ...fields, signal: options?.signal })
       const runs = combine(status.get(allocation) ?? [], depthId === undefined ? undefined : status.get(depthId), asked)
       for (const run of runs) {
         const next = toExtent(at, run)
@@ -149,7 +162,9 @@ export class NbdClient extends BaseDevice {
 
   protected override async onClose(): Promise<void> {
     const head = { flags: 0, command: commands.disconnect, cookie: new Uint8Array(8), offset: 0, length: 0 }
-    await this.#transport.send([protocol.encodeRequest(head)]).catch(() => undefined)
+    this.#silence.stop()
+    // not awaited: a server that reads nothing never makes room
+    this.#transport.send([protocol.encodeRequest(head)]).catch(() => undefined)
     this.#transport.close()
     await this.#received
   }
@@ -162,27 +177,33 @@ export class NbdClient extends BaseDevice {
     return [...this.#handshake.contexts].find(([, found]) => found === name)?.[0]
   }
 
-  /** Sends one request; resolves with its status runs (empty for all but block status). */
-  #request(
-    operation: IoOperation,
-    command: number,
-    flags: number,
-    offset: number,
-    length: number,
-    data: { target?: Uint8Array; payload?: Uint8Array } = {},
-  ): Promise<Map<number, StatusRun[]>> {
+  /** A request of any length in parts the server takes. Has not ended while a part may touch the caller's memory. */
+  async #inParts(length: number, signal: AbortSignal | undefined, send: (from: number, to: number) => Promise<unknown>): Promise<void> {
+    const parts = new InFlight()
+    const { maximum } = this.#handshake
+    for (let at = 0; at < length && signal?.aborted !== true; at += maximum) {
+      parts.add(send(at, Math.min(at + maximum, length)))
+      if (parts.count >= mostParts) await parts.settle(mostParts - 1)
+    }
+    await parts.settle()
+    signal?.throwIfAborted()
+  }
+
+  #request(fields: RequestFields): Promise<StatusRuns> {
+    const { operation, command, flags = 0, offset, length, payload } = fields
     if (this.#failure !== undefined) return Promise.reject(new IoError(operation, this.#failure, { offset, length, name: 'NBD' }))
-    const number = this.#nextCookie++
+    const number = this.#nextCookie++ % 0x1_0000_0000
     const cookie = new Uint8Array(8)
-    new DataView(cookie.buffer).setUint32(4, number % 0x1_0000_0000)
-    return new Promise((resolve, reject) => {
-      const status = new Map<number, StatusRun[]>()
-      const { target, payload } = data
-      const settled = { resolve: () => resolve(status), reject }
-      this.#pending.set(number % 0x1_0000_0000, { offset, target, status, error: undefined, operation, length, ...settled })
-      const head = protocol.encodeRequest({ flags, command, cookie, offset, length })
-      this.#transport.send(payload === undefined ? [head] : [head, payload]).catch((error: unknown) => this.#fail(error))
-    })
+    new DataView(cookie.buffer).setUint32(4, number)
+    const request = new ClientRequest(fields)
+    this.#pending.set(number, request)
+    this.#silence.start()
+    const head = protocol.encodeRequest({ flags, command, cookie, offset, length })
+    this.#transport.send(payload === undefined ? [head] : [head, payload]).then(
+      () => this.#silence.heard(),
+      (error: unknown) => this.#fail(error),
+    )
+    return request.outcome
   }
 
   /** Takes replies until the connection ends; then fails what is still waiting. */
@@ -204,72 +225,26 @@ export class NbdClient extends BaseDevice {
 
   async #take(head: protocol.ReplyHead): Promise<void> {
     const number = new DataView(head.cookie.buffer).getUint32(4)
-    const pending = this.#pending.get(number)
-    if (pending === undefined) throw new FormatError(`a reply to no request (cookie ${number})`, { structure: 'NBD reply' })
-    if (!head.structured) {
-      if (head.error !== 0) pending.error = serverError(pending, head.error)
-      else if (pending.target !== undefined) pending.target.set(await this.#reader.read(pending.target.length))
-    } else {
-      await this.#chunk(pending, head)
+    const request = this.#pending.get(number)
+    if (request === undefined) throw new FormatError(`a reply to no request (cookie ${number})`, { structure: 'NBD reply' })
+    if (head.structured) {
+      const limit = protocol.maxPayload + 8
+      if (head.length > limit) throw new FormatError(`length is ${head.length}, at most ${limit}`, { structure: 'NBD reply chunk' })
+      request.takeChunk(head, await this.#reader.read(head.length), this.#handshake.contexts)
       if ((head.flags & protocol.chunkDone) === 0) return
-    }
+    } else if (head.error !== 0) request.takeError(head.error)
+    else if (request.simpleLength > 0) request.takeAll(await this.#reader.read(request.simpleLength))
+    request.end()
     this.#pending.delete(number)
-    if (pending.error === undefined) pending.resolve()
-    else pending.reject(pending.error)
-  }
-
-  async #chunk(pending: Pending, head: protocol.ChunkHead): Promise<void> {
-    const limit = protocol.maxPayload + 8
-    if (head.length > limit) throw new FormatError(`length is ${head.length}, at most ${limit}`, { structure: 'NBD reply chunk' })
-    const cursor = new protocol.Cursor(await this.#reader.read(head.length), 'NBD reply chunk')
-    switch (head.type) {
-      case chunkTypes.none:
-        return
-      case chunkTypes.offsetData: {
-        const at = cursor.u64() - pending.offset
-        const length = cursor.left
-        placeIn(pending, at, length).set(cursor.bytes(length), at)
-        return
-      }
-      case chunkTypes.offsetHole: {
-        const at = cursor.u64() - pending.offset
-        const length = cursor.u32()
-        placeIn(pending, at, length).fill(0, at, at + length)
-        return
-      }
-      case chunkTypes.blockStatus: {
-        const id = cursor.u32()
-        const runs = Array.from({ length: Math.floor(cursor.left / 8) }, () => ({ length: cursor.u32(), flags: cursor.u32() }))
-        pending.status.set(id, runs)
-        return
-      }
-      default:
-        if ((head.type & 0x8000) === 0) throw new FormatError(`unknown type ${head.type}`, { structure: 'NBD reply chunk' })
-        pending.error = serverError(pending, cursor.u32(), new TextDecoder().decode(cursor.bytes(cursor.u16())))
-    }
   }
 
   #fail(error: unknown): void {
     this.#failure ??= error
-    for (const pending of this.#pending.values()) {
-      pending.reject(new IoError(pending.operation, error, { offset: pending.offset, length: pending.length, name: 'NBD' }))
+    this.#silence.stop()
+    for (const request of this.#pending.values()) {
+      const { operation, offset, length } = request.fields
+      request.fail(new IoError(operation, error, { offset, length, name: 'NBD' }))
     }
     this.#pending.clear()
   }
-}
-
-function serverError(pending: Pending, error: number, message = ''): IoError {
-  const { operation, offset, length } = pending
-  const name = Object.entries(errors).find(([, value]) => value === error)?.[0] ?? `error ${error}`
-  const code = error === errors.noSpace ? 'ERR_NO_SPACE' : 'ERR_IO'
-  return new IoError(operation, message === '' ? `the server says ${name}` : message, { offset, length, code, name: 'NBD' })
-}
-
-/** The target of a read, if the chunk lies within it. */
-function placeIn(pending: Pending, at: number, length: number): Uint8Array {
-  const { target } = pending
-  if (target === undefined || at < 0 || at + length > target.length) {
-    throw new FormatError(`${length} bytes at ${at + pending.offset} were not asked for`, { structure: 'NBD reply chunk' })
-  }
-  return target
 }

@@ -5,9 +5,10 @@
 import { connect, createServer, type AddressInfo, type Server, type Socket } from 'node:net'
 import { IoError } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
-import { NbdClient, type NbdClientOptions } from './client.ts'
+import { defaultTimeout, NbdClient, type NbdClientOptions } from './client.ts'
 import type { NbdServer } from './server.ts'
 import type { NbdTransport } from './transport.ts'
+import { within } from './waiting.ts'
 
 /** Where an NBD server listens: the path of a unix socket, or TCP (host default `127.0.0.1`). */
 export type NbdAddress = { readonly path: string } | { readonly host?: string | undefined; readonly port: number }
@@ -61,14 +62,22 @@ export async function listen(server: NbdServer, address: NbdAddress): Promise<Nb
 
 /**
  * Connects to any NBD server.
- * @throws IoError if nobody listens there; see {@link NbdClient.open} for the rest.
+ * @throws IoError if nobody listens there, or nobody answers in time; see {@link NbdClient.open} for the rest.
  */
-export async function connectNbd(address: NbdAddress, options?: NbdClientOptions): Promise<NbdClient> {
+export async function connectNbd(address: NbdAddress, options: NbdClientOptions = {}): Promise<NbdClient> {
+  const { signal, timeout = defaultTimeout } = options
+  signal?.throwIfAborted()
   const socket = 'path' in address ? connect(address.path) : connect(address.port, address.host ?? '127.0.0.1')
-  await new Promise<void>((resolve, reject) => {
+  const connected = new Promise<void>((resolve, reject) => {
     socket.once('connect', resolve)
-    socket.once('error', (error) => reject(new IoError('open', error, { name: describe(address) })))
+    socket.on('error', (error) => reject(new IoError('open', error, { name: describe(address) })))
   })
+  try {
+    await within(connected, { signal, timeout })
+  } catch (error) {
+    socket.destroy()
+    throw error
+  }
   return NbdClient.open(socketTransport(socket), options)
 }
 

@@ -18,6 +18,8 @@ export interface NbdTransport {
 export class ByteReader {
   readonly #pieces: AsyncIterator<Uint8Array>
   #piece: Uint8Array = new Uint8Array(0)
+  /** Called whenever bytes arrive. */
+  onPiece: (() => void) | undefined
 
   constructor(incoming: AsyncIterable<Uint8Array>) {
     this.#pieces = incoming[Symbol.asyncIterator]()
@@ -68,6 +70,7 @@ export class ByteReader {
       const next = await this.#pieces.next()
       if (next.done === true) return false
       this.#piece = next.value
+      this.onPiece?.()
     }
     return true
   }
