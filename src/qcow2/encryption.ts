@@ -28,10 +28,15 @@ const sectorSize = 512
  * @throws Qcow2Error `ERR_NOT_FOUND` if the passphrase opens no LUKS key slot; a wrong key of legacy AES
  * cannot be noticed.
  */
-export async function openDataCipher(passphrase: string | Uint8Array, content: HeaderCluster, file: HostFile): Promise<DataCipher> {
+export async function openDataCipher(
+  passphrase: string | Uint8Array,
+  content: HeaderCluster,
+  file: HostFile,
+  signal: AbortSignal | undefined,
+): Promise<DataCipher> {
   if (content.header.cryptMethod === 'aes') return guestSectors(legacyAesCipher(passphrase))
   const [area, offset] = await readLuksArea(file, content)
-  return hostSectors(await openLuks(area, passphrase, offset))
+  return hostSectors(await openLuks(area, passphrase, { offset, signal }))
 }
 
 /** Legacy AES counts sectors from the start of the guest's disk. */

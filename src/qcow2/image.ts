@@ -97,7 +97,7 @@ export class Qcow2Image extends BaseDevice {
     try {
       const context = await rootContext(pathOf(source), options, openNested)
       return new Qcow2Image(
-        await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options.passphrase) }),
+        await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options) }),
       )
     } catch (error) {
       if (device !== source) await device.close()
@@ -285,8 +285,8 @@ function checkEncryption({ encryption, preallocation = 'off', version, dataFile 
 }
 
 /** How the engine gets the cipher of an encrypted image; without a passphrase it refuses such images. */
-function cipherFrom(passphrase: string | Uint8Array | undefined): OpenEngineOptions['openCipher'] {
-  return passphrase === undefined ? undefined : (content, host) => openDataCipher(passphrase, content, host)
+function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'signal'>): OpenEngineOptions['openCipher'] {
+  return passphrase === undefined ? undefined : (content, host) => openDataCipher(passphrase, content, host, signal)
 }
 
 /** The options a caller gave, without those set to undefined. */

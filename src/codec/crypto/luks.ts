@@ -14,25 +14,38 @@ const stripes = 4000
 const digestLength = 20
 
 /**
- * Iterations beyond this take minutes: no one sets them on purpose, a hostile image might.
- * cryptsetup's own benchmark yields a few millions.
+ * Hashes that trying all key slots may take: about half a minute, which no one sets on purpose and a hostile image
+ * might. One iteration takes one for each hash length of the key; cryptsetup's own benchmark yields a few million
+ * iterations for a slot.
  */
-const mostIterations = 50_000_000
+const mostHashes = 100_000_000
+/** What `createLuks` accepts stays within that. */
+const mostIterations = 40_000_000
+
+/** Options of {@link openLuks}. */
+export interface OpenLuksOptions {
+  /** Where the area is in the file, for errors. Default 0. */
+  readonly offset?: number | undefined
+  /** Tried before each key slot: a derivation that has begun cannot be stopped. */
+  readonly signal?: AbortSignal | undefined
+}
 
 /**
  * Finds the key slot that the passphrase opens.
  * @param area The LUKS header and key material, as they lie in the file.
- * @param offset Where `area` is in the file, for errors.
- * @throws Qcow2Error `ERR_NOT_FOUND` if no slot opens; UnsupportedError for ciphers other than AES.
+ * @throws Qcow2Error `ERR_NOT_FOUND` if no slot opens; UnsupportedError for ciphers other than AES, and for a header
+ * whose iterations would take minutes.
  */
-export async function openLuks(area: Uint8Array, passphrase: string | Uint8Array, offset = 0): Promise<SectorCipher> {
-  const header = decodeLuksHeader(area, offset)
+export async function openLuks(area: Uint8Array, passphrase: string | Uint8Array, options: OpenLuksOptions = {}): Promise<SectorCipher> {
+  const header = decodeLuksHeader(area, options.offset)
   if (header.cipherName !== 'aes') {
     throw new UnsupportedError(`encryption: cipher ${header.cipherName} is not supported, only aes is`, [header.cipherName])
   }
   checkHash(header.hash)
+  checkIterations(header)
   for (const slot of header.slots) {
     if (!slot.active) continue
+    options.signal?.throwIfAborted()
     const key = await unlock(header, slot, area, bytesOf(passphrase))
     if (key !== undefined) return aesSectorCipher(header.cipherMode, key)
   }
@@ -94,9 +107,6 @@ export async function createLuks(
 
 /** The master key, if the passphrase opens this slot. */
 async function unlock(header: LuksHeader, slot: LuksKeySlot, area: Uint8Array, passphrase: Uint8Array): Promise<Uint8Array | undefined> {
-  if (slot.iterations > mostIterations || header.digestIterations > mostIterations) {
-    throw new UnsupportedError(`LUKS header: iterations exceed ${mostIterations}, which takes minutes to try`, ['LUKS'])
-  }
   const slotKey = await derive(passphrase, slot.salt, slot.iterations, header.keyBytes, header.hash)
   const length = header.keyBytes * slot.stripes
   const material = new Uint8Array(roundUp(length, sectorSize))
@@ -161,6 +171,17 @@ function digestSize(hash: string): number {
 function checkHash(hash: string): void {
   if (!/^[a-z0-9]+$/.test(hash) || !getHashes().includes(hash)) {
     throw new UnsupportedError(`encryption: hash ${JSON.stringify(hash)} is not supported by this Node`, [hash])
+  }
+}
+
+/** Before anything is derived: a wrong passphrase tries every slot. */
+function checkIterations(header: LuksHeader): void {
+  const size = digestSize(header.hash)
+  const hashes = header.slots
+    .filter(({ active }) => active)
+    .reduce((sum, { iterations }) => sum + iterations * Math.ceil(header.keyBytes / size) + header.digestIterations * Math.ceil(digestLength / size), 0)
+  if (hashes > mostHashes) {
+    throw new UnsupportedError(`LUKS header: trying its key slots takes ${hashes} hashes, at most ${mostHashes} are made`, ['LUKS'])
   }
 }
 

@@ -110,6 +110,35 @@ describe('LUKS1', () => {
     }
     expect(() => decodeLuksHeader(change(164, 0, 0, 0, 0), 4096)).toThrow('digest iterations is 0 (offset 4260)')
   })
+
+  test('the iterations of all key slots together are bounded, before any is tried', async () => {
+    const { area } = await createLuks('x', { iterations: 1000 })
+    const header = decodeLuksHeader(area)
+    const slot = header.slots[0]!
+    const withSlots = (count: number, iterations: number, digestIterations = header.digestIterations): Uint8Array => {
+      const slots = header.slots.map((each, i) => (i < count ? { ...slot, iterations } : each))
+      const copy = area.slice()
+      copy.set(encodeLuksHeader({ ...header, digestIterations, slots }))
+      return copy
+    }
+    // each alone would be allowed: 2 hashes for an iteration of a 64-byte key, and the digest's for every slot
+    for (const hostile of [withSlots(8, 7_000_000), withSlots(1, 50_000_000), withSlots(8, 1, 13_000_000)]) {
+      await expect(openLuks(hostile, 'x')).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED', message: expect.stringContaining('at most 100000000') as string })
+    }
+    await expect(openLuks(withSlots(8, 1000), 'y')).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+  })
+
+  test('the search for the key slot ends when it is aborted', async () => {
+    const { area } = await createLuks('x', { iterations: 1000 })
+    const header = decodeLuksHeader(area)
+    const slots = header.slots.map((each, i) => (i < 2 ? { ...header.slots[0]!, iterations: 1000 } : each))
+    area.set(encodeLuksHeader({ ...header, slots }))
+    const abort = new AbortController()
+    const opening = openLuks(area, 'y', { signal: abort.signal })
+    abort.abort(new Error('enough'))
+    await expect(opening).rejects.toThrow('enough')
+    await expect(openLuks(area, 'x', { signal: abort.signal })).rejects.toThrow('enough')
+  })
 })
 
 describeWithQemu('encryption', (qemu) => {
