@@ -215,8 +215,8 @@ export class QmpClient extends Resource implements Qmp {
 
   #dispatch(message: Message): void {
     if (message.QMP !== undefined) {
-      this.#greeting = message.QMP
-      this.#onGreeting?.(message.QMP)
+      this.#greeting = checkGreeting(message.QMP, this.#name)
+      this.#onGreeting?.(this.#greeting)
     } else if (message.event !== undefined) {
       for (const subscription of this.#subscriptions) subscription.push(message as QmpEvent)
     } else {
@@ -231,6 +231,7 @@ export class QmpClient extends Resource implements Qmp {
       pending.resolve(message.return)
       return
     }
+    if (!isObject(message.error)) throw new QmpError(`${this.#name}: an error without a description`)
     const { desc, class: qmpClass } = message.error
     pending.reject(new QmpError(`${pending.command}: ${desc}`, { command: pending.command, qmpClass, desc }))
   }
@@ -245,10 +246,22 @@ export class QmpClient extends Resource implements Qmp {
   }
 }
 
+/** The greeting, if it has what this library reads of it. */
+function checkGreeting(greeting: unknown, name: string): QmpGreeting {
+  if (isObject(greeting) && 'version' in greeting && isObject(greeting.version) && 'capabilities' in greeting && Array.isArray(greeting.capabilities)) {
+    return greeting as QmpGreeting
+  }
+  throw new QmpError(`${name}: a greeting without version and capabilities; is this a QMP monitor?`)
+}
+
+function isObject(value: unknown): value is object {
+  return typeof value === 'object' && value !== null
+}
+
 function parse(line: string, name: string): Message {
   try {
     const value: unknown = JSON.parse(line)
-    if (typeof value === 'object' && value !== null) return value
+    if (isObject(value)) return value
   } catch {
     // reported below: text that is no JSON and JSON that is no object are the same mistake
   }

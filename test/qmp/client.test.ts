@@ -120,6 +120,20 @@ test('no greeting, and something that is no monitor, are told apart', async () =
   await expect(QmpClient.connect('/nonexistent/qmp', { signal: abort })).rejects.toThrow('enough')
 })
 
+test.each(['null', '5', '{}', '{"version":null,"capabilities":[]}', '{"version":{},"capabilities":5}'])('a greeting of %s is ERR_QMP', async (content) => {
+  const monitor = new FakeMonitor(silent, false)
+  const connecting = QmpClient.connect(monitor.client, { timeout: 1000 })
+  monitor.say(`{"QMP":${content}}`)
+  await expect(connecting).rejects.toMatchObject({ code: 'ERR_QMP', message: expect.stringContaining('a greeting without version') as string })
+})
+
+test('an answer whose error is nothing is ERR_QMP for this call and later ones', async () => {
+  const monitor = new FakeMonitor((command, self) => self.say(JSON.stringify({ error: null, id: command.id })))
+  await using qmp = await QmpClient.connect(monitor.client)
+  await expect(qmp.execute('stop')).rejects.toMatchObject({ code: 'ERR_QMP' })
+  await expect(qmp.execute('stop')).rejects.toMatchObject({ code: 'ERR_QMP' })
+})
+
 test('a message without end is refused, not collected for ever', async () => {
   const monitor = new FakeMonitor(silent)
   await using qmp = await QmpClient.connect(monitor.client)
