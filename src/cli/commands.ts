@@ -1,49 +1,40 @@
-/** Every command, in the order help lists them. */
+/** Every command, in the order help lists them. Each is loaded when it is asked for: a run reads and compiles only what it needs. */
 import type { CommandDefinition } from './command.ts'
-import { amendCommand } from './commands/amend.ts'
-import { bitmapCommand } from './commands/bitmap.ts'
-import { captureCommand } from './commands/capture.ts'
-import { checkCommand } from './commands/check.ts'
-import { commitCommand } from './commands/commit.ts'
-import { compactCommand } from './commands/compact.ts'
-import { compareCommand } from './commands/compare.ts'
-import { completionCommand } from './commands/completion.ts'
-import { convertCommand } from './commands/convert.ts'
-import { createCommand } from './commands/create.ts'
-import { doctorCommand } from './commands/doctor.ts'
-import { infoCommand } from './commands/info.ts'
-import { mapCommand } from './commands/map.ts'
-import { measureCommand } from './commands/measure.ts'
-import { rebaseCommand } from './commands/rebase.ts'
-import { resizeCommand } from './commands/resize.ts'
-import { revertCommand } from './commands/revert.ts'
-import { saveCommand } from './commands/save.ts'
-import { serveCommand } from './commands/serve.ts'
-import { snapshotCommand } from './commands/snapshot.ts'
-import { traceCommand } from './commands/trace.ts'
-import { vmstateCommand } from './commands/vmstate.ts'
 
-export const commands: readonly CommandDefinition[] = [
-  infoCommand,
-  mapCommand,
-  checkCommand,
-  compareCommand,
-  measureCommand,
-  createCommand,
-  convertCommand,
-  resizeCommand,
-  snapshotCommand,
-  bitmapCommand,
-  commitCommand,
-  rebaseCommand,
-  amendCommand,
-  compactCommand,
-  vmstateCommand,
-  saveCommand,
-  revertCommand,
-  captureCommand,
-  doctorCommand,
-  serveCommand,
-  traceCommand(() => commands),
-  completionCommand(() => commands),
-]
+const loaders: Readonly<Record<string, () => Promise<CommandDefinition>>> = {
+  info: async () => (await import('./commands/info.ts')).infoCommand,
+  map: async () => (await import('./commands/map.ts')).mapCommand,
+  check: async () => (await import('./commands/check.ts')).checkCommand,
+  compare: async () => (await import('./commands/compare.ts')).compareCommand,
+  measure: async () => (await import('./commands/measure.ts')).measureCommand,
+  create: async () => (await import('./commands/create.ts')).createCommand,
+  convert: async () => (await import('./commands/convert.ts')).convertCommand,
+  resize: async () => (await import('./commands/resize.ts')).resizeCommand,
+  snapshot: async () => (await import('./commands/snapshot.ts')).snapshotCommand,
+  bitmap: async () => (await import('./commands/bitmap.ts')).bitmapCommand,
+  commit: async () => (await import('./commands/commit.ts')).commitCommand,
+  rebase: async () => (await import('./commands/rebase.ts')).rebaseCommand,
+  amend: async () => (await import('./commands/amend.ts')).amendCommand,
+  compact: async () => (await import('./commands/compact.ts')).compactCommand,
+  vmstate: async () => (await import('./commands/vmstate.ts')).vmstateCommand,
+  save: async () => (await import('./commands/save.ts')).saveCommand,
+  revert: async () => (await import('./commands/revert.ts')).revertCommand,
+  capture: async () => (await import('./commands/capture.ts')).captureCommand,
+  doctor: async () => (await import('./commands/doctor.ts')).doctorCommand,
+  serve: async () => (await import('./commands/serve.ts')).serveCommand,
+  trace: async () => (await import('./commands/trace.ts')).traceCommand(loadCommands),
+  completion: async () => (await import('./commands/completion.ts')).completionCommand(loadCommands),
+}
+
+/** What {@link loadCommand} knows. */
+export const commandNames: readonly string[] = Object.keys(loaders)
+
+/** One command; undefined if there is none of that name. */
+export async function loadCommand(name: string): Promise<CommandDefinition | undefined> {
+  return Object.hasOwn(loaders, name) ? loaders[name]!() : undefined
+}
+
+/** All of them: for help, completions and the reference. */
+export function loadCommands(): Promise<CommandDefinition[]> {
+  return Promise.all(Object.values(loaders).map((load) => load()))
+}

@@ -2,7 +2,7 @@
  * From a command line to an exit code. Owns the choice of the command and how failures are told: one
  * line on stderr, never a stack unless `QCOW2_DEBUG` is set.
  */
-import { commands } from './commands.ts'
+import { commandNames, loadCommand, loadCommands } from './commands.ts'
 import type { CommandDefinition, Context } from './command.ts'
 import { ExitError, UsageError } from './errors.ts'
 import { commandHelp, programHelp } from './help.ts'
@@ -23,7 +23,7 @@ export async function main(argv: readonly string[], terminal: Terminal): Promise
       await terminal.stdout.write(`${terminal.program} version ${version}\n`)
       return 0
     }
-    return await runCommand(find(first, commands, ''), first, rest, terminal)
+    return await runCommand(await command(first), first, rest, terminal)
   } catch (error) {
     await report(error, terminal, '')
     return 1
@@ -33,7 +33,7 @@ export async function main(argv: readonly string[], terminal: Terminal): Promise
 async function runCommand(definition: CommandDefinition, path: string, argv: readonly string[], terminal: Terminal): Promise<number> {
   const [word, ...rest] = argv
   if (definition.commands !== undefined && word !== undefined && !word.startsWith('-')) {
-    return runCommand(find(word, definition.commands, `${path} `), `${path} ${word}`, rest, terminal)
+    return runCommand(below(definition, word, `${path} `), `${path} ${word}`, rest, terminal)
   }
   const session = new Session(terminal)
   try {
@@ -100,22 +100,26 @@ function progressStyle(options: ParsedLine['options']): ProgressStyle {
 }
 
 async function help(words: readonly string[], terminal: Terminal): Promise<number> {
-  let among: readonly CommandDefinition[] = commands
-  let definition: CommandDefinition | undefined
-  for (const word of words) {
-    definition = find(word, among, '')
-    among = definition.commands ?? []
-  }
-  const text = definition === undefined ? programHelp(terminal.program, commands) : commandHelp(terminal.program, words.join(' '), definition)
+  const [first, ...rest] = words
+  let definition = first === undefined ? undefined : await command(first)
+  for (const word of rest) definition = below(definition!, word, '')
+  const text = definition === undefined ? programHelp(terminal.program, await loadCommands()) : commandHelp(terminal.program, words.join(' '), definition)
   await terminal.stdout.write(`${text}\n`)
   return 0
 }
 
-function find(word: string, among: readonly CommandDefinition[], above: string): CommandDefinition {
-  const found = among.find(({ name }) => name === word)
-  if (found !== undefined) return found
+async function command(word: string): Promise<CommandDefinition> {
+  return (await loadCommand(word)) ?? notFound(word, commandNames, '')
+}
+
+function below(definition: CommandDefinition, word: string, above: string): CommandDefinition {
+  const among = definition.commands ?? []
+  return among.find(({ name }) => name === word) ?? notFound(word, among.map(({ name }) => name), above)
+}
+
+function notFound(word: string, names: readonly string[], above: string): never {
   if (word.startsWith('-')) throw new UsageError(`unknown option '${word}' before the command`)
-  throw new UsageError(`Command not found: ${above}${word}${didYouMean(word, among.map(({ name }) => name))}`)
+  throw new UsageError(`Command not found: ${above}${word}${didYouMean(word, names)}`)
 }
 
 async function report(error: unknown, terminal: Terminal, path: string): Promise<void> {

@@ -1,6 +1,6 @@
 /** Writes docs/cli.md anew: `npx tsx src/cli/write-reference.ts`. */
 import { writeFileSync } from 'node:fs'
-import { commands } from './commands.ts'
+import { loadCommands } from './commands.ts'
 import { reference } from './reference.ts'
 
-writeFileSync('docs/cli.md', reference(commands))
+writeFileSync('docs/cli.md', reference(await loadCommands()))

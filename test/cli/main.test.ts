@@ -3,13 +3,14 @@ import { execFileSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import { commands } from '../../src/cli/commands.ts'
+import { loadCommands } from '../../src/cli/commands.ts'
 import { duration, progressFor } from '../../src/cli/progress.ts'
 import { reference, withNested } from '../../src/cli/reference.ts'
 import { version } from '../../src/cli/version.ts'
 import { run, terminal } from './run.ts'
 
 const project = join(import.meta.dirname, '../..')
+const commands = await loadCommands()
 const all = commands.flatMap((definition) => withNested(definition))
 
 test('docs/cli.md is what the definitions say now (npx tsx src/cli/write-reference.ts)', () => {

@@ -4,7 +4,7 @@ import { completion, shells } from '../completion.ts'
 import { didYouMean } from '../nearest.ts'
 
 /** `completion`, for the commands that `all` gives (itself among them). */
-export function completionCommand(all: () => readonly CommandDefinition[]): CommandDefinition {
+export function completionCommand(all: () => Promise<readonly CommandDefinition[]>): CommandDefinition {
   return command({
     name: 'completion',
     summary: 'Print a shell completion script',
@@ -14,7 +14,7 @@ export function completionCommand(all: () => readonly CommandDefinition[]): Comm
     async run({ args, terminal }) {
       const shell = shells.find((name) => name === args[0])
       if (shell === undefined) throw new UsageError(`no completions for '${args[0]!}'${didYouMean(args[0]!, shells)}`)
-      await terminal.stdout.write(completion(shell, all()))
+      await terminal.stdout.write(completion(shell, await all()))
       return 0
     },
   })

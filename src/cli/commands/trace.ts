@@ -8,7 +8,7 @@ import { drawTrace, summariseTrace } from '../print/trace.ts'
 import { paletteFor } from '../terminal.ts'
 
 /** `trace`, for the commands that `all` gives. */
-export function traceCommand(all: () => readonly CommandDefinition[]): CommandDefinition {
+export function traceCommand(all: () => Promise<readonly CommandDefinition[]>): CommandDefinition {
   return {
     ...group({
       name: 'trace',
@@ -25,7 +25,7 @@ export function traceCommand(all: () => readonly CommandDefinition[]): CommandDe
     passThrough: true,
     options: { output: { value: 'FORMAT', choices: ['human', 'json'], help: "'human' (default) or 'json'" } },
     arguments: [{ name: 'COMMAND', many: true, word: true, help: 'a command with its options' }],
-    run: (context) => runTraced(context, all()),
+    run: async (context) => runTraced(context, await all()),
   }
 }
 

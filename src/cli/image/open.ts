@@ -10,7 +10,6 @@ import { MemoryDevice } from '../../block/memory.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { Qcow2Error } from '../../core/errors.ts'
-import { connectNbd } from '../../nbd/socket.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
@@ -118,7 +117,11 @@ export class Opener {
     const { signal, forceShare, wrap } = this.settings
     const { readOnly, direct } = how
     if (place.kind === 'image') return (await this.#open(place.spec, how, [])).device
-    if (place.kind === 'nbd') return pad(await connectNbd(place.address, { name: place.name, readOnly }))
+    if (place.kind === 'nbd') {
+      // loaded where it is used: most runs open files only
+      const { connectNbd } = await import('../../nbd/socket.ts')
+      return pad(await connectNbd(place.address, { name: place.name, readOnly }))
+    }
     const source = place.kind === 'file' ? place.path : place.url
     const device = await openSource(source, { readOnly, signal, forceShare: forceShare ?? false, direct: direct ?? false })
     return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : place.url.href)
