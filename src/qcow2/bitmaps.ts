@@ -8,6 +8,8 @@
  */
 import { viewOf } from '../bytes/view.ts'
 import { writeU64 } from '../bytes/u64.ts'
+import type { CallOptions } from '../block/device.ts'
+import { AbortPoints } from '../core/abort-points.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { bitmapBytes, bitmapLimits, bitmapTableSize, decodeBitmapTableEntry, encodeBitmapDirectory, type BitmapRecord } from './bitmaps-directory.ts'
 import type { Engine } from './engine.ts'
@@ -23,7 +25,7 @@ export interface DirtyRange {
 }
 
 /** Options of {@link Bitmaps.add}. */
-export interface AddBitmapOptions {
+export interface AddBitmapOptions extends CallOptions {
   readonly name: string
   /** Bytes that one bit covers, a power of two from 512 to 2 GiB. Default 65536. */
   readonly granularity?: number | undefined
@@ -37,7 +39,7 @@ type Space = [offset: number, length: number][]
 /**
  * The bitmaps of an image. This library does not set bits when it writes: at the first write of guest
  * data the enabled bitmaps are marked as in use, and nobody trusts them any more. QEMU does the same
- * until it closes an image.
+ * until it closes an image. Aborting `signal` leaves the bitmaps as they were.
  */
 export class Bitmaps {
   readonly #engine: Engine
@@ -108,56 +110,56 @@ export class Bitmaps {
       const tableOffset = await this.#writeNew(new Uint8Array(tableSize * 8))
       const added: BitmapRecord = { name: options.name, tableOffset, tableSize, inUse: false, auto: options.disabled !== true, granularityBits }
       return { records: [...records, added], freed: [] }
-    })
+    }, options)
   }
 
   /** Removes a bitmap, in use or not. */
-  remove(name: string): Promise<void> {
+  remove(name: string, options: CallOptions = {}): Promise<void> {
     return this.#change(async (records) => {
       const record = find(records, name)
       return { records: records.filter((each) => each !== record), freed: await this.#space(record) }
-    })
+    }, options)
   }
 
   /** Changes of guest data are tracked from now on. */
-  enable(name: string): Promise<void> {
-    return this.#setAuto(name, true)
+  enable(name: string, options: CallOptions = {}): Promise<void> {
+    return this.#setAuto(name, true, options)
   }
 
   /** Changes of guest data are no longer tracked: the bitmap stays as it is. */
-  disable(name: string): Promise<void> {
-    return this.#setAuto(name, false)
+  disable(name: string, options: CallOptions = {}): Promise<void> {
+    return this.#setAuto(name, false, options)
   }
 
   /** Clears all bits. */
-  clear(name: string): Promise<void> {
+  clear(name: string, options: CallOptions = {}): Promise<void> {
     return this.#change(async (records) => {
       const record = usable(find(records, name))
       const tableOffset = await this.#writeNew(new Uint8Array(record.tableSize * 8))
       return { records: records.map((each) => (each === record ? { ...record, tableOffset } : each)), freed: await this.#space(record) }
-    })
+    }, options)
   }
 
   /**
    * Sets in `target` every bit whose range `source` has dirty: a bitmap of this image, or ranges, for
    * example those that another image's {@link read} gives. The granularities may differ.
    */
-  async merge(target: string, source: string | AsyncIterable<DirtyRange>): Promise<void> {
+  async merge(target: string, source: string | AsyncIterable<DirtyRange>, options: CallOptions = {}): Promise<void> {
     await this.#change(async (records) => {
       const record = usable(find(records, target))
       const bits = new Uint8Array(bitmapBytes(this.#engine.header.size, record.granularityBits))
       const granularity = 2 ** record.granularityBits
-      for (const from of [target, source]) await collect(typeof from === 'string' ? this.read(from) : from, bits, granularity)
+      for (const from of [target, source]) await collect(typeof from === 'string' ? this.read(from) : from, bits, granularity, options)
       const tableOffset = await this.#writeBits(bits, record.tableSize)
       return { records: records.map((each) => (each === record ? { ...record, tableOffset } : each)), freed: await this.#space(record) }
-    })
+    }, options)
   }
 
-  #setAuto(name: string, auto: boolean): Promise<void> {
+  #setAuto(name: string, auto: boolean, options: CallOptions): Promise<void> {
     return this.#change((records) => {
       const record = usable(find(records, name))
       return Promise.resolve({ records: records.map((each) => (each === record ? { ...record, auto } : each)), freed: [] })
-    })
+    }, options)
   }
 
   #records(): Promise<BitmapRecord[]> {
@@ -165,11 +167,13 @@ export class Bitmaps {
   }
 
   /** Runs a change while no request is in flight, and replaces the directory. */
-  #change(change: (records: readonly BitmapRecord[]) => Promise<{ records: readonly BitmapRecord[]; freed: Space }>): Promise<void> {
+  #change(change: (records: readonly BitmapRecord[]) => Promise<{ records: readonly BitmapRecord[]; freed: Space }>, { signal }: CallOptions): Promise<void> {
     const engine = this.#engine
+    if (signal?.aborted === true) return Promise.reject(signal.reason as Error)
     if (engine.readOnly) return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'the image is open read-only; open it for writing'))
     if (engine.header.version === 2) return Promise.reject(new UnsupportedError('bitmaps need version 3', ['bitmaps']))
     return engine.requests.exclusive(async () => {
+      signal?.throwIfAborted()
       engine.assertSound()
       await settle(engine)
       const old = findExtension(engine.content.extensions, extensionType.bitmaps)
@@ -293,9 +297,11 @@ function rangeOf(from: number, to: number, granularity: number, size: number): D
 }
 
 /** Sets the bits of the ranges; what lies behind the last bit is left out. */
-async function collect(ranges: AsyncIterable<DirtyRange>, bits: Uint8Array, granularity: number): Promise<void> {
+async function collect(ranges: AsyncIterable<DirtyRange>, bits: Uint8Array, granularity: number, { signal }: CallOptions): Promise<void> {
+  const points = new AbortPoints(signal)
   for await (const { offset, length } of ranges) {
     const end = Math.min(Math.ceil((offset + length) / granularity), bits.length * 8)
+    await points.pass()
     for (let bit = Math.floor(offset / granularity); bit < end; bit++) bits[bit >>> 3]! |= 1 << (bit & 7)
   }
 }

@@ -63,6 +63,10 @@ export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<Referen
 /**
  * An open qcow2 image: the guest's view of the disk. Requests may be of any size, at any offset, any
  * number at once.
+ *
+ * Aborting `signal` ends a long request between two clusters or batches of them. The image is consistent; of
+ * an aborted `write`, `writeZeroes` or `discard` any part may have been done, an aborted `resize` leaves the
+ * old size, when shrinking with an end that may read as zeroes, or as the backing file, already.
  */
 export class Qcow2Image extends BaseDevice {
   readonly limits: BlockLimits
@@ -149,25 +153,26 @@ export class Qcow2Image extends BaseDevice {
     return requests.run(() => readLayer(engine, engine.active, offset, target))
   }
 
-  protected onWrite(offset: number, source: Uint8Array): Promise<void> {
+  protected onWrite(offset: number, source: Uint8Array, options?: CallOptions): Promise<void> {
     const engine = this.#engine
-    if (!engine.requests.held) return engine.requests.track(writeActive(engine, offset, source))
-    return engine.requests.run(() => writeActive(engine, offset, source))
+    const signal = options?.signal
+    if (!engine.requests.held) return engine.requests.track(writeActive(engine, offset, source, signal))
+    return engine.requests.run(() => writeActive(engine, offset, source, signal))
   }
 
   protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
     const mode = options?.unmap === true ? 'unmap' : 'keep'
-    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, mode))
+    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, mode, options?.signal))
   }
 
   /** Whole clusters then read as zeroes; version 2 images over a backing file stay unchanged. */
-  protected override onDiscard(offset: number, length: number): Promise<void> {
-    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'discard'))
+  protected override onDiscard(offset: number, length: number, options?: CallOptions): Promise<void> {
+    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'discard', options?.signal))
   }
 
   /** Grows or shrinks the disk, to a multiple of 512 bytes. New bytes read as zeroes. */
-  protected override onResize(size: number): Promise<void> {
-    return this.#engine.requests.exclusive(() => resizeDisk(this.#engine, size))
+  protected override onResize(size: number, options?: CallOptions): Promise<void> {
+    return this.#engine.requests.exclusive(() => resizeDisk(this.#engine, size, options?.signal))
   }
 
   /**
@@ -177,7 +182,7 @@ export class Qcow2Image extends BaseDevice {
    * on a Node that has none.
    */
   writeCompressed(offset: number, source: Uint8Array, options: CallOptions = {}): Promise<void> {
-    return this.#changeWhole(offset, source.length, options, () => writeCompressed(this.#engine, offset, source))
+    return this.#changeWhole(offset, source.length, options, () => writeCompressed(this.#engine, offset, source, options.signal))
   }
 
   /**
@@ -197,7 +202,7 @@ export class Qcow2Image extends BaseDevice {
   forget(offset: number, length: number, options: CallOptions = {}): Promise<void> {
     options.signal?.throwIfAborted()
     checkRange(offset, length, this.size)
-    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'forget'))
+    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'forget', options.signal))
   }
 
   /**

@@ -2,7 +2,7 @@
  * Changing the size of the disk. New bytes read as zeroes, whatever a longer backing file, stale
  * clusters behind the old end, or VM state in the active L1 table hold. Runs while no request is in
  * flight. The size in the header changes last when growing and when shrinking: a crash leaves the old
- * size; while shrinking, with a tail that may be gone already.
+ * size; while shrinking, with a tail that may be gone already. So does aborting.
  */
 import { UnsupportedError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
@@ -22,7 +22,8 @@ import { zeroLocked } from './zero.ts'
  * @throws RangeError for a size that is not, or is past what the cluster size allows; UnsupportedError
  * for a version 2 image with snapshots.
  */
-export async function resizeDisk(engine: Engine, size: number): Promise<void> {
+export async function resizeDisk(engine: Engine, size: number, signal?: AbortSignal): Promise<void> {
+  signal?.throwIfAborted()
   engine.assertSound()
   if (size % 512 !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
   if (size > maxDiskSize(engine.geometry)) {
@@ -35,11 +36,11 @@ export async function resizeDisk(engine: Engine, size: number): Promise<void> {
   if (engine.untouched) await engine.touch()
   await prepareResize(engine)
   await settle(engine)
-  if (size > engine.header.size) await grow(engine, size)
-  else await shrink(engine, size)
+  if (size > engine.header.size) await grow(engine, size, signal)
+  else await shrink(engine, size, signal)
 }
 
-async function grow(engine: Engine, size: number): Promise<void> {
+async function grow(engine: Engine, size: number, signal: AbortSignal | undefined): Promise<void> {
   const { geometry } = engine
   const old = engine.header.size
   await cutL1(engine, requiredL1Size(geometry, old))
@@ -49,8 +50,8 @@ async function grow(engine: Engine, size: number): Promise<void> {
   if (engine.hasDataFile) await engine.data.ensureSize(size)
   const below = Math.min(size, engine.backing?.size ?? 0)
   const end = Math.ceil(old / geometry.clusterSize) * geometry.clusterSize
-  if (below > end) await zeroLocked(engine, end, below - end, 'keep')
-  if (engine.rawDataFile) await preallocateMapping(engine, old, size)
+  if (below > end) await zeroLocked(engine, end, below - end, 'keep', signal)
+  if (engine.rawDataFile) await preallocateMapping(engine, old, size, signal)
   await settle(engine)
   await engine.writeHeader({ size })
 }
@@ -70,12 +71,12 @@ async function clearBehind(engine: Engine, size: number): Promise<void> {
   }
 }
 
-async function shrink(engine: Engine, size: number): Promise<void> {
+async function shrink(engine: Engine, size: number, signal: AbortSignal | undefined): Promise<void> {
   const { clusterSize, bytesPerL1Entry } = engine.geometry
   const entries = requiredL1Size(engine.geometry, size)
   const end = Math.ceil(size / clusterSize) * clusterSize
   const tableEnd = entries * bytesPerL1Entry
-  if (end < tableEnd) await zeroLocked(engine, end, tableEnd - end, 'forget')
+  if (end < tableEnd) await zeroLocked(engine, end, tableEnd - end, 'forget', signal)
   await cutL1(engine, entries)
   await settle(engine)
   await engine.writeHeader({ size })

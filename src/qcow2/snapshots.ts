@@ -35,7 +35,12 @@ export interface BeginSnapshotOptions extends CallOptions {
   readonly depth?: number | undefined
 }
 
-/** The internal snapshots of an image. Iterates, oldest first, without I/O. */
+/**
+ * The internal snapshots of an image. Iterates, oldest first, without I/O.
+ *
+ * Aborting `signal` undoes what `create`, `finish` and `apply` have done so far, until they write the new
+ * table; from then on, and `delete` once it has begun, they complete, for half of it would be leaks.
+ */
 export class Snapshots implements Iterable<SnapshotInfo> {
   readonly #engine: Engine
   #closed = false

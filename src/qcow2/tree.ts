@@ -6,6 +6,7 @@
  * Runs while no guest request is in flight and nothing is dirty; reads tables around the cache, so
  * that a walk over a large image does not empty it.
  */
+import { AbortPoints } from '../core/abort-points.ts'
 import { FormatError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
 import { compressedFlag, copiedFlag, decodeCompressed, entryOffset } from './l2-entry.ts'
@@ -102,7 +103,7 @@ function ownedRuns(engine: Engine, table: L2Table): Runs {
       const first = Math.floor(offset / clusterSize)
       runs.add(first, Math.floor((offset + length - 1) / clusterSize) - first + 1)
     } else {
-      const offset = entryOffset(high, low)
+      const offset = engine.hasDataFile ? 0 : entryOffset(high, low)
       if (offset !== 0) runs.add(offset / clusterSize, 1)
     }
   }
@@ -116,9 +117,10 @@ function ownedRuns(engine: Engine, table: L2Table): Runs {
  */
 export async function adjustTree(engine: Engine, l1: PointerTable, entries: number, delta: number, signal?: AbortSignal): Promise<void> {
   let tables = 0
+  const points = new AbortPoints(signal)
   try {
     for await (const table of l2Tables(engine, l1, entries)) {
-      signal?.throwIfAborted()
+      await points.pass()
       await engine.allocator.adjustAll(ownedRuns(engine, table).pairs, delta)
       if (delta < 0) {
         engine.l2Tables.forget(table.offset, engine.geometry.clusterSize)
@@ -149,8 +151,9 @@ type CopiedRule = (cluster: number) => boolean | Promise<boolean>
  * are the caller's. Nothing is flushed.
  */
 async function setCopied(engine: Engine, l1: PointerTable, entries: number, rule: CopiedRule, signal?: AbortSignal): Promise<void> {
+  const points = new AbortPoints(signal)
   for await (const table of l2Tables(engine, l1, entries)) {
-    signal?.throwIfAborted()
+    await points.pass()
     const changed = await setTableCopied(engine, table, rule)
     if (changed.length === 0) continue
     engine.l2Tables.forget(table.offset, engine.geometry.clusterSize)

@@ -1,4 +1,5 @@
 /** Compressed writes to the active layer: whole clusters, each compressed if that makes it smaller. */
+import { AbortPoints } from '../core/abort-points.ts'
 import { assertCompressible, compress, storeCompressed } from './compressed.ts'
 import type { Engine } from './engine.ts'
 import { lockClusters, writeLocked } from './write.ts'
@@ -7,13 +8,15 @@ import { lockClusters, writeLocked } from './write.ts'
 const batchBytes = 1 << 20
 
 /** Stores whole clusters (the last one of the disk may be short). */
-export async function writeCompressed(engine: Engine, guest: number, source: Uint8Array): Promise<void> {
+export async function writeCompressed(engine: Engine, guest: number, source: Uint8Array, signal?: AbortSignal): Promise<void> {
   assertCompressible(engine)
   if (engine.untouched) await engine.touch()
   await lockClusters(engine, guest, source.length, async () => {
     const { clusterSize } = engine.geometry
     const step = Math.max(clusterSize, batchBytes)
+    const points = new AbortPoints(signal)
     for (let at = 0; at < source.length; at += step) {
+      await points.pass()
       await writeBatch(engine, guest + at, source.subarray(at, at + step))
     }
   })

@@ -6,6 +6,7 @@
  * memory. So a reader sees the old bytes or the new, and `write-back.ts`, which flushes data before
  * it writes L2 tables, never makes an entry durable before its data.
  */
+import { AbortPoints } from '../core/abort-points.ts'
 import { FormatError } from '../core/errors.ts'
 import { clusterState, touchedSubclusters, type ClusterState } from './cluster-state.ts'
 import type { Engine } from './engine.ts'
@@ -20,8 +21,8 @@ const maxPieces = 16
 /** Up to this size payload and copied bytes are joined into one request. */
 const joinLimit = 1 << 20
 
-/** Stores `source` in the active layer. */
-export function writeActive(engine: Engine, guest: number, source: Uint8Array): Promise<void> {
+/** Stores `source` in the active layer; aborted, a part of it. */
+export function writeActive(engine: Engine, guest: number, source: Uint8Array, signal?: AbortSignal): Promise<void> {
   try {
     engine.assertSound()
     if (!engine.untouched && lookup(engine, engine.active, guest, source.length, scratch)) {
@@ -31,12 +32,12 @@ export function writeActive(engine: Engine, guest: number, source: Uint8Array): 
   } catch (error) {
     return Promise.reject(error)
   }
-  return writeSlow(engine, guest, source)
+  return writeSlow(engine, guest, source, signal)
 }
 
-async function writeSlow(engine: Engine, guest: number, source: Uint8Array): Promise<void> {
+async function writeSlow(engine: Engine, guest: number, source: Uint8Array, signal: AbortSignal | undefined): Promise<void> {
   if (engine.untouched) await engine.touch()
-  await lockClusters(engine, guest, source.length, () => writeLocked(engine, guest, source))
+  await lockClusters(engine, guest, source.length, () => writeLocked(engine, guest, source, signal))
 }
 
 /** Runs `task` while nothing else changes the mapping of the clusters of a guest range. */
@@ -51,10 +52,13 @@ export async function lockClusters(engine: Engine, guest: number, length: number
 }
 
 /** Stores `source`; the caller holds the locks of its clusters. */
-export async function writeLocked(engine: Engine, guest: number, source: Uint8Array): Promise<void> {
+export async function writeLocked(engine: Engine, guest: number, source: Uint8Array, signal?: AbortSignal): Promise<void> {
   const pieces = new InFlight()
+  const points = new AbortPoints(signal)
   try {
     for (let at = 0; at < source.length; ) {
+      const turn = points.pass()
+      if (turn !== undefined) await turn
       at += await startPiece(engine, guest + at, source.subarray(at), pieces)
       if (pieces.count >= maxPieces) await pieces.settle(maxPieces / 2)
     }

@@ -5,6 +5,7 @@
  * An entry changes in memory; the host cluster it gave up is freed when the change is durable, see
  * `write-back.ts`. A crash before that leaves the old content.
  */
+import { AbortPoints } from '../core/abort-points.ts'
 import type { Engine } from './engine.ts'
 import { clusterState, touchedSubclusters, type ClusterState } from './cluster-state.ts'
 import { withEntry, type EntryPlace } from './l2-tables.ts'
@@ -23,15 +24,15 @@ export type ZeroMode =
   /** They become unallocated: the backing file shows through. Partial clusters are left alone. */
   | 'forget'
 
-/** Applies a mode to a guest range. */
-export async function zeroActive(engine: Engine, guest: number, length: number, mode: ZeroMode): Promise<void> {
+/** Applies a mode to a guest range; aborted, to a part of it. */
+export async function zeroActive(engine: Engine, guest: number, length: number, mode: ZeroMode, signal?: AbortSignal): Promise<void> {
   engine.assertSound()
   if (engine.untouched) await engine.touch()
-  await lockClusters(engine, guest, length, () => zeroLocked(engine, guest, length, mode))
+  await lockClusters(engine, guest, length, () => zeroLocked(engine, guest, length, mode, signal))
 }
 
 /** As `zeroActive`; the caller holds the locks of the clusters, or everything else waits. */
-export async function zeroLocked(engine: Engine, guest: number, length: number, mode: ZeroMode): Promise<void> {
+export async function zeroLocked(engine: Engine, guest: number, length: number, mode: ZeroMode, signal?: AbortSignal): Promise<void> {
   const { clusterSize, subclusterSize } = engine.geometry
   const end = guest + length
   const partial = mode === 'keep' || mode === 'unmap'
@@ -42,7 +43,7 @@ export async function zeroLocked(engine: Engine, guest: number, length: number, 
   const head = Math.min(first, end)
   if (partial && guest < head) await writeZeroBytes(engine, guest, head)
   if (first >= end) return
-  if (first < last) await zeroWhole(engine, first, last, mode)
+  if (first < last) await zeroWhole(engine, first, last, mode, signal)
   if (partial && last < end) await writeZeroBytes(engine, last, end)
 }
 
@@ -52,11 +53,13 @@ async function writeZeroBytes(engine: Engine, from: number, to: number): Promise
 }
 
 /** `[from, to)` begins and ends at subclusters, with `discard` and `forget` at clusters. */
-async function zeroWhole(engine: Engine, from: number, to: number, mode: ZeroMode): Promise<void> {
+async function zeroWhole(engine: Engine, from: number, to: number, mode: ZeroMode, signal: AbortSignal | undefined): Promise<void> {
   const { clusterSize } = engine.geometry
   const hidden = Math.ceil((engine.backing?.size ?? 0) / clusterSize) * clusterSize
   const run = newRun()
+  const points = new AbortPoints(signal)
   for (let at = from; at < to; ) {
+    await points.pass()
     // a run behind the end of the backing file has another answer than one before it
     await lookupLoading(engine, engine.active, at, (at < hidden ? Math.min(to, hidden) : to) - at, run)
     const end = at + run.length
@@ -65,6 +68,8 @@ async function zeroWhole(engine: Engine, from: number, to: number, mode: ZeroMod
       continue
     }
     while (at < end) {
+      const turn = points.pass()
+      if (turn !== undefined) await turn
       const next = Math.min(to, Math.floor(at / clusterSize) * clusterSize + clusterSize)
       await zeroCluster(engine, at, next, mode)
       at = next
