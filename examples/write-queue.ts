@@ -12,7 +12,7 @@ async function create(path: string): Promise<FileDevice> {
 
 await using file = await create('stream.bin')
 const queue = new AlignedWriteQueue(file, {
-  onProgress: (bytes) => process.stderr.write(`${bytes} bytes stored\n`),
+  onProgress: ({ done }) => process.stderr.write(`${done} bytes stored\n`),
 })
 const piece = new Uint8Array(4104).fill(7)
 for (let n = 0; n < 2000; n++) {

@@ -46,8 +46,8 @@ export interface WriteQueueOptions extends CallOptions {
    * sink's rule, else `alignment`.
    */
   readonly padTo?: number
-  /** Called with the bytes stored so far, without gaps before them. */
-  readonly onProgress?: (bytes: number) => void
+  /** Bytes stored so far, without gaps before them; how many will come is not known. */
+  readonly onProgress?: (progress: { readonly done: number }) => void
 }
 
 /** Options of {@link deviceSink}. */
@@ -94,7 +94,7 @@ export class AlignedWriteQueue extends Resource {
   readonly #alignment: number
   readonly #padTo: number
   readonly #signal: AbortSignal | undefined
-  readonly #onProgress: ((bytes: number) => void) | undefined
+  readonly #onProgress: WriteQueueOptions['onProgress']
   readonly #inFlight: Request[] = []
   #running = 0
   #slab: Uint8Array | undefined
@@ -303,7 +303,7 @@ export class AlignedWriteQueue extends Resource {
     this.#stored = end
     try {
       this.#sink.completed?.(end)
-      this.#onProgress?.(end)
+      this.#onProgress?.({ done: end })
     } catch (error) {
       this.#fail(error)
     }

@@ -47,8 +47,8 @@ export interface StreamIndex {
 export interface IndexOptions extends CallOptions {
   /** Target page size in bytes where the stream does not tell. */
   readonly pageSize?: number | undefined
-  /** Called now and then with the file offset reached and the file's size. */
-  readonly onProgress?: ((done: number, total: number) => void) | undefined
+  /** Called now and then: bytes of the file passed, of how many. */
+  readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
   /** Take every page of a mapped-ram file whose bitmaps were never written as present. */
   readonly repairMappedRam?: boolean | undefined
 }
@@ -176,7 +176,7 @@ class Walk {
     for await (const chunk of deviceChunks(this.#device, at, { signal })) {
       signal?.throwIfAborted()
       for (const record of parser.push(chunk)) this.#take(record, parser)
-      onProgress?.(parser.offset, size)
+      onProgress?.({ done: parser.offset, total: size })
       const { skippable } = parser
       if (skippable < worthSkipping) continue
       parser.skip(Math.min(skippable, size - parser.offset))

@@ -16,8 +16,8 @@ export interface CaptureOptions extends CallOptions {
   readonly vmDescription?: 'required' | 'optional' | undefined
   /** Called once, when the first page section begins. */
   readonly onFirstPages?: (() => void | Promise<void>) | undefined
-  /** Bytes received so far. */
-  readonly onProgress?: ((bytes: number) => void) | undefined
+  /** Bytes received so far; how many will come is not known. */
+  readonly onProgress?: ((progress: { readonly done: number }) => void) | undefined
   /** Asked when the stream was whole, before it is kept: throw to reject it. */
   readonly accept?: ((summary: StreamSummary) => Promise<void>) | undefined
 }
@@ -44,7 +44,7 @@ export async function capture(source: ByteSource, sink: SaveSink, options: Captu
       if (writing !== undefined) await writing
       const settling = sink.settle?.()
       if (settling !== undefined) await settling
-      options.onProgress?.(check.length)
+      options.onProgress?.({ done: check.length })
     }
     options.signal?.throwIfAborted()
     const summary = check.end({ vmDescription: options.vmDescription ?? 'required' })

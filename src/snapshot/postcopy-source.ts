@@ -58,7 +58,7 @@ export interface RevertProgress {
    */
   readonly phase: RevertPhase
   /** Bytes of RAM that the background fill has passed. */
-  readonly filled: number
+  readonly done: number
   /** Bytes of RAM. */
   readonly total: number
 }
@@ -253,7 +253,7 @@ export class PostcopySource {
 
   #report(): void {
     const total = this.#source.blocks.reduce((sum, { length }) => sum + length, 0)
-    this.#options.onProgress?.({ phase: this.#phase, filled: this.#filled, total })
+    this.#options.onProgress?.({ phase: this.#phase, done: this.#filled, total })
   }
 
   #fail(reason: unknown): void {

@@ -56,8 +56,8 @@ export interface SaveToOptions extends CallOptions {
   readonly receiver?: MigrationReceiver | undefined
   /** Milliseconds QEMU may take to report completion after the stream has ended; default 30 000. */
   readonly timeout?: number | undefined
-  /** Bytes received so far. */
-  readonly onProgress?: ((bytes: number) => void) | undefined
+  /** Bytes received so far; how many will come is not known. */
+  readonly onProgress?: ((progress: { readonly done: number }) => void) | undefined
 }
 
 /** What a save did. */

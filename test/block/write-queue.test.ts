@@ -66,7 +66,7 @@ describe('properties', () => {
       fc.asyncProperty(feeds, shapes, fc.boolean(), async (feed, { turns, ...options }, patient) => {
         const sink = new WatchingSink(turns)
         const progress: number[] = []
-        const queue = new AlignedWriteQueue(sink, { ...options, onProgress: (bytes) => progress.push(bytes) })
+        const queue = new AlignedWriteQueue(sink, { ...options, onProgress: ({ done }) => progress.push(done) })
         const parts: Uint8Array[] = []
         const waits: Promise<void>[] = []
         for (const [index, item] of feed.entries()) {

@@ -161,7 +161,7 @@ describeWithQemu('save', (qemu) => {
     const abort = new AbortController()
     const saving = saveTo(guest.qmp, deviceStreamSink(memory()), {
       signal: abort.signal,
-      onProgress: (bytes) => bytes > 100_000 && abort.abort(new Error('enough')),
+      onProgress: ({ done }) => done > 100_000 && abort.abort(new Error('enough')),
     })
     await expect(saving).rejects.toThrow('enough')
     await expectUnharmed(guest)

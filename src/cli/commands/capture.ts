@@ -39,7 +39,7 @@ export const captureCommand = command({
       const stream = await openSource()
       const progress = context.progress()
       context.leaves(`${file} holds no saved VM`)
-      const summary = await capture(stream, target.sink, { signal, onProgress: (bytes) => progress.update(bytes, Math.max(bytes, 1)) })
+      const summary = await capture(stream, target.sink, { signal, onProgress: ({ done }) => progress.update(done, Math.max(done, 1)) })
       progress.finish()
       const { length, machine, blocks, pages, devices } = summary
       if (options.output === 'json') await print(prettyJson({ bytes: length, machine, blocks, pages, devices }))

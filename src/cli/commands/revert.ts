@@ -41,7 +41,7 @@ export const revertCommand = command({
       qmp,
       snapshot,
       signal,
-      onProgress: ({ filled, total }) => progress.update(filled, total),
+      onProgress: ({ done, total }) => progress.update(done, total),
     }
     context.leaves('a guest that runs already is paused; revert --recover goes on')
     try {

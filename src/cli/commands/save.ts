@@ -50,7 +50,7 @@ export const saveCommand = command({
       fallback: options.fallback as 'stop' | 'precopy' | undefined,
       signal,
       // how much will come is not known beforehand
-      onProgress: (bytes) => progress.update(bytes, Math.max(bytes, 1)),
+      onProgress: ({ done }) => progress.update(done, Math.max(done, 1)),
     })
     progress.finish()
     const { mode, summary, stoppedFor, took, manifest } = report
