@@ -35,6 +35,7 @@ class Percentages implements Progress {
 
   constructor(terminal: Terminal) {
     this.#terminal = terminal
+    this.update(0, 1)
   }
 
   update(done: number, total: number): void {

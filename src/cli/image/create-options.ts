@@ -61,9 +61,14 @@ function knownOptions(format: 'qcow2' | 'raw'): Readonly<Record<string, KnownOpt
   return format === 'qcow2' ? qcow2Options : rawOptions
 }
 
-/** True if the user asks what there is. */
+/**
+ * True if the user asks what there is: `help` or `?` between single commas.
+ * @throws ExitError for a list that begins or ends with a comma, where another list is asked to be joined
+ */
 export function asksForHelp(texts: readonly string[]): boolean {
-  return texts.some((text) => text.split(',').some((part) => part === 'help' || part === '?'))
+  const malformed = texts.find((text) => /^,|(?<!,)(?:,,)*,$/.test(text))
+  if (malformed !== undefined) throw new ExitError(1, `Invalid option list: ${malformed}`)
+  return texts.some((text) => text.split(/(?<!,)(?:,,)*,(?!,)/).some((part) => part === 'help' || part === '?'))
 }
 
 /** The list of what `-o` takes. */

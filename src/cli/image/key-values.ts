@@ -33,7 +33,7 @@ export function optionTree(text: string): OptionTree {
 export function jsonTree(text: string): OptionTree {
   let value: unknown
   try {
-    value = JSON.parse(text)
+    value = JSON.parse(doubleQuoted(text))
   } catch {
     throw new UsageError(`Could not parse the JSON options: ${text}`)
   }
@@ -41,6 +41,13 @@ export function jsonTree(text: string): OptionTree {
   const tree: OptionTree = {}
   copyInto(tree, value as Record<string, unknown>, '')
   return tree
+}
+
+/** QEMU takes strings in single quotes too. */
+function doubleQuoted(text: string): string {
+  return text.replace(/"(?:[^"\\]|\\.)*"|'((?:[^'\\]|\\.)*)'/gs, (whole, single: string | undefined) =>
+    single === undefined ? whole : `"${single.replaceAll("\\'", "'").replace(/(?<!\\)"/g, '\\"')}"`,
+  )
 }
 
 /** Parts between single commas; `,,` is a comma within a part. */

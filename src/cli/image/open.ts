@@ -242,7 +242,8 @@ function splitSnapshot(name: string): { file: string; snapshot: string } | undef
 
 /** The failure to open `name`, in the words scripts know. */
 export function couldNotOpen(name: string, error: unknown): ExitError {
-  return new ExitError(1, `Could not open '${name}': ${reasonOf(error)}`, { cause: error })
+  const advice = Qcow2Error.is(error, 'ERR_BUSY') ? `\nIs another process using the image [${name}]?` : ''
+  return new ExitError(1, `Could not open '${name}': ${reasonOf(error)}${advice}`, { cause: error })
 }
 
 /** Why something failed, as the system would say it. */
