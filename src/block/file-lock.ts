@@ -2,8 +2,11 @@
  * Recognises that a running QEMU holds an image. QEMU takes advisory locks on single bytes of the
  * file: byte 100 + p for each permission p that it holds, byte 200 + p for each that it does not
  * share with others. Node can neither take nor test such locks, but Linux lists them in `/proc/locks`.
- * So QEMU's use is seen here, while ours stays unseen by QEMU.
+ * So QEMU's use is seen here, while ours stays unseen by QEMU, and by other processes.
+ *
+ * Within this process a list of the images that are open for writing does the same.
  */
+import type { BigIntStats } from 'node:fs'
 import { readFile, stat } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 import { Qcow2Error } from '../core/errors.ts'
@@ -31,19 +34,52 @@ const unsharedBase = 200
  */
 export async function readImageLocks(file: string | URL | FileHandle): Promise<ImageLocks> {
   const list = await readFile('/proc/locks', 'utf8').catch(() => '')
-  const isPath = typeof file === 'string' || file instanceof URL
-  const { dev, ino } = isPath ? await stat(file, { bigint: true }) : await file.stat({ bigint: true })
+  const { dev, ino } = await statOf(file)
   return parseLocks(list, dev, ino)
+}
+
+/** Files that images of this process are open for writing on, by device and inode. */
+const written = new Set<string>()
+
+/**
+ * Marks `file` as one that an image of this process writes to, until the function returned is called.
+ * @throws Qcow2Error `ERR_BUSY` if another does.
+ */
+export async function holdImageFile(file: string | URL | FileHandle): Promise<() => void> {
+  const key = await identityOf(file)
+  if (written.has(key)) throw writtenHere(file, 'write')
+  written.add(key)
+  return () => written.delete(key)
+}
+
+async function identityOf(file: string | URL | FileHandle): Promise<string> {
+  const { dev, ino } = await statOf(file)
+  return `${dev}:${ino}`
+}
+
+function statOf(file: string | URL | FileHandle): Promise<BigIntStats> {
+  return typeof file === 'string' || file instanceof URL ? stat(file, { bigint: true }) : file.stat({ bigint: true })
+}
+
+function nameOf(file: string | URL | FileHandle): string {
+  return typeof file === 'string' || file instanceof URL ? String(file) : 'file'
+}
+
+function writtenHere(file: string | URL | FileHandle, access: 'read' | 'write'): Qcow2Error {
+  const advice = access === 'read' ? 'use that one, or open with forceShare: true' : 'use that one, or close it first'
+  return new Qcow2Error('ERR_BUSY', `${nameOf(file)}: an image of this process has this file open for writing; ${advice}`)
 }
 
 /**
  * Fails if a running QEMU uses `file` so that it must not be opened: for writing, if it writes too or wants no
- * writers beside it; for reading, if it writes, because the metadata may be half-way in its cache.
+ * writers beside it; for reading, if it writes, because the metadata may be half-way in its cache. Fails too if
+ * an image of this process is open for writing on it.
  * @throws Qcow2Error `ERR_BUSY`
  */
 export async function checkImageLocks(file: string | URL | FileHandle, access: 'read' | 'write'): Promise<void> {
+  if (written.has(await identityOf(file))) throw writtenHere(file, access)
   const { held, unshared } = await readImageLocks(file)
-  const name = typeof file === 'string' || file instanceof URL ? String(file) : 'file'
+  const name = nameOf(file)
   if (held.has('write')) {
     const advice = access === 'read' ? 'open with forceShare: true to read it nevertheless' : 'end it, or ask it for the change'
     throw new Qcow2Error('ERR_BUSY', `${name}: a running QEMU writes to this file; ${advice}`)

@@ -262,16 +262,16 @@ export class Allocator implements Frees {
     const { blocks, tableClusters, total } = missing
     if (total === 0) return
     const { clusterSize } = this.#geometry
-    if (tableClusters > 0) {
-      try {
-        await this.#growTable(start, missing)
-      } catch (error) {
-        this.#failure ??= error as Error
-        throw error
+    try {
+      if (tableClusters > 0) await this.#growTable(start, missing)
+      else {
+        this.#addBlocks(this.#parts.refcountTable, blocks, start)
+        await this.#refcounts.adjust(start, total, 1)
       }
-    } else {
-      this.#addBlocks(this.#parts.refcountTable, blocks, start)
-      await this.#refcounts.adjust(start, total, 1)
+    } catch (error) {
+      // the new structures are in use and perhaps not counted: nothing may be allocated on top of them
+      this.#failure ??= error as Error
+      throw error
     }
     this.#parts.metadataMap.add(start * clusterSize, total * clusterSize)
     this.#pristineFrom = Math.max(this.#pristineFrom, start + total)

@@ -5,13 +5,15 @@
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import { CheckContext } from './check-context.ts'
+import { CheckCollector } from './check-report.ts'
 import { runCheck, type CheckState } from './check.ts'
 import { encodeFeatureNames, featureNames, autoclear, compatible, incompatible } from './features.ts'
 import { extensionType, withExtension, type Extension } from './extensions.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
 import { clusterKind, entryOffset, zeroFlag } from './l2-entry.ts'
 import { rebuildRefcounts } from './repair-rebuild.ts'
-import { repairedSnapshots } from './repair.ts'
+import { repairedSnapshots, repairImage } from './repair.ts'
 import { decodeSnapshot } from './snapshot-table.ts'
 
 /** What is to change; what is left out stays. */
@@ -74,8 +76,7 @@ function checkOptions(options: AmendOptions, header: Header, version: 2 | 3, ref
 
 /** Reads the header anew, changes it and writes it durably. */
 async function rewriteHeader(host: BlockDevice, change: (content: HeaderCluster) => HeaderCluster, signal?: AbortSignal): Promise<void> {
-  const { context } = await runCheck(host, { signal })
-  const before = context.cluster0
+  const { cluster0: before } = await CheckContext.open(host, new CheckCollector(0), { signal })
   const after = change(before)
   if (after === before) return
   const bytes = new Uint8Array(2 ** after.header.clusterBits)
@@ -119,7 +120,8 @@ async function changeFields(host: BlockDevice, options: AmendOptions): Promise<v
 
 /**
  * Version 2 has no zero clusters, so they go first: each becomes unallocated, or a cluster of written
- * zeroes where it owns one. All of that reads the same, so a crash in between leaves a sound version 3.
+ * zeroes where it has one that nothing else refers to. All of that reads the same, so a crash in between
+ * leaves a sound version 3, perhaps with leaks: the references given up are still counted.
  */
 async function downgrade(host: BlockDevice, options: AmendOptions): Promise<void> {
   const state = await checkedState(host, options)
@@ -134,7 +136,8 @@ async function downgrade(host: BlockDevice, options: AmendOptions): Promise<void
     if (snapshot.vmStateSize >= 2 ** 32) missing.push(`the VM state size of snapshot ${snapshot.id}`)
   }
   if (missing.length > 0) throw new UnsupportedError(`amend: version 2 does not have: ${missing.join(', ')}`, missing)
-  await removeZeroClusters(host, state, cluster0.backingFile !== undefined)
+  const shared = await removeZeroClusters(host, state, cluster0.backingFile !== undefined)
+  if (shared > 0) await repairImage(host, { repair: 'leaks', signal: options.signal })
   await rewriteHeader(
     host,
     (content) => ({
@@ -157,8 +160,13 @@ function snapshotsOf(state: CheckState): { id: string; diskSize: number | undefi
   return found
 }
 
-/** Goes through every L2 table of the active layer and the snapshots. */
-async function removeZeroClusters(host: BlockDevice, state: CheckState, hasBacking: boolean): Promise<void> {
+/**
+ * Goes through every L2 table of the active layer and the snapshots. A host cluster with other references may be
+ * data for them, so it keeps its bytes.
+ * @returns how many references to such clusters were given up.
+ */
+async function removeZeroClusters(host: BlockDevice, state: CheckState, hasBacking: boolean): Promise<number> {
+  let shared = 0
   const { context, l2Clusters } = state
   const { clusterSize } = context.geometry
   const zeroes = new Uint8Array(clusterSize)
@@ -170,12 +178,14 @@ async function removeZeroClusters(host: BlockDevice, state: CheckState, hasBacki
       const [high, low] = [view.getUint32(at), view.getUint32(at + 4)]
       const kind = clusterKind(high, low, { extendedL2: false, dataFile: false })
       if (kind !== 'zero-plain' && kind !== 'zero-allocated') continue
-      if (kind === 'zero-plain' && hasBacking) {
+      const owned = kind === 'zero-allocated' && context.expected.get(entryOffset(high, low) / clusterSize) === 1
+      if (!owned && hasBacking) {
         throw new UnsupportedError('amend: version 2 cannot hide the backing file behind zero clusters; flatten the image first', ['zero clusters'])
       }
-      if (kind === 'zero-allocated') await host.write(entryOffset(high, low), zeroes)
-      view.setUint32(at + 4, kind === 'zero-allocated' ? low - zeroFlag : 0)
-      if (kind === 'zero-plain') view.setUint32(at, 0)
+      if (owned) await host.write(entryOffset(high, low), zeroes)
+      view.setUint32(at + 4, owned ? low - zeroFlag : 0)
+      if (!owned) view.setUint32(at, 0)
+      if (kind === 'zero-allocated' && !owned) shared++
       changed = true
     }
     if (!changed) continue
@@ -183,4 +193,5 @@ async function removeZeroClusters(host: BlockDevice, state: CheckState, hasBacki
     await host.write(cluster * clusterSize, table)
   }
   await host.flush()
+  return shared
 }

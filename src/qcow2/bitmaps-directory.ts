@@ -57,11 +57,14 @@ export interface BitmapRecord {
 export function decodeBitmapDirectory(directory: Uint8Array, extension: BitmapsExtension, clusterSize: number): BitmapRecord[] {
   const view = viewOf(directory)
   const records: BitmapRecord[] = []
+  const names = new Set<string>()
+  const most = Math.min(extension.count, bitmapLimits.count)
   let at = 0
   while (at < directory.length) {
     const fail = (detail: string, field: string): FormatError =>
       new FormatError(`${field} ${detail}`, { structure: 'bitmap directory', field, offset: extension.directoryOffset + at })
     if (at + fixedLength > directory.length) throw fail('is cut short', 'entry')
+    if (records.length >= most) throw fail(`is one more than the ${extension.count} of the header, or than ${bitmapLimits.count}`, 'entry')
     const flags = view.getUint32(at + 12)
     const type = view.getUint8(at + 16)
     const granularityBits = view.getUint8(at + 17)
@@ -81,7 +84,8 @@ export function decodeBitmapDirectory(directory: Uint8Array, extension: BitmapsE
     const tableSize = view.getUint32(at + 8)
     if (tableSize > bitmapLimits.tableEntries) throw fail(`is ${tableSize}, at most ${bitmapLimits.tableEntries}`, 'bitmap_table_size')
     const name = new TextDecoder('utf-8', { ignoreBOM: true }).decode(directory.subarray(end - nameLength, end))
-    if (records.some((record) => record.name === name)) throw fail(`${JSON.stringify(name)} occurs twice`, 'name')
+    if (names.has(name)) throw fail(`${JSON.stringify(name)} occurs twice`, 'name')
+    names.add(name)
     records.push({ name, tableOffset, tableSize, inUse: (flags & inUseFlag) !== 0, auto: (flags & autoFlag) !== 0, granularityBits })
     at = Math.ceil(end / 8) * 8
   }

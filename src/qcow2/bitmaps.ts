@@ -145,11 +145,14 @@ export class Bitmaps {
    * example those that another image's {@link read} gives. The granularities may differ.
    */
   async merge(target: string, source: string | AsyncIterable<DirtyRange>, options: CallOptions = {}): Promise<void> {
+    // ranges may come from requests to this image, which would wait for the change to end
+    const ranges = typeof source === 'string' ? undefined : await listed(source)
     await this.#change(async (records) => {
       const record = usable(find(records, target))
       const bits = new Uint8Array(bitmapBytes(this.#engine.header.size, record.granularityBits))
       const granularity = 2 ** record.granularityBits
-      for (const from of [target, source]) await collect(typeof from === 'string' ? this.read(from) : from, bits, granularity, options)
+      await collect(this.read(target), bits, granularity, options)
+      await collect(ranges ?? this.read(source as string), bits, granularity, options)
       const tableOffset = await this.#writeBits(bits, record.tableSize)
       return { records: records.map((each) => (each === record ? { ...record, tableOffset } : each)), freed: await this.#space(record) }
     }, options)
@@ -296,8 +299,19 @@ function rangeOf(from: number, to: number, granularity: number, size: number): D
   return { offset, length: Math.min(size, to * granularity) - offset }
 }
 
+async function listed(source: AsyncIterable<DirtyRange>): Promise<DirtyRange[]> {
+  const ranges: DirtyRange[] = []
+  for await (const { offset, length } of source) ranges.push({ offset, length })
+  return ranges
+}
+
 /** Sets the bits of the ranges; what lies behind the last bit is left out. */
-async function collect(ranges: AsyncIterable<DirtyRange>, bits: Uint8Array, granularity: number, { signal }: CallOptions): Promise<void> {
+async function collect(
+  ranges: AsyncIterable<DirtyRange> | readonly DirtyRange[],
+  bits: Uint8Array,
+  granularity: number,
+  { signal }: CallOptions,
+): Promise<void> {
   const points = new AbortPoints(signal)
   for await (const { offset, length } of ranges) {
     const end = Math.min(Math.ceil((offset + length) / granularity), bits.length * 8)

@@ -46,6 +46,8 @@ export function describeOwners(bits: number): string {
 export class ClusterCounters {
   readonly #pages: (Page | undefined)[] = []
   readonly #owners: (Uint16Array | undefined)[] = []
+  /** Numbers of the pages that are there, ascending; undefined after one was added. */
+  #numbers: number[] | undefined
   /** Highest cluster whose counter was ever raised; -1 if none. */
   highest = -1
 
@@ -53,7 +55,7 @@ export class ClusterCounters {
   add(cluster: number, count: number, by = 0): void {
     const number = Math.floor(cluster / pageSize)
     const index = cluster % pageSize
-    const page = (this.#pages[number] ??= new Uint16Array(pageSize))
+    const page = this.#pages[number] ?? this.#newPage(number)
     const owners = (this.#owners[number] ??= new Uint16Array(pageSize))
     owners[index] = owners[index]! | by
     const value = page[index]! + count
@@ -82,24 +84,42 @@ export class ClusterCounters {
 
   /** First cluster in `[from, to)` with a counter above zero, or `to`. */
   nextUsed(from: number, to: number): number {
-    let cluster = from
-    while (cluster < to) {
-      const page = this.#pages[Math.floor(cluster / pageSize)]
-      const end = Math.min(to, (Math.floor(cluster / pageSize) + 1) * pageSize)
-      if (page !== undefined) {
-        const base = end - 1 - ((end - 1) % pageSize)
-        for (let index = cluster - base; index < end - base; index++) if (page[index] !== 0) return base + index
-      }
-      cluster = end
+    const numbers = this.#sorted()
+    for (let at = firstNotBelow(numbers, Math.floor(from / pageSize)); at < numbers.length; at++) {
+      const page = this.#pages[numbers[at]!]!
+      const base = numbers[at]! * pageSize
+      const end = Math.min(to - base, pageSize)
+      for (let index = Math.max(0, from - base); index < end; index++) if (page[index] !== 0) return base + index
     }
     return to
   }
 
   /** Visits every cluster with a counter above zero, in ascending order. */
   forEach(visit: (cluster: number, count: number) => void): void {
-    this.#pages.forEach((page, number) => {
-      if (page === undefined) return
+    for (const number of this.#sorted()) {
+      const page = this.#pages[number]!
       for (let index = 0; index < pageSize; index++) if (page[index] !== 0) visit(number * pageSize + index, page[index]!)
-    })
+    }
   }
+
+  #newPage(number: number): Page {
+    this.#numbers = undefined
+    return (this.#pages[number] = new Uint16Array(pageSize))
+  }
+
+  /** Pages may be far apart: going through all numbers in between would take as long as the file claims to be. */
+  #sorted(): readonly number[] {
+    return (this.#numbers ??= Object.keys(this.#pages).map(Number))
+  }
+}
+
+/** Index of the first of ascending numbers that is at least `least`. */
+function firstNotBelow(numbers: readonly number[], least: number): number {
+  let [low, high] = [0, numbers.length]
+  while (low < high) {
+    const middle = (low + high) >>> 1
+    if (numbers[middle]! < least) low = middle + 1
+    else high = middle
+  }
+  return low
 }

@@ -72,11 +72,13 @@ export class StoredRefcounts {
 
   /** First cluster in `[from, to)` whose stored counter is not zero, or `to`. */
   nextUsed(from: number, to: number): number {
+    // a file may claim to be far longer than its blocks reach
+    const last = Math.min(to, this.#blocks.length * this.#perBlock)
     let cluster = from
-    while (cluster < to) {
+    while (cluster < last) {
       const index = Math.floor(cluster / this.#perBlock)
       const base = index * this.#perBlock
-      const end = Math.min(to, base + this.#perBlock)
+      const end = Math.min(last, base + this.#perBlock)
       const block = this.#blocks[index]
       if (block !== undefined) {
         const found = base + this.#context.layout.findUsed(block, cluster - base, end - base)

@@ -25,12 +25,29 @@ const pieceBytes = 1 << 20
  *
  * Order: data into the backing file, flush, then emptying the overlay. A crash in between leaves the
  * overlay as it was, over a backing file that already holds some of the same bytes.
+ *
+ * The overlay's own view of its backing chain, and that of its open snapshots, is out of date then. Unless `target`
+ * is part of that chain itself, the backing file is opened anew. Where that cannot be, because it was given as a
+ * device or the commit failed, it is closed: what only it has is an `ERR_CLOSED` until the overlay is opened again.
  * @throws Qcow2Error `ERR_READ_ONLY`, and what reading and writing throw.
  */
 export async function commitImage(overlay: Qcow2Image, target: BlockDevice, options: CommitOptions = {}): Promise<void> {
-  const { signal, onProgress, depth = 1 } = options
+  const { signal, depth = 1 } = options
   if (target.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'commit: the backing file is open read-only; open it for writing')
   if (!Number.isInteger(depth) || depth < 1) throw new RangeError(`depth must be a positive integer, not ${depth}`)
+  let fresh: BlockDevice | undefined
+  try {
+    await copyDown(overlay, target, depth, options)
+    if (!isInChain(overlay, target)) fresh = await overlay.engine.reopenBacking?.()
+  } finally {
+    if (!isInChain(overlay, target)) await replaceBacking(overlay, fresh)
+  }
+  if (options.keep === true || depth > 1) return
+  await overlay.forget(0, overlay.size, { signal })
+  await overlay.flush({ signal })
+}
+
+async function copyDown(overlay: Qcow2Image, target: BlockDevice, depth: number, { signal, onProgress }: CommitOptions): Promise<void> {
   const total = overlay.size
   if (target.size < total) await target.resize(total, { signal })
   const buffer = new Uint8Array(pieceBytes)
@@ -49,7 +66,19 @@ export async function commitImage(overlay: Qcow2Image, target: BlockDevice, opti
     }
   }
   await target.flush({ signal })
-  if (options.keep === true || depth > 1) return
-  await overlay.forget(0, overlay.size, { signal })
-  await overlay.flush({ signal })
+}
+
+function isInChain(overlay: Qcow2Image, target: BlockDevice): boolean {
+  let below = overlay.engine.backing
+  while (below !== undefined && below !== target) below = 'engine' in below ? (below as Qcow2Image).engine.backing : undefined
+  return below !== undefined
+}
+
+/** Closes the backing file; `fresh`, if there is one, takes its place. */
+async function replaceBacking({ engine }: Qcow2Image, fresh: BlockDevice | undefined): Promise<void> {
+  await engine.requests.exclusive(async () => {
+    const old = engine.backing
+    if (fresh !== undefined) engine.backing = fresh
+    if (old !== fresh) await old?.close()
+  })
 }

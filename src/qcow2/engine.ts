@@ -52,6 +52,8 @@ export interface EngineParts extends EngineState {
   /** The external data file; undefined: guest data is in the image file itself. */
   readonly dataFile: HostFile | undefined
   readonly backing: BlockDevice | undefined
+  /** Opens the backing file once more; undefined if it was given as a device. */
+  readonly reopenBacking?: (() => Promise<BlockDevice | undefined>) | undefined
   readonly readOnly: boolean
   /** Bytes of the metadata caches together. */
   readonly cacheSize: number
@@ -70,6 +72,7 @@ export class Engine {
   readonly hasDataFile: boolean
   readonly geometry: Geometry
   readonly readOnly: boolean
+  readonly reopenBacking: (() => Promise<BlockDevice | undefined>) | undefined
   /** Set once, before guest data is read or written. */
   cipher: DataCipher | undefined
   readonly l2Tables: TableCache
@@ -113,6 +116,7 @@ export class Engine {
     this.data = parts.dataFile ?? parts.host
     this.hasDataFile = parts.dataFile !== undefined
     this.readOnly = parts.readOnly
+    this.reopenBacking = parts.reopenBacking
     this.cipher = parts.cipher
     this.#prepareFirstWrite = parts.prepareFirstWrite
     this.content = parts.content
@@ -285,7 +289,9 @@ export class Engine {
     for (let index = 0; index < this.l1Table.length; index++) this.#mark(this.l1Table.offsetAt(index), this.geometry.clusterSize)
   }
 
+  /** Only writers need the map. */
   #mapMetadata(): void {
+    if (this.readOnly) return
     const { header, geometry } = this
     const { clusterSize } = geometry
     this.metadataMap.add(0, clusterSize)
@@ -294,7 +300,9 @@ export class Engine {
     this.#mark(header.snapshotsOffset, this.snapshotTableLength)
     for (let block = 0; block < this.refcountTable.length; block++) this.#mark(this.refcountTable.offsetAt(block), clusterSize)
     for (const { l1TableOffset, l1Size } of this.snapshots) this.#mark(l1TableOffset, l1Size * 8)
-    const bitmaps = findExtension(this.content.extensions, extensionType.bitmaps)
+    // without the autoclear bit the extension is stale, and what it names may be in use for something else
+    const trusted = (header.autoclearFeatures & autoclear.bitmaps) !== 0n
+    const bitmaps = trusted ? findExtension(this.content.extensions, extensionType.bitmaps) : undefined
     if (bitmaps?.length === 24) {
       const { directoryOffset, directorySize } = decodeBitmapsExtension(bitmaps)
       this.#mark(directoryOffset, directorySize)

@@ -12,8 +12,8 @@ import {
   type MapOptions,
   type WriteZeroesOptions,
 } from '../block/device.ts'
-import { openFile } from '../block/file.ts'
-import { checkImageLocks } from '../block/file-lock.ts'
+import { openFile, type FileHandle } from '../block/file.ts'
+import { checkImageLocks, holdImageFile } from '../block/file-lock.ts'
 import { openSource, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { Bitmaps } from './bitmaps.ts'
@@ -75,10 +75,13 @@ export class Qcow2Image extends BaseDevice {
   /** The dirty bitmaps. */
   readonly bitmaps: Bitmaps
   readonly #engine: Engine
+  /** Lets others open the file for writing. */
+  readonly #release: () => void
 
-  private constructor(engine: Engine) {
+  private constructor(engine: Engine, release: () => void = () => undefined) {
     super()
     this.#engine = engine
+    this.#release = release
     this.snapshots = new Snapshots(engine)
     this.bitmaps = new Bitmaps(engine)
     this.limits = {
@@ -92,26 +95,31 @@ export class Qcow2Image extends BaseDevice {
   /**
    * Opens an image, and what it refers to under the policy of the options.
    * @throws Qcow2Error `ERR_FORMAT` not an image or malformed, `ERR_UNSUPPORTED` features this library
-   * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`.
+   * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`, `ERR_BUSY` a
+   * running QEMU uses the file, or an image of this process is open for writing on it.
    */
   static async open(source: Source, options: OpenOptions = {}): Promise<Qcow2Image> {
     options.signal?.throwIfAborted()
     const readOnly = options.readOnly === true || isReadOnly(source)
     const device = await openSource(source, { ...defined(options), readOnly })
+    let release: (() => void) | undefined
     try {
+      if (!device.readOnly) release = await hold(source)
       const context = await rootContext(pathOf(source), options, openNested)
       return new Qcow2Image(
         await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options) }),
+        release,
       )
     } catch (error) {
+      release?.()
       if (device !== source) await device.close()
       throw error
     }
   }
 
   /** @internal The image over an engine. */
-  static over(engine: Engine): Qcow2Image {
-    return new Qcow2Image(engine)
+  static over(engine: Engine, release?: () => void): Qcow2Image {
+    return new Qcow2Image(engine, release)
   }
 
   /**
@@ -127,8 +135,7 @@ export class Qcow2Image extends BaseDevice {
     if (backing === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')
     const device = await openBacking(backing.file, backing.format, context)
     try {
-      const withBacking = { ...context, options: { ...context.options, backing: device } }
-      return await createImage(target, { ...options, size: device.size }, withBacking)
+      return await createImage(target, { ...options, size: device.size }, { ...context, sizedBy: device })
     } catch (error) {
       await device.close()
       throw error
@@ -245,7 +252,7 @@ export class Qcow2Image extends BaseDevice {
     try {
       await this.snapshots.close()
     } finally {
-      await closeEngine(this.#engine)
+      await closeEngine(this.#engine).finally(this.#release)
     }
   }
 }
@@ -255,7 +262,9 @@ async function createImage(target: Source, options: CreateOptions & LayoutOption
   if (options.encryption !== undefined) checkEncryption(options)
   const device = await createTarget(target, options)
   const host = hostFile(device)
+  let release: (() => void) | undefined
   try {
+    release = await hold(target)
     if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
     await writeLayout(host, layout)
     const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
@@ -263,8 +272,9 @@ async function createImage(target: Source, options: CreateOptions & LayoutOption
     if (options.encryption !== undefined) engine.cipher = await encryptEmptyImage(engine, options.encryption)
     engine.unchanged = false
     engine.untouched = false
-    return Qcow2Image.over(engine)
+    return Qcow2Image.over(engine, release)
   } catch (error) {
+    release?.()
     if (device !== target) await device.close()
     throw error
   }
@@ -298,6 +308,14 @@ function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'si
 function defined(options: OpenOptions): { direct?: boolean; syncLimit?: number; forceShare?: boolean; signal?: AbortSignal } {
   const { direct, syncLimit, forceShare, signal } = options
   return Object.fromEntries(Object.entries({ direct, syncLimit, forceShare, signal }).filter(([, value]) => value !== undefined))
+}
+
+/** Holds the file of an image that is opened for writing, where the source tells which it is. */
+async function hold(source: Source): Promise<(() => void) | undefined> {
+  if (source instanceof URL && source.protocol !== 'file:') return undefined
+  if (typeof source === 'string' || source instanceof URL) return holdImageFile(source)
+  if ('fd' in source && 'stat' in source) return holdImageFile(source as FileHandle)
+  return 'path' in source && typeof source.path === 'string' ? holdImageFile(source.path) : undefined
 }
 
 function isReadOnly(source: Source): boolean {

@@ -4,13 +4,13 @@
  */
 import type { Geometry } from './geometry.ts'
 
-/** Clusters of one page of the map. */
-const pageClusters = 1 << 16
-
 export class MetadataMap {
   readonly #clusterSize: number
-  /** One bit for each cluster, in pages that exist where there is metadata. */
-  readonly #pages = new Map<number, Uint8Array>()
+  /**
+   * One bit for each cluster, 32 in a word, by the index of the word. Only words with a bit set are
+   * there: metadata far apart in a file cost no more than side by side.
+   */
+  readonly #words = new Map<number, number>()
   #end = 0
 
   constructor(geometry: Geometry) {
@@ -19,48 +19,45 @@ export class MetadataMap {
 
   /** Marks every cluster the range touches. */
   add(offset: number, length: number): void {
-    this.#each(offset, length, (cluster) => {
-      const key = Math.floor(cluster / pageClusters)
-      let page = this.#pages.get(key)
-      if (page === undefined) this.#pages.set(key, (page = new Uint8Array(pageClusters / 8)))
-      const bit = cluster - key * pageClusters
-      page[bit >> 3]! |= 1 << (bit & 7)
-      if (cluster >= this.#end) this.#end = cluster + 1
+    this.#each(offset, length, (word, mask) => {
+      this.#words.set(word, (this.#words.get(word) ?? 0) | mask)
+      return false
     })
+    this.#end = Math.max(this.#end, offset + length)
   }
 
   /** Unmarks every cluster the range touches. */
   remove(offset: number, length: number): void {
-    this.#each(offset, length, (cluster) => {
-      const key = Math.floor(cluster / pageClusters)
-      const bit = cluster - key * pageClusters
-      const page = this.#pages.get(key)
-      if (page !== undefined) page[bit >> 3]! &= ~(1 << (bit & 7))
+    this.#each(offset, length, (word, mask) => {
+      const left = (this.#words.get(word) ?? 0) & ~mask
+      if (left === 0) this.#words.delete(word)
+      else this.#words.set(word, left)
+      return false
     })
   }
 
   /** Unmarks everything. */
   clear(): void {
-    this.#pages.clear()
+    this.#words.clear()
     this.#end = 0
   }
 
   /** True if the range touches a marked cluster. */
   overlaps(offset: number, length: number): boolean {
-    const first = Math.floor(offset / this.#clusterSize)
-    const end = Math.min(this.#end, Math.ceil((offset + length) / this.#clusterSize))
-    for (let cluster = first; cluster < end; cluster++) {
-      const key = Math.floor(cluster / pageClusters)
-      const bit = cluster - key * pageClusters
-      const page = this.#pages.get(key)
-      if (page === undefined) cluster = (key + 1) * pageClusters - 1
-      else if ((page[bit >> 3]! & (1 << (bit & 7))) !== 0) return true
-    }
-    return false
+    const known = Math.min(length, this.#end + this.#clusterSize - offset)
+    return this.#each(offset, known, (word, mask) => ((this.#words.get(word) ?? 0) & mask) !== 0)
   }
 
-  #each(offset: number, length: number, visit: (cluster: number) => void): void {
+  /** Visits the words of a range, with the bits that lie in it, until `visit` is true; true if it was. */
+  #each(offset: number, length: number, visit: (word: number, mask: number) => boolean): boolean {
     const end = Math.ceil((offset + length) / this.#clusterSize)
-    for (let cluster = Math.floor(offset / this.#clusterSize); cluster < end; cluster++) visit(cluster)
+    for (let cluster = Math.floor(offset / this.#clusterSize); cluster < end; ) {
+      const word = Math.floor(cluster / 32)
+      const next = Math.min(end, word * 32 + 32)
+      const mask = (-1 >>> (32 - (next - cluster))) << (cluster - word * 32)
+      if (visit(word, mask)) return true
+      cluster = next
+    }
+    return false
   }
 }

@@ -75,13 +75,14 @@ export async function assembleEngine(
   try {
     const dataDevice = await openData(state.content, readOnly, context)
     if (dataDevice !== undefined) opened.push(dataDevice)
-    const backing = await openBackingOf(state.content, context)
+    const backing = context.sizedBy ?? (await openBackingOf(state.content, context))
     if (backing !== undefined) opened.push(backing)
     return new Engine({
       host,
       dataFile: dataDevice === undefined ? undefined : hostFile(dataDevice),
       ...state,
       backing,
+      reopenBacking: context.options.backing === undefined ? () => openBackingOf(state.content, context) : undefined,
       readOnly,
       cacheSize: options.cacheSize ?? defaultCacheSize,
       cipher,
@@ -149,6 +150,7 @@ async function openBackingOf(content: HeaderCluster, context: ReferenceContext):
   const format = findExtension(content.extensions, extensionType.backingFormat)
   return openBacking(text.decode(content.backingFile), format === undefined ? undefined : text.decode(format), {
     ...context,
+    sizedBy: undefined,
     options: { ...context.options, backing: undefined, dataFile: undefined },
   })
 }

@@ -3,6 +3,7 @@
  * a decompressor, or nowhere. A request that is one run in a cached table costs one request.
  */
 import type { BlockDevice } from '../block/device.ts'
+import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { readCompressed } from './compressed.ts'
 import type { Engine, Layer } from './engine.ts'
 import { InFlight } from '../core/in-flight.ts'
@@ -63,9 +64,14 @@ function readData(engine: Engine, guest: number, host: number, target: Uint8Arra
   return cipher === undefined ? reading : reading.then(() => cipher.decrypt(guest, host, target))
 }
 
-/** Fills `target` from a backing file; past its end, or without one, there are zeroes. */
+/** Fills `target` from a backing file; past its end, or without one, there are zeroes. Its damage is told from damage of the image above. */
 export function readBacking(backing: BlockDevice | undefined, guest: number, target: Uint8Array): Promise<void> {
   const present = backing === undefined ? 0 : Math.min(target.length, Math.max(0, backing.size - guest))
   if (present < target.length) target.fill(0, present)
-  return backing === undefined || present === 0 ? done : backing.readInto(guest, target.subarray(0, present))
+  return backing === undefined || present === 0 ? done : backing.readInto(guest, target.subarray(0, present)).catch(failInBacking)
+}
+
+function failInBacking(error: unknown): never {
+  if (!Qcow2Error.is(error, 'ERR_CORRUPT')) throw error
+  throw new FormatError(error.message, { structure: 'backing file' }, 'ERR_CORRUPT', { cause: error })
 }

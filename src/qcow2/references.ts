@@ -55,6 +55,8 @@ export interface ReferenceContext {
   readonly root: string | undefined
   /** Canonical paths of the images above, and of this one. */
   readonly chain: readonly string[]
+  /** The backing file, where it is open already because a new overlay takes its size from it. */
+  readonly sizedBy?: BlockDevice | undefined
   /** Opens a qcow2 image of the backing chain, read-only. */
   openImage(device: BlockDevice, path: string, context: ReferenceContext): Promise<BlockDevice>
 }

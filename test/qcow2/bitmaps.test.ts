@@ -84,6 +84,17 @@ test('ranges of another image are merged in', async () => {
   ])
 })
 
+test('ranges may come from requests to the image itself', async () => {
+  await using image = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 8 << 20 })
+  await image.write(1 << 20, new Uint8Array(65536).fill(1))
+  await image.bitmaps.add({ name: 'b' })
+  async function* allocated(): AsyncGenerator<DirtyRange> {
+    for await (const { start, length, data } of image.map()) if (data) yield { offset: start, length }
+  }
+  await image.bitmaps.merge('b', allocated())
+  expect(await rangesOf(image, 'b')).toEqual([{ offset: 1 << 20, length: 65536 }])
+})
+
 test('writing marks enabled bitmaps as in use, and only these', async () => {
   const host = new MemoryDevice(0, { growable: true })
   const image = await Qcow2Image.create(host, { size: 1 << 20 })

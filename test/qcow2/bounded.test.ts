@@ -1,8 +1,14 @@
 /** Work and memory grow with what is asked for and what is there, not with its square or with what an image claims. */
+import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
+import { anyRequest, BaseDevice } from '../../src/block/device.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { NullDevice } from '../../src/block/null.ts'
+import { bitmapLimits, decodeBitmapDirectory, encodeBitmapDirectory } from '../../src/qcow2/bitmaps-directory.ts'
+import { checkImage } from '../../src/qcow2/check.ts'
+import { geometryOf } from '../../src/qcow2/geometry.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { MetadataMap } from '../../src/qcow2/metadata-map.ts'
 
 const MiB = 1 << 20
 
@@ -43,4 +49,106 @@ describe('zeroing over a backing file', () => {
     await image.writeZeroes(0, 1024 * MiB)
     expect([0, 1].map((index) => image.engine.l1Table.offsetAt(index) > 0)).toEqual([true, false])
   })
+})
+
+describe('a bitmap directory', () => {
+  const directoryOf = (count: number): Uint8Array =>
+    encodeBitmapDirectory(
+      Array.from({ length: count }, (_, index) => ({ name: `bitmap ${index}`, tableOffset: 0, tableSize: 0, inUse: false, auto: false, granularityBits: 16 })),
+    )
+
+  test('with more entries than the header says is not read to its end', async () => {
+    const directory = directoryOf(50_000)
+    for (const [count, most] of [[10, 100], [2 ** 31, 8 * bitmapLimits.count]] as const) {
+      const extension = { count, directorySize: directory.length, directoryOffset: 0 }
+      const decode = (): Promise<unknown> => Promise.resolve().then(() => decodeBitmapDirectory(directory, extension, 65536))
+      expect(await wordsRead(() => expect(decode()).rejects.toMatchObject({ code: 'ERR_FORMAT' }))).toBeLessThan(most)
+    }
+  })
+
+  test('with as many as an image may have is read', () => {
+    const directory = directoryOf(bitmapLimits.count)
+    const extension = { count: bitmapLimits.count, directorySize: directory.length, directoryOffset: 0 }
+    expect(decodeBitmapDirectory(directory, extension, 65536)).toHaveLength(bitmapLimits.count)
+    const more = directoryOf(bitmapLimits.count + 1)
+    const tooMany = { count: bitmapLimits.count + 1, directorySize: more.length, directoryOffset: 0 }
+    expect(() => decodeBitmapDirectory(more, tooMany, 65536)).toThrow(/65535/)
+  })
+})
+
+describe('a file that claims to be huge', () => {
+  /** Zeroes, but for a header and an L1 table whose entries are far apart. */
+  class Claiming extends BaseDevice {
+    readonly limits = anyRequest
+    readonly size: number
+    readonly readOnly: boolean
+    readonly #start = Buffer.alloc(2 * MiB)
+
+    constructor(options: { size: number; entries: number; readOnly: boolean }) {
+      super()
+      this.size = options.size
+      this.readOnly = options.readOnly
+      this.#start.set(Buffer.from('514649fb00000003', 'hex'))
+      this.#start.writeUInt32BE(9, 20)
+      this.#start.writeBigUInt64BE(BigInt(MiB), 24)
+      this.#start.writeUInt32BE(options.entries, 36)
+      this.#start.writeBigUInt64BE(BigInt(MiB), 40)
+      this.#start.writeBigUInt64BE(1024n, 48)
+      this.#start.writeUInt32BE(1, 56)
+      this.#start.writeUInt32BE(4, 96)
+      this.#start.writeUInt32BE(104, 100)
+      for (let i = 0; i < options.entries; i++) this.#start.writeBigUInt64BE(BigInt((i + 1) * 2 ** 25), MiB + i * 8)
+    }
+
+    protected onRead(offset: number, target: Uint8Array): Promise<void> {
+      target.fill(0)
+      if (offset < this.#start.length) target.set(this.#start.subarray(offset, offset + target.length))
+      return Promise.resolve()
+    }
+
+    protected onWrite(): Promise<void> {
+      return Promise.resolve()
+    }
+
+    protected onFlush(): Promise<void> {
+      return Promise.resolve()
+    }
+
+    protected onClose(): Promise<void> {
+      return Promise.resolve()
+    }
+  }
+
+  test.each([true, false])('opening it, read-only %s, costs no memory for what is between its tables', async (readOnly) => {
+    const before = process.memoryUsage().arrayBuffers
+    await using image = await Qcow2Image.open(new Claiming({ size: 2 ** 50, entries: 65_536, readOnly }), { readOnly })
+    expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(32 * MiB)
+    expect(image.engine.metadataMap.overlaps(0, 512)).toBe(!readOnly)
+  })
+
+  test('checking it does not go through every cluster it might have', async () => {
+    const report = await checkImage(new Claiming({ size: 2 ** 53 - 512, entries: 4, readOnly: true }))
+    expect(report.corruptions).toBeGreaterThan(0)
+  })
+})
+
+test('the map of metadata knows exactly the clusters that were added and not removed', () => {
+  const range = fc.record({ offset: fc.integer({ min: 0, max: 200_000 }), length: fc.integer({ min: 1, max: 70_000 }), add: fc.boolean() })
+  fc.assert(
+    fc.property(fc.array(range, { maxLength: 8 }), range, (changes, asked) => {
+      const map = new MetadataMap(geometryOf({ clusterBits: 9, extendedL2: false, refcountOrder: 4 }))
+      const model = new Set<number>()
+      const clusters = ({ offset, length }: { offset: number; length: number }): number[] => {
+        const first = Math.floor(offset / 512)
+        return Array.from({ length: Math.ceil((offset + length) / 512) - first }, (_, index) => first + index)
+      }
+      for (const change of changes) {
+        map[change.add ? 'add' : 'remove'](change.offset, change.length)
+        for (const cluster of clusters(change)) model[change.add ? 'add' : 'delete'](cluster)
+      }
+      expect(map.overlaps(asked.offset, asked.length)).toBe(clusters(asked).some((cluster) => model.has(cluster)))
+      for (let cluster = 0; cluster < 530; cluster++) expect([cluster, map.overlaps(cluster * 512, 512)]).toEqual([cluster, model.has(cluster)])
+    }),
+    { numRuns: 100 },
+  )
 })

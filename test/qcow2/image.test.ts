@@ -215,6 +215,55 @@ describe('what an image says of itself', () => {
     expect(await codeOf(table.read(0, 10))).toBe('ERR_CORRUPT')
   })
 
+  test('damage in a backing file is not damage of the overlay', async () => {
+    const base = await inMemory({ size: MiB }, (image) => image.write(0, new Uint8Array(100).fill(3)))
+    patch(base, new DataView(base.buffer, base.byteOffset).getUint32(0x30004), '8000000000050200')
+    const device = new MemoryDevice(0, { growable: true })
+    const backing = { file: 'base', format: 'qcow2' }
+    const references = async (): Promise<BlockDevice> => Qcow2Image.open(again(base), { readOnly: true })
+    const image = await Qcow2Image.create(device, { size: MiB, backing, references })
+    await expect(image.read(0, 10)).rejects.toThrow(/^backing file: L2 table/)
+    expect(await codeOf(image.read(0, 10))).toBe('ERR_CORRUPT')
+    await image.write(500_000, new Uint8Array(65536).fill(4))
+    expect(await codeOf(image.write(10, new Uint8Array(10)))).toBe('ERR_CORRUPT')
+    await image.close()
+    expect(device.bytes[79]).toBe(0)
+  })
+
+  test('what a stale bitmaps extension names is not metadata', async () => {
+    const bytes = await inMemory({ size: 4 * MiB }, (image) => image.bitmaps.add({ name: 'b' }))
+    patch(bytes, 88, '0000000000000000')
+    const device = again(bytes)
+    await using image = await Qcow2Image.open(device)
+    expect((await image.check({ repair: 'leaks' })).leaksFixed).toBeGreaterThan(0)
+    await image.write(0, new Uint8Array(4 * MiB).fill(3))
+    await image.flush()
+    expect(device.bytes[79]).toBe(0)
+    expect(await checkImage(again(device.bytes.slice()))).toMatchObject({ corruptions: 0 })
+  })
+
+  test('a new refcount block that could not be counted is not given out', async () => {
+    const device = new MemoryDevice(0, { growable: true })
+    const image = await Qcow2Image.create(device, { size: MiB, clusterSize: 512, refcountBits: 64 })
+    const { refcounts, refcountBlocks } = image.engine
+    const [adjust, create] = [refcounts.adjust.bind(refcounts), refcountBlocks.create.bind(refcountBlocks)]
+    let fails = false
+    refcountBlocks.create = (...args) => {
+      fails = true
+      return create(...args)
+    }
+    refcounts.adjust = async (...args) => {
+      if (!fails) return adjust(...args)
+      fails = false
+      throw new Qcow2Error('ERR_IO', 'no counter')
+    }
+    const codes = new Set<string>()
+    for (let at = 0; at < 64 * KiB; at += 512) codes.add(await codeOf(image.write(at, new Uint8Array(512).fill(1))))
+    expect([...codes]).toEqual(['no error', 'ERR_IO'])
+    await codeOf(image.close())
+    expect(await checkImage(again(device.bytes.slice()))).toMatchObject({ overlaps: 0 })
+  })
+
   test('repairing an open image', async () => {
     const bytes = new Uint8Array(8 * 65536)
     bytes.set(await inMemory({ size: MiB }, (image) => image.write(0, new Uint8Array(100).fill(3))))
@@ -226,6 +275,33 @@ describe('what an image says of itself', () => {
     await image.flush()
     expect(await image.check()).toMatchObject({ leaks: 0, corruptions: 0 })
     expect((await image.read(0, 1))[0]).toBe(3)
+  })
+})
+
+describe('one file', () => {
+  test('has one image that writes in this process, and no reader beside it unless forced', async () => {
+    const path = join(tempFolder(), 'disk.qcow2')
+    const other = join(tempFolder(), 'link.qcow2')
+    const image = await Qcow2Image.create(path, { size: MiB })
+    symlinkSync(path, other)
+    for (const options of [{}, { readOnly: true }]) expect(await codeOf(Qcow2Image.open(other, options))).toBe('ERR_BUSY')
+    expect(await codeOf(Qcow2Image.create(path, { size: MiB }))).toBe('ERR_BUSY')
+    expect(await codeOf(Qcow2Image.open(await openFile(path)))).toBe('ERR_BUSY')
+    await (await Qcow2Image.open(path, { readOnly: true, forceShare: true })).close()
+    await image.write(0, new Uint8Array(10).fill(1))
+    await image.close()
+    await using reopened = await Qcow2Image.open(path)
+    expect((await reopened.read(0, 1))[0]).toBe(1)
+  })
+
+  test('is free again after opening or closing it failed', async () => {
+    const path = join(tempFolder(), 'disk.qcow2')
+    writeFileSync(path, new Uint8Array(4096))
+    for (let i = 0; i < 2; i++) expect(await codeOf(Qcow2Image.open(path))).toBe('ERR_FORMAT')
+    const image = await Qcow2Image.create(path, { size: MiB })
+    image.engine.flush = () => Promise.reject(new Qcow2Error('ERR_IO', 'no flush'))
+    expect(await codeOf(image.close())).toBe('ERR_IO')
+    await (await Qcow2Image.open(path)).close()
   })
 })
 

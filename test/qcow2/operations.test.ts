@@ -81,6 +81,67 @@ test('commit: the backing file then reads as the overlay did, and the overlay is
   )
 })
 
+describe('after a commit', () => {
+  /** An overlay of 4 MiB over a base of 2 MiB that reads 1 at 0; the overlay has 2 at 1 MiB and 3 at 3 MiB. */
+  const chain = async (): Promise<{ folder: string; overlay: Qcow2Image }> => {
+    const folder = tempFolder()
+    const base = await Qcow2Image.create(`${folder}/base.qcow2`, { size: 2 << 20 })
+    await base.write(0, new Uint8Array(65536).fill(1))
+    await base.close()
+    const overlay = await Qcow2Image.create(`${folder}/top.qcow2`, { size: 4 << 20, backing: { file: 'base.qcow2', format: 'qcow2' } })
+    await overlay.read(0, 1)
+    await overlay.write(1 << 20, new Uint8Array(65536).fill(2))
+    await overlay.write(3 << 20, new Uint8Array(65536).fill(3))
+    return { folder, overlay }
+  }
+  const firstBytes = async (image: Qcow2Image): Promise<number[]> => {
+    const values = []
+    for (const at of [0, 1 << 20, 3 << 20]) values.push((await image.read(at, 1))[0]!)
+    return values
+  }
+
+  test('the open overlay reads and writes on top of what the backing file holds now', async () => {
+    const { folder, overlay } = await chain()
+    const target = await Qcow2Image.open(`${folder}/base.qcow2`)
+    await commitImage(overlay, target)
+    await target.close()
+    expect(await firstBytes(overlay)).toEqual([1, 2, 3])
+    await overlay.write((1 << 20) + 512, new Uint8Array(512).fill(4))
+    await overlay.close()
+    await using again = await Qcow2Image.open(`${folder}/top.qcow2`)
+    expect(await firstBytes(again)).toEqual([1, 2, 3])
+  })
+
+  test('a backing file given as a device is closed, unless it is the target', async () => {
+    const { folder, overlay } = await chain()
+    await overlay.close()
+    const base = `${folder}/base.qcow2`
+    const given = await Qcow2Image.open(`${folder}/top.qcow2`, { backing: await Qcow2Image.open(base, { readOnly: true }) })
+    const target = await Qcow2Image.open(base)
+    await commitImage(given, target)
+    await target.close()
+    await expect(given.read(1 << 20, 1)).rejects.toMatchObject({ code: 'ERR_CLOSED' })
+    await given.close()
+    const backing = await Qcow2Image.open(base)
+    await using same = await Qcow2Image.open(`${folder}/top.qcow2`, { backing })
+    await same.write(0, new Uint8Array(65536).fill(5))
+    await commitImage(same, backing)
+    expect(await firstBytes(same)).toEqual([5, 2, 3])
+  })
+
+  test('that failed the overlay reads what it has itself, and nothing stale', async () => {
+    const { folder, overlay } = await chain()
+    const target = await Qcow2Image.open(`${folder}/base.qcow2`)
+    const stop = new AbortController()
+    const onProgress = (): void => stop.abort()
+    await expect(commitImage(overlay, target, { signal: stop.signal, onProgress })).rejects.toThrow()
+    await target.close()
+    expect((await overlay.read(1 << 20, 1))[0]).toBe(2)
+    await expect(overlay.read(0, 1)).rejects.toMatchObject({ code: 'ERR_CLOSED' })
+    await overlay.close()
+  })
+})
+
 test('rebase: the image reads the same over its new backing file, or over none', async () => {
   await fc.assert(
     fc.asyncProperty(size, changes, changes, changes, size, fc.boolean(), fc.constantFrom(512, 4096, 65536), async (length, oldChanges, newChanges, list, newLength, flatten, clusterSize) => {
@@ -279,6 +340,33 @@ describeWithQemu('operations', (qemu) => {
       await qemu.imgOk('snapshot', '-a', 's', `${folder}/before.qcow2`)
       expect(await qemu.img('compare', `${folder}/before.qcow2`, path)).toMatchObject({ code: 0 })
     }
+  })
+
+  test('amend to version 2 leaves alone what a snapshot reads from the cluster of a zero cluster', async () => {
+    const path = `${tempFolder()}/disk.qcow2`
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', path, '8M')
+    expect(await qemu.io('-c', 'write -P 0x11 0 64k', '-c', 'write -P 0x22 64k 64k', path)).toMatchObject({ code: 0 })
+    await qemu.imgOk('snapshot', '-c', 's', path)
+    expect(await qemu.io('-c', 'write -z 0 64k', path)).toMatchObject({ code: 0 })
+    const before = readFileSync(path)
+    const host = await openFile(path)
+    await amendImage(host, { version: 2 })
+    expect(await checkImage(host)).toMatchObject(sound)
+    await host.close()
+    await using image = await Qcow2Image.open(path)
+    expect([(await image.read(0, 1))[0], (await image.read(65536, 1))[0]]).toEqual([0, 0x22])
+    await image.snapshots.apply('s')
+    expect([(await image.read(0, 1))[0], (await image.read(65536, 1))[0]]).toEqual([0x11, 0x22])
+    // over a backing file a cluster without data would show that file
+    const overlay = `${tempFolder()}/overlay.qcow2`
+    writeFileSync(overlay, before)
+    const device = await openFile(overlay)
+    const named = await Qcow2Image.open(device)
+    await setBackingFile(named, { file: 'base', format: 'raw' })
+    await named.close()
+    await using refused = await openFile(overlay)
+    await expect(amendImage(refused, { version: 2 })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED', features: ['zero clusters'] })
+    expect(await checkImage(refused)).toMatchObject(sound)
   })
 
   test('commit and unsafe rebase are seen by qemu-img', async () => {

@@ -25,8 +25,8 @@ const memory = 64
 function inTheMiddle(act: () => unknown): Pick<SaveOptions, 'onProgress'> {
   let done = false
   return {
-    onProgress: (bytes) => {
-      if (done || bytes < 1 << 20) return
+    onProgress: (progress) => {
+      if (done || progress.done < 1 << 20) return
       done = true
       void act()
     },
