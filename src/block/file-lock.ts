@@ -47,7 +47,7 @@ const written = new Set<string>()
  */
 export async function holdImageFile(file: string | URL | FileHandle): Promise<() => void> {
   const key = await identityOf(file)
-  if (written.has(key)) throw writtenHere(file, 'write')
+  if (written.has(key)) throw writtenHere(file)
   written.add(key)
   return () => written.delete(key)
 }
@@ -65,19 +65,18 @@ function nameOf(file: string | URL | FileHandle): string {
   return typeof file === 'string' || file instanceof URL ? String(file) : 'file'
 }
 
-function writtenHere(file: string | URL | FileHandle, access: 'read' | 'write'): Qcow2Error {
-  const advice = access === 'read' ? 'use that one, or open with forceShare: true' : 'use that one, or close it first'
-  return new Qcow2Error('ERR_BUSY', `${nameOf(file)}: an image of this process has this file open for writing; ${advice}`)
+function writtenHere(file: string | URL | FileHandle): Qcow2Error {
+  return new Qcow2Error('ERR_BUSY', `${nameOf(file)}: an image of this process has this file open for writing; use that one, or close it first`)
 }
 
 /**
  * Fails if a running QEMU uses `file` so that it must not be opened: for writing, if it writes too or wants no
- * writers beside it; for reading, if it writes, because the metadata may be half-way in its cache. Fails too if
+ * writers beside it; for reading, if it writes, because the metadata may be half-way in its cache. For writing it fails too if
  * an image of this process is open for writing on it.
  * @throws Qcow2Error `ERR_BUSY`
  */
 export async function checkImageLocks(file: string | URL | FileHandle, access: 'read' | 'write'): Promise<void> {
-  if (written.has(await identityOf(file))) throw writtenHere(file, access)
+  if (access === 'write' && written.has(await identityOf(file))) throw writtenHere(file)
   const { held, unshared } = await readImageLocks(file)
   const name = nameOf(file)
   if (held.has('write')) {

@@ -12,7 +12,7 @@ import {
   type MapOptions,
   type WriteZeroesOptions,
 } from '../block/device.ts'
-import { openFile, type FileHandle } from '../block/file.ts'
+import { openFile } from '../block/file.ts'
 import { checkImageLocks, holdImageFile } from '../block/file-lock.ts'
 import { openSource, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
@@ -314,7 +314,7 @@ function defined(options: OpenOptions): { direct?: boolean; syncLimit?: number; 
 async function hold(source: Source): Promise<(() => void) | undefined> {
   if (source instanceof URL && source.protocol !== 'file:') return undefined
   if (typeof source === 'string' || source instanceof URL) return holdImageFile(source)
-  if ('fd' in source && 'stat' in source) return holdImageFile(source as FileHandle)
+  if ('fd' in source && 'stat' in source) return holdImageFile(source)
   return 'path' in source && typeof source.path === 'string' ? holdImageFile(source.path) : undefined
 }
 

@@ -16,8 +16,9 @@ type Reply = (...parts: Uint8Array[]) => Promise<void>
 type Handler = (request: protocol.Request, reply: Reply) => void
 
 /** A server that negotiates as it should and then answers as `handler` does. */
-async function serve({ incoming, send }: NbdTransport, handler: Handler): Promise<void> {
-  const reader = new ByteReader(incoming)
+async function serve(transport: NbdTransport, handler: Handler): Promise<void> {
+  const send = (parts: Uint8Array[]): Promise<void> => transport.send(parts)
+  const reader = new ByteReader(transport.incoming)
   await send([protocol.encodeGreeting(3)])
   await reader.read(4)
   for (let type = 0; type !== optionTypes.go; ) {
