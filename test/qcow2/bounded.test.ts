@@ -127,7 +127,7 @@ describe('a file that claims to be huge', () => {
   })
 
   test('checking it does not go through every cluster it might have', async () => {
-    const report = await checkImage(new Claiming({ size: 2 ** 53 - 512, entries: 4, readOnly: true }))
+    const report = await checkImage(new Claiming({ size: 2 ** 53 - 512, entries: 32, readOnly: true }))
     expect(report.corruptions).toBeGreaterThan(0)
   })
 })
