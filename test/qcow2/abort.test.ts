@@ -10,7 +10,7 @@ import { tempFolder } from '../support/temp.ts'
 const MiB = 1 << 20
 const GiB = 2 ** 30
 const sound = { leaks: 0, corruptions: 0, checkErrors: 0 }
-const size = 4 * MiB
+const size = MiB / 2
 const reason = new Error('enough')
 const again = (device: MemoryDevice): MemoryDevice => new MemoryDevice(device.bytes.slice(), { growable: true })
 
@@ -26,7 +26,7 @@ const operations: Record<string, (image: Qcow2Image, signal: AbortSignal) => Pro
   'discard': (image, signal) => image.discard(0, size, { signal }),
   'shrink': (image, signal) => image.resize(512, { signal }),
   'create a snapshot': ({ snapshots }, signal) => snapshots.create({ name: 'new', signal }),
-  'create a snapshot with VM state': ({ snapshots }, signal) => snapshots.create({ name: 'new', vmState: [new Uint8Array(5 * MiB)], signal }),
+  'create a snapshot with VM state': ({ snapshots }, signal) => snapshots.create({ name: 'new', vmState: [new Uint8Array(MiB)], signal }),
   'apply a snapshot': ({ snapshots }, signal) => snapshots.apply('old', { signal }),
   'merge a bitmap': ({ bitmaps }, signal) => bitmaps.merge('b', everyOther(), { signal }),
 }
