@@ -17,9 +17,34 @@ export function reference(commands: readonly CommandDefinition[]): string {
     '',
     ...all.map(({ path, definition }) => `- [${path}](#${path.replaceAll(' ', '-')}): ${definition.summary.toLowerCase()}`),
     ...all.flatMap(({ path, definition }) => section(path, definition)),
+    ...differences,
   ]
   return `${lines.join('\n')}\n`
 }
+
+/** What a script written for qemu-img meets here otherwise. */
+const differences = [
+  '',
+  '## Differs from qemu-img',
+  '',
+  "Started under the name `qemu-img` (a link to `dist/cli.js`), messages have several lines where qemu-img's have, and no advice behind them.",
+  '',
+  '| | here |',
+  '| --- | --- |',
+  '| `dd`, `bench`, `convert --salvage`, `rebase -c` | not there |',
+  '| formats | qcow2 and raw; others are unknown drivers |',
+  '| protocols and filters | files, NBD, HTTP; no `blkdebug`, `quorum`, `throttle`, `ssh`, `fuse`, nor `size` and `offset` of `raw` |',
+  '| `-o extent_size_hint`, `nocow`; `encrypt.*` with `amend` | unknown options |',
+  '| `-o help` | the same names and types, in other words |',
+  '| sizes of 2^53 bytes and more | refused |',
+  '| `check` | findings are worded otherwise, and one fault that shows in two places counts twice |',
+  '| `map` of an NBD export | no offsets, no `x-dirty-bitmap` |',
+  '| `map` of an image with an external data file | names the image, not the data file |',
+  '| `snapshot -a` | the VM state stays in the snapshot and does not appear in the active image |',
+  '| `commit -b` | a relative name of an image in a chain below another folder may not be found |',
+  '| a header extension that occurs twice | refused |',
+  '| `-C`, `-W`, `-r RATE` | accepted, without effect |',
+]
 
 interface Named {
   readonly path: string

@@ -227,6 +227,7 @@ export const scenarios: readonly Scenario[] = [
       'amend -o lazy_refcounts=on disk', 'info --output=json disk', 'amend -o refcount_bits=64 disk', 'amend -o refcount_bits=16 disk', 'amend -o compat=0.10 disk', 'info --output=json disk',
       'amend -o compat=1.1 v2', 'amend -o lazy_refcounts=off lazy', 'amend -f qcow2 -o compat=0.10 lazy', 'amend -o cluster_size=4k disk', 'amend -o nonsense=1 disk', 'amend disk', 'amend -o refcount_bits=3 disk',
       'amend -o data_file_raw=off data', 'info --output=json data', 'amend -q -o compat=1.1 disk', 'amend -o size=16M disk', 'amend missing -o compat=1.1', 'check disk',
+      'amend -o backing_file=x, disk', 'amend -o ,help disk', 'amend -o ,, disk',
     ],
   },
 ]

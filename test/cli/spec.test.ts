@@ -26,6 +26,12 @@ describe('names', () => {
 })
 
 describe('options', () => {
+  test('JSON with single quotes, as QEMU takes it', () => {
+    expect(jsonTree(`{'driver': 'file', "filename": "it's", 'node-name': 'say "a"', 'x': 'it\\'s', 'n': 1}`)).toEqual({
+      driver: 'file', filename: "it's", 'node-name': 'say "a"', x: "it's", n: '1',
+    })
+  })
+
   test('commas written twice, dots as levels, a key alone', () => {
     expect(keyValues('a=1,,2,b,c=')).toEqual([['a', '1,2'], ['b', 'on'], ['c', '']])
     expect(optionTree('qcow2,file.filename=x,file.driver=file')).toEqual({ driver: 'qcow2', file: { filename: 'x', driver: 'file' } })
