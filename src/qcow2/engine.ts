@@ -94,7 +94,7 @@ export class Engine {
   active: Layer
   refcountTable: PointerTable
   snapshots: readonly SnapshotRecord[]
-  readonly snapshotHolds = new SnapshotHolds()
+  readonly snapshotHolds: SnapshotHolds = new SnapshotHolds()
   /** Bytes the snapshot table takes in the file. */
   snapshotTableLength: number
   /** What made the image unusable for this open: found damaged, or its header may be either of two. */

@@ -25,7 +25,7 @@ export interface UnfinishedSnapshot {
 
 export class SnapshotHolds {
   /** Changes only together with what is held: while no request is in flight, or before anything is. */
-  readonly unfinished = new Set<UnfinishedSnapshot>()
+  readonly unfinished: Set<UnfinishedSnapshot> = new Set<UnfinishedSnapshot>()
   /** How often each snapshot is open, by id. */
   readonly #open = new Map<string, number>()
 
