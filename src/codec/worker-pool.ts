@@ -31,8 +31,8 @@ export interface CompressedClusters {
   readonly release: () => void
 }
 
-/** Bytes one batch aims at: large enough to hide the message, small enough to keep all workers busy. */
-const batchBytes = 1 << 20
+/** Bytes one batch aims at: large enough to hide the message, small enough to keep all workers busy and memory low. */
+export const batchBytes: number = 1 << 18
 
 const source = `
 const { parentPort, workerData } = require('node:worker_threads')

@@ -3,7 +3,7 @@
  * decides (what is skipped, what is zero, what is compressed); layout and buffers are elsewhere.
  */
 import { isZero } from '../bytes/zero.ts'
-import { CodecPool } from '../codec/worker-pool.ts'
+import { batchBytes, CodecPool } from '../codec/worker-pool.ts'
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
@@ -50,9 +50,17 @@ export interface ConvertToQcow2Options
   readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
 }
 
-/** Bytes of a buffer, and buffers in flight: enough to keep a disk streaming, little enough to stay in the cache. */
+/** Bytes of a buffer at most, and buffers in flight: enough to keep a disk streaming, little enough to stay in the cache. */
 const pieceBytes = 1 << 20
+const leastPieceBytes = 1 << 16
 const lanes = 4
+
+/** Bytes of a buffer: what both devices transfer best, in whole `boundary`s. */
+function pieceSize(source: BlockDevice, target: BlockDevice, boundary: number): number {
+  const best = Math.min(source.limits.optimalTransfer, target.limits.optimalTransfer)
+  const size = Math.max(leastPieceBytes, Math.min(pieceBytes, best))
+  return Math.max(boundary, size - (size % boundary))
+}
 
 /**
  * Writes the content of `source` into `host` as a new qcow2 image. The target's whole content is
@@ -109,9 +117,9 @@ export async function writeImage(host: BlockDevice, options: WriteImageOptions, 
   // version 2 cannot say "zeroes" over a backing file, it stores them
   const skipZeroes = sparseSize > 0 && (options.backing === undefined || writer.header.version === 3)
   const conversion: Conversion = { source: content.source, file, writer, options, skipZeroes }
-  const pieceSize = Math.max(pieceBytes, clusterSize)
-  const pieces = content.pieces(clusterSize, pieceSize)
-  const lane: LaneOptions = { lanes, allocate: () => content.allocate(pieceSize), onPiece: content.onPiece, signal }
+  const length = compressed === true ? Math.max(batchBytes, clusterSize) : pieceSize(content.source ?? host, host, clusterSize)
+  const pieces = content.pieces(clusterSize, length)
+  const lane: LaneOptions = { lanes, allocate: () => content.allocate(length), onPiece: content.onPiece, signal }
   if (compressed === true) {
     await using pool = new CodecPool({ clusterSize, type: writer.header.compressionType, workers })
     await runLanes(pieces, { ...lane, lanes: pool.depth }, (job) => storeCompressed(conversion, pool, job))
@@ -240,8 +248,9 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
     throw new RangeError(`the target has ${target.size} bytes, the source ${source.size}; resize the target first`)
   }
   const copy: Copy = { source: pad(source), target: pad(target), sparseSize, blank, signal }
-  const pieces = convertPieces(source, { boundary: 4096, pieceSize: pieceBytes, skipZeroes: blank, skipBacking: false, signal })
-  await runLanes(pieces, laneOptions(source, pieceBytes, allocatorFor(source, target), { signal, onProgress }), (job) => copyPiece(copy, job))
+  const length = pieceSize(source, target, 4096)
+  const pieces = convertPieces(source, { boundary: 4096, pieceSize: length, skipZeroes: blank, skipBacking: false, signal })
+  await runLanes(pieces, laneOptions(source, length, allocatorFor(source, target), { signal, onProgress }), (job) => copyPiece(copy, job))
   await target.flush({ signal })
   onProgress?.({ done: source.size, total: source.size })
 }

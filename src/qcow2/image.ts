@@ -87,7 +87,7 @@ export class Qcow2Image extends BaseDevice {
     this.limits = {
       requestAlignment: engine.cipher === undefined ? 1 : 512,
       memoryAlignment: 1,
-      optimalTransfer: 1 << 20,
+      optimalTransfer: engine.data.device.limits.optimalTransfer,
       discardAlignment: engine.geometry.clusterSize,
     }
   }

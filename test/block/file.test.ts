@@ -241,3 +241,33 @@ describe('a flush that failed', () => {
     })
   })
 })
+
+test('synchronous requests one after another let the event loop turn', async () => {
+  const path = join(tempFolder(), 'busy')
+  writeFileSync(path, new Uint8Array(1 << 20))
+  await using device = await openFile(path, { readOnly: true, syncLimit: 1 << 20 })
+  expect(device.limits.optimalTransfer).toBe(1 << 20)
+  const target = new Uint8Array(1 << 20)
+  const loop = { turned: false }
+  setImmediate(() => (loop.turned = true))
+  let reads = 0
+  while (!loop.turned && reads < 1000) {
+    await device.readInto(0, target)
+    reads++
+  }
+  expect(reads).toBeGreaterThan(1)
+  expect(reads, '32 MiB at most').toBeLessThanOrEqual(33)
+})
+
+test('synchronous direct requests carry the same bytes, also a last sector cut short', async () => {
+  const path = join(tempFolder(), 'direct')
+  const content = pattern(3 * 4096 + 100, 5)
+  writeFileSync(path, content)
+  await using device = pad(await openFile(path, { direct: true, syncLimit: 4096 }))
+  expectBytes(await device.read(0, content.length), content)
+  expectBytes(await device.read(4096, 4096), content.subarray(4096, 8192))
+  await device.write(4096, pattern(4096, 6))
+  await device.write(8192 + 10, pattern(50, 7))
+  expectBytes(await device.read(4096, 4096), pattern(4096, 6))
+  expectBytes(await device.read(8192 + 10, 50), pattern(50, 7))
+})

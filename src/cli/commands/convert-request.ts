@@ -5,7 +5,7 @@ import type { ConvertToQcow2Options } from '../../qcow2/convert.ts'
 import type { Context, OptionValues } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
-import { reasonOf, resolveBacking } from '../image/open.ts'
+import { reasonOf, resolveBacking, syncLimit } from '../image/open.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { parsePlace } from '../image/spec.ts'
 import { parseSize } from '../size.ts'
@@ -123,7 +123,8 @@ export async function createFile(context: ConvertContext, target: string): Promi
   const place = parsePlace(target)
   if (place.kind !== 'file') throw new ExitError(1, `${target}: images are made in files only; -n writes to what exists`)
   try {
-    const file = await openFile(place.path, { create: 'w', direct: isDirect(context.options['target-cache']) })
+    const how = isDirect(context.options['target-cache']) ? { direct: true } : { syncLimit }
+    const file = await openFile(place.path, { ...how, create: 'w' })
     return context.wrapDevice?.(file, place.path) ?? file
   } catch (error) {
     throw new ExitError(1, `${target}: error while converting ${context.options['target-format'] ?? 'raw'}: Could not create '${target}': ${reasonOf(error)}`, { cause: error })

@@ -55,6 +55,12 @@ export interface OpenerSettings {
   readonly wrap?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
 }
 
+/**
+ * Files in the page cache are read and written synchronously in pieces that stay in the processor's cache: nothing
+ * else waits for this program's event loop.
+ */
+export const syncLimit: number = 128 << 10
+
 /** How one image is opened. */
 export interface OpenHow {
   readonly readOnly: boolean
@@ -123,7 +129,7 @@ export class Opener {
       return pad(await connectNbd(place.address, { name: place.name, readOnly }))
     }
     const source = place.kind === 'file' ? place.path : place.url
-    const device = await openSource(source, { readOnly, signal, forceShare: forceShare ?? false, direct: direct ?? false })
+    const device = await openSource(source, { readOnly, signal, forceShare: forceShare ?? false, ...(direct === true ? { direct } : { syncLimit }) })
     return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : place.url.href)
   }
 
