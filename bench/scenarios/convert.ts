@@ -3,7 +3,8 @@ import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, w
 import { join } from 'node:path'
 import { openFile } from '../../src/block.ts'
 import { convertToQcow2, copyDevice, Qcow2Image, type ConvertToQcow2Options } from '../../src/index.ts'
-import { measure, type GroupResult, type Variant } from '../harness.ts'
+import { measure, type GroupResult, type RatioQuestion, type Variant } from '../harness.ts'
+import { isBuilt, notBuilt, programVariant } from '../program.ts'
 import { findQemus } from '../qemu.ts'
 import { timed } from '../timed.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
@@ -71,16 +72,22 @@ function variants(place: Place, target: string, args: readonly string[], ours: (
       },
       finish: clean,
     },
+    ...programVariant(['convert', ...cache, ...args, target], { prepare: clean, finish: clean }),
     theirs('qemu-img', []),
     theirs('qemu-img -m 16 -W', ['-m', '16', '-W']),
   ]
 }
 
+/** Of the library in process, and of the program where it is built. */
+function ratiosTo(slow: string, inProcess?: number, program?: number): RatioQuestion[] {
+  const question = (fast: string, goal?: number): RatioQuestion => ({ fast, slow, ...(goal === undefined ? {} : { goal }) })
+  return [question('qcow2', inProcess), ...(isBuilt ? [question('program', program)] : [])]
+}
+
 async function plainGroups(place: Place): Promise<GroupResult[]> {
   const { context, folder, bytes, where, direct } = place
   const [raw, image, out] = [join(folder, 'source.raw'), join(folder, 'source.qcow2'), join(folder, 'out')]
-  const goal = direct ? 1 : 0.85
-  const ratios = [{ fast: 'qcow2', slow: 'qemu-img -m 16 -W', goal }, { fast: 'qcow2', slow: 'qemu-img' }]
+  const ratios = direct ? ratiosTo('qemu-img -m 16 -W', 1) : [...ratiosTo('qemu-img', 1, 0.85), ...ratiosTo('qemu-img -m 16 -W')]
   await toQcow2(raw, image, false, {})
   const groups = [
     await measure({ id: `raw-qcow2-${where}`, title: `raw to qcow2, ${where}`, bytes, ratios, variants: variants(place, out, ['-f', 'raw', '-O', 'qcow2', raw], () => toQcow2(raw, out, direct, {})) }, context),
@@ -103,7 +110,7 @@ async function compressedGroups(place: Place, notes: string[]): Promise<GroupRes
         title: `raw to qcow2, zlib, ${where}`,
         bytes,
         variants: variants(place, out, ['-c', '-f', 'raw', '-O', 'qcow2', raw], () => toQcow2(raw, out, false, { compressed: true })),
-        ratios: [{ fast: 'qcow2', slow: 'qemu-img -m 16 -W', goal: 1.7 }],
+        ratios: ratiosTo('qemu-img -m 16 -W', 1.7),
       },
       context,
     ),
@@ -113,7 +120,7 @@ async function compressedGroups(place: Place, notes: string[]): Promise<GroupRes
         title: `zlib qcow2 to raw, ${where}`,
         bytes,
         variants: variants(place, out, ['-f', 'qcow2', '-O', 'raw', image], () => toRaw(image, out, false)),
-        ratios: [{ fast: 'qcow2', slow: 'qemu-img -m 16 -W', goal: 1 }],
+        ratios: ratiosTo('qemu-img -m 16 -W', 1),
       },
       context,
     ),
@@ -125,7 +132,7 @@ async function compressedGroups(place: Place, notes: string[]): Promise<GroupRes
 async function run(context: ScenarioContext): Promise<ScenarioResult> {
   const qemu = findQemus().at(-1)
   if (qemu === undefined) return { groups: [], figures: [], notes: ['qemu-img is not installed: nothing to compare with.'] }
-  const notes: string[] = []
+  const notes: string[] = isBuilt ? [] : [notBuilt]
   const groups: GroupResult[] = []
   const bytes = context.quick ? 4 * MiB : (context.size ?? 512) * MiB
   const disk = sampleDisk(bytes)
@@ -149,7 +156,7 @@ export const scenario: Scenario = {
   title: 'Converting disks',
   about:
     'A disk of real programs, noise and a hole is converted from raw to qcow2 and back, in memory (CPU bound) and with O_DIRECT on the disk, ' +
-    'and compressed with zlib on all cores and decompressed. Ours runs in a warm process and flushes its target; qemu-img is timed from its start, ' +
-    'and flushes only with -t none.',
+    'and compressed with zlib on all cores and decompressed. Ours runs in a warm process, and as the program from its start, and flushes its target; qemu-img is ' +
+    'timed from its start, and flushes only with -t none.',
   run,
 }
