@@ -197,7 +197,8 @@ class Attempt {
       if (mode !== 'precopy') this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
       await this.#qmp.execute('migrate', { uri: receiver.uri })
       this.started = true
-      stream = await receiver.accept({ signal: this.#options.signal })
+      // a background snapshot has to be read to its end, see #undo: without its connection it could not be
+      stream = await receiver.accept(mode === 'background' ? {} : { signal: this.#options.signal })
       // A QEMU that hangs says nothing on either connection.
       reader = new ChunkReader(stream, { after: 2_000, ask: () => this.#qmp.execute('query-status') })
       const switching = mode === 'precopy' && this.#diskSnapshots.length > 0 ? this.#freezeAtSwitchover(events) : undefined

@@ -7,6 +7,7 @@ import type { Qmp } from '../../src/qmp/client.ts'
 import { differences, parseManifest, parseRamBlocks, ramBlocksOf } from '../../src/snapshot/manifest.ts'
 import { saveTo, type SaveMode } from '../../src/snapshot/save.ts'
 import { deviceStreamSink, type SaveSink } from '../../src/snapshot/save-sink.ts'
+import { MigrationListener } from '../../src/snapshot/socket.ts'
 import { checkGuestMemory, Guest, type GuestMemory } from '../support/guest.ts'
 import { describeWithQemu, type Qemu } from '../support/qemu.ts'
 import { memorySource } from '../support/saved.ts'
@@ -162,6 +163,28 @@ describeWithQemu('save', (qemu) => {
     const saving = saveTo(guest.qmp, deviceStreamSink(memory()), {
       signal: abort.signal,
       onProgress: ({ done }) => done > 100_000 && abort.abort(new Error('enough')),
+    })
+    await expect(saving).rejects.toThrow('enough')
+    await expectUnharmed(guest)
+  })
+
+  test.each(['background', 'stop'] as const)('aborted before the connection of QEMU is accepted, the VM runs on: %s', async (mode) => {
+    const guest = await Guest.boot(qemu)
+    await guest.run(3)
+    await using listener = await MigrationListener.open()
+    await using silent = await MigrationListener.open()
+    const abort = new AbortController()
+    const saving = saveTo(guest.qmp, deviceStreamSink(memory()), {
+      mode,
+      signal: abort.signal,
+      receiver: {
+        uri: listener.uri,
+        accept(options) {
+          setTimeout(() => abort.abort(new Error('enough')), 0)
+          // what can be aborted is aborted while nobody connects
+          return (options?.signal === undefined ? listener : silent).accept(options)
+        },
+      },
     })
     await expect(saving).rejects.toThrow('enough')
     await expectUnharmed(guest)
