@@ -6,25 +6,14 @@ import { checkImage } from '../../src/qcow2/check.ts'
 import { convertStreamToQcow2, convertToQcow2Stream } from '../../src/qcow2/convert-stream.ts'
 import type { ConvertToQcow2Options } from '../../src/qcow2/convert.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { diskOf, type DiskPiece } from '../support/disk.ts'
 
 const numRuns = process.env['QCOW2_LONG'] === '1' ? 1000 : 60
 
 /** Runs of zeroes, of text and of noise: dropped, compressed, stored as they are. */
 const disk = fc
   .array(fc.record({ length: fc.integer({ min: 1, max: 90_000 }), kind: fc.constantFrom('zero', 'text', 'noise') }), { maxLength: 12 })
-  .map((pieces) => {
-    const bytes = new Uint8Array(Math.ceil(pieces.reduce((sum, { length }) => sum + length, 0) / 512) * 512)
-    let at = 0
-    let state = 1
-    for (const { length, kind } of pieces) {
-      for (let i = 0; i < length; i++, at++) {
-        if (kind === 'zero') continue
-        state = (Math.imul(state, 1103515245) + 12345) >>> 0
-        bytes[at] = kind === 'text' ? 97 + ((at >> 7) % 26) : state >>> 24
-      }
-    }
-    return bytes
-  })
+  .map((pieces) => diskOf(pieces as DiskPiece[]))
 
 const options: fc.Arbitrary<ConvertToQcow2Options> = fc
   .record({ clusterBits: fc.integer({ min: 9, max: 17 }), refcountBits: fc.constantFrom(1, 16, 64), extendedL2: fc.boolean(), compressed: fc.boolean(), sparseSize: fc.constantFrom(0, 4096) })

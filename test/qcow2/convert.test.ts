@@ -7,35 +7,16 @@ import { checkImage } from '../../src/qcow2/check.ts'
 import { convertToQcow2, copyDevice, type ConvertToQcow2Options } from '../../src/qcow2/convert.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { describeWithQemu } from '../support/qemu.ts'
+import { diskOf, type DiskPiece } from '../support/disk.ts'
 import { tempFolder } from '../support/temp.ts'
 
 const numRuns = process.env['QCOW2_LONG'] === '1' ? 1000 : 80
-
-interface Piece {
-  length: number
-  kind: 'zero' | 'text' | 'noise'
-}
-
-/** A disk of runs that are zero, compress well, or do not compress. */
-function diskOf(pieces: readonly Piece[]): Uint8Array {
-  const disk = new Uint8Array(Math.ceil(pieces.reduce((sum, { length }) => sum + length, 0) / 512) * 512)
-  let at = 0
-  let state = 1
-  for (const { length, kind } of pieces) {
-    for (let i = 0; i < length; i++, at++) {
-      if (kind === 'zero') continue
-      state = (Math.imul(state, 1103515245) + 12345) >>> 0
-      disk[at] = kind === 'text' ? 97 + ((at >> 7) % 26) : state >>> 24
-    }
-  }
-  return disk
-}
 
 const piece = fc.record({
   length: fc.oneof(fc.integer({ min: 1, max: 3000 }), fc.integer({ min: 1, max: 60_000 }), fc.constantFrom(512, 4096, 65536, 131072)),
   kind: fc.constantFrom('zero', 'text', 'noise'),
 })
-const disk = fc.array(piece, { maxLength: 12 }).map((pieces) => diskOf(pieces as Piece[]))
+const disk = fc.array(piece, { maxLength: 12 }).map((pieces) => diskOf(pieces as DiskPiece[]))
 
 const options: fc.Arbitrary<ConvertToQcow2Options> = fc
   .record({

@@ -1,38 +1,17 @@
 /** Which parts of a RAM block are sent: all that may hold something, in aligned pieces, each once. */
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import { anyRequest, BaseDevice, extent, type Extent } from '../../src/block/device.ts'
+import { extent, type Extent } from '../../src/block/device.ts'
+import { NullDevice } from '../../src/block/null.ts'
 import { dataRanges } from '../../src/snapshot/data-ranges.ts'
 
 /** A device of which only the map matters. */
-class Mapped extends BaseDevice {
-  readonly readOnly = true
-  readonly limits = anyRequest
+class Mapped extends NullDevice {
   readonly #kinds: readonly ('data' | 'zero' | 'absent')[]
 
   constructor(kinds: readonly ('data' | 'zero' | 'absent')[]) {
-    super()
+    super(kinds.length * 4096)
     this.#kinds = kinds
-  }
-
-  get size(): number {
-    return this.#kinds.length * 4096
-  }
-
-  protected onRead(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 
   // eslint-disable-next-line @typescript-eslint/require-await
