@@ -22,7 +22,7 @@ const loaders: Readonly<Record<string, () => Promise<CommandDefinition>>> = {
   capture: async () => (await import('./commands/capture.ts')).captureCommand,
   doctor: async () => (await import('./commands/doctor.ts')).doctorCommand,
   serve: async () => (await import('./commands/serve.ts')).serveCommand,
-  trace: async () => (await import('./commands/trace.ts')).traceCommand(loadCommands),
+  trace: async () => (await import('./commands/trace.ts')).traceCommand({ names: commandNames, load: loadCommand }),
   completion: async () => (await import('./commands/completion.ts')).completionCommand(loadCommands),
 }
 

@@ -5,6 +5,7 @@
  *  be16 type | be16 length | payload (RECV_BITMAP goes on behind it, see `parseBitmap`)
  * ```
  */
+import { concat } from '../bytes/concat.ts'
 import { readU64, writeU64 } from '../bytes/u64.ts'
 import { viewOf } from '../bytes/view.ts'
 import { streamError } from './format.ts'
@@ -108,13 +109,7 @@ export class ReturnPathParser {
 
   #join(chunk: Uint8Array): Uint8Array {
     if (this.#parts.length === 0) return chunk
-    const whole = new Uint8Array(this.#have)
-    let at = 0
-    for (const part of [...this.#parts, chunk]) {
-      whole.set(part, at)
-      at += part.length
-    }
-    return whole
+    return concat([...this.#parts, chunk])
   }
 
   #parse(bytes: Uint8Array): Parsed {

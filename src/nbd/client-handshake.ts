@@ -1,4 +1,5 @@
 /** The client's side of the negotiation. Owns what is asked of a server, and the check of what it says. */
+import { concat } from '../bytes/concat.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import * as protocol from './protocol.ts'
 import { infoTypes, optionReplies, optionTypes } from './protocol.ts'
@@ -25,12 +26,12 @@ export async function shakeHands(transport: NbdTransport, reader: ByteReader, na
   const ask = (type: number, data: Uint8Array): Promise<Uint8Array[]> => haggle(transport, reader, { type, data, name })
   await ask(optionTypes.structuredReply, new Uint8Array(0))
   const contexts = new Map<number, string>()
-  for (const reply of await ask(optionTypes.setMetaContext, join([protocol.encodeString(name), u32(contextNames.length), ...contextNames.map(protocol.encodeString)]))) {
+  for (const reply of await ask(optionTypes.setMetaContext, concat([protocol.encodeString(name), u32(contextNames.length), ...contextNames.map(protocol.encodeString)]))) {
     const cursor = new protocol.Cursor(reply, 'NBD metadata context')
     contexts.set(cursor.u32(), new TextDecoder().decode(cursor.bytes(cursor.left)))
   }
   const wanted = [0, 1, 0, infoTypes.blockSize] // one request: the block sizes
-  const infos = await ask(optionTypes.go, join([protocol.encodeString(name), new Uint8Array(wanted)]))
+  const infos = await ask(optionTypes.go, concat([protocol.encodeString(name), new Uint8Array(wanted)]))
   return { ...readInfos(infos), contexts }
 }
 
@@ -85,15 +86,5 @@ async function haggle(
 function u32(value: number): Uint8Array {
   const bytes = new Uint8Array(4)
   new DataView(bytes.buffer).setUint32(0, value)
-  return bytes
-}
-
-function join(parts: readonly Uint8Array[]): Uint8Array {
-  const bytes = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0))
-  let at = 0
-  for (const part of parts) {
-    bytes.set(part, at)
-    at += part.length
-  }
   return bytes
 }

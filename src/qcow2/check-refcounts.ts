@@ -3,6 +3,7 @@
  * counter with the references that were found.
  */
 import { viewOf } from '../bytes/view.ts'
+import { isZero } from '../bytes/zero.ts'
 import { describeOwners, owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 
@@ -178,10 +179,4 @@ export function compareRefcounts(context: CheckContext, stored: StoredRefcounts)
     if (nextExpected === cluster) nextExpected = expected.nextUsed(cluster + 1, end)
   }
   return { highestCluster, differences, rebuild }
-}
-
-function isZero(bytes: Uint8Array): boolean {
-  const words = new Uint32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4)
-  for (let i = 0; i < words.length; i++) if (words[i] !== 0) return false
-  return true
 }

@@ -35,12 +35,13 @@ export async function commitImage(overlay: Qcow2Image, target: BlockDevice, opti
   const { signal, depth = 1 } = options
   if (target.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'commit: the backing file is open read-only; open it for writing')
   if (!Number.isInteger(depth) || depth < 1) throw new RangeError(`depth must be a positive integer, not ${depth}`)
+  const outdated = !isInChain(overlay, target)
   let fresh: BlockDevice | undefined
   try {
     await copyDown(overlay, target, depth, options)
-    if (!isInChain(overlay, target)) fresh = await overlay.engine.reopenBacking?.()
+    if (outdated) fresh = await overlay.engine.reopenBacking?.()
   } finally {
-    if (!isInChain(overlay, target)) await replaceBacking(overlay, fresh)
+    if (outdated) await replaceBacking(overlay, fresh)
   }
   if (options.keep === true || depth > 1) return
   await overlay.forget(0, overlay.size, { signal })

@@ -6,6 +6,7 @@
  * over the source: the first finds out what the header will say, the second sends everything.
  */
 import { BaseDevice, anyRequest, type BlockDevice, type BlockLimits } from '../block/device.ts'
+import { equalBytes } from '../bytes/equal.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { streamPieces } from './convert-plan.ts'
 import { allocatorFor, deviceContent, writeImage, type ConvertToQcow2Options, type ImageContent } from './convert.ts'
@@ -135,7 +136,7 @@ class InOrder extends BaseDevice {
   }
 
   #compareHeader(bytes: Uint8Array): Promise<void> {
-    const same = bytes.length === this.#header.length && bytes.every((byte, at) => byte === this.#header[at])
+    const same = bytes.length === this.#header.length && equalBytes(bytes, this.#header, 0, bytes.length)
     if (same) return done
     return Promise.reject(new Qcow2Error('ERR_BUSY', 'the source changed while it was read; what was sent is not a whole image'))
   }

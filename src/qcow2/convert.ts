@@ -73,8 +73,7 @@ function pieceSize(source: BlockDevice, target: BlockDevice, boundary: number): 
  */
 export async function convertToQcow2(source: BlockDevice, host: BlockDevice, options: ConvertToQcow2Options = {}): Promise<void> {
   const { onProgress } = options
-  const onPiece = (piece: ConvertPiece): void => onProgress?.({ done: piece.start + piece.length, total: source.size })
-  await writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, onPiece))
+  await writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, progressOver(source, onProgress)))
   onProgress?.({ done: source.size, total: source.size })
 }
 
@@ -250,7 +249,9 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   const copy: Copy = { source: pad(source), target: pad(target), sparseSize, blank, signal }
   const length = pieceSize(source, target, 4096)
   const pieces = convertPieces(source, { boundary: 4096, pieceSize: length, skipZeroes: blank, skipBacking: false, signal })
-  await runLanes(pieces, laneOptions(source, length, allocatorFor(source, target), { signal, onProgress }), (job) => copyPiece(copy, job))
+  const allocate = allocatorFor(source, target)
+  const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: progressOver(source, onProgress), signal }
+  await runLanes(pieces, lane, (job) => copyPiece(copy, job))
   await target.flush({ signal })
   onProgress?.({ done: source.size, total: source.size })
 }
@@ -297,12 +298,7 @@ function runEnd(bytes: Uint8Array, from: number, grain: number, zero: boolean): 
   return Math.min(at, bytes.length)
 }
 
-function laneOptions(
-  source: BlockDevice,
-  length: number,
-  allocate: (length: number) => Uint8Array,
-  { signal, onProgress }: { signal?: AbortSignal | undefined; onProgress?: ((progress: ConvertProgress) => void) | undefined },
-): LaneOptions {
-  const onPiece = (piece: ConvertPiece): void => onProgress?.({ done: piece.start + piece.length, total: source.size })
-  return { lanes, allocate: () => allocate(length), onPiece, signal }
+/** Tells how far pieces of the source are dealt with. */
+function progressOver(source: BlockDevice, onProgress: CopyOptions['onProgress']): (piece: ConvertPiece) => void {
+  return ({ start, length }) => onProgress?.({ done: start + length, total: source.size })
 }

@@ -96,7 +96,7 @@ export class Qcow2Image extends BaseDevice {
    * Opens an image, and what it refers to under the policy of the options.
    * @throws Qcow2Error `ERR_FORMAT` not an image or malformed, `ERR_UNSUPPORTED` features this library
    * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`, `ERR_BUSY` a
-   * running QEMU uses the file, or an image of this process is open for writing on it.
+   * running QEMU uses the file, or an image of this process is open for writing on it and this one would write too.
    */
   static async open(source: Source, options: OpenOptions = {}): Promise<Qcow2Image> {
     options.signal?.throwIfAborted()

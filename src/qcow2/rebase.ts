@@ -3,6 +3,7 @@
  * first. Unsafe: only the name changes.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { equalBytes } from '../bytes/equal.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import { extensionType, withExtension } from './extensions.ts'
 import type { Qcow2Image } from './image.ts'
@@ -87,17 +88,12 @@ async function readPadded(device: BlockDevice | undefined, at: number, target: U
 
 /** Writes the runs of grains in which `was` and `becomes` differ. */
 async function copyDifferences(image: Qcow2Image, at: number, was: Uint8Array, becomes: Uint8Array, signal: AbortSignal | undefined): Promise<void> {
+  const same = (from: number): boolean => equalBytes(was, becomes, from, Math.min(grain, was.length - from))
   for (let from = 0; from < was.length; from += grain) {
-    if (equal(was, becomes, from)) continue
+    if (same(from)) continue
     let to = from + grain
-    while (to < was.length && !equal(was, becomes, to)) to += grain
+    while (to < was.length && !same(to)) to += grain
     await image.write(at + from, was.subarray(from, Math.min(to, was.length)), { signal })
     from = to - grain
   }
-}
-
-function equal(a: Uint8Array, b: Uint8Array, from: number): boolean {
-  const to = Math.min(a.length, from + grain)
-  for (let i = from; i < to; i++) if (a[i] !== b[i]) return false
-  return true
 }

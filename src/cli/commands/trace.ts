@@ -7,8 +7,14 @@ import { parse } from '../parse.ts'
 import { drawTrace, summariseTrace } from '../print/trace.ts'
 import { paletteFor } from '../terminal.ts'
 
-/** `trace`, for the commands that `all` gives. */
-export function traceCommand(all: () => Promise<readonly CommandDefinition[]>): CommandDefinition {
+/** The commands that there are, each loaded by its name. */
+export interface Commands {
+  readonly names: readonly string[]
+  readonly load: (name: string) => Promise<CommandDefinition | undefined>
+}
+
+/** `trace`, for these commands. */
+export function traceCommand(commands: Commands): CommandDefinition {
   return {
     ...group({
       name: 'trace',
@@ -25,15 +31,15 @@ export function traceCommand(all: () => Promise<readonly CommandDefinition[]>): 
     passThrough: true,
     options: { output: { value: 'FORMAT', choices: ['human', 'json'], help: "'human' (default) or 'json'" } },
     arguments: [{ name: 'COMMAND', many: true, word: true, help: 'a command with its options' }],
-    run: async (context) => runTraced(context, await all()),
+    run: (context) => runTraced(context, commands),
   }
 }
 
-async function runTraced(context: Context, all: readonly CommandDefinition[]): Promise<number> {
+async function runTraced(context: Context, { names, load }: Commands): Promise<number> {
   const [name, ...words] = context.args as [string, ...string[]]
-  const definition = all.find((each) => each.name === name)
+  const definition = await load(name)
   if (definition === undefined || name === 'trace' || definition.commands !== undefined) {
-    throw new UsageError(`Command not found: ${name}${didYouMean(name, all.map((each) => each.name))}`)
+    throw new UsageError(`Command not found: ${name}${didYouMean(name, names)}`)
   }
   const line = parse(definition, words)
   if (line.help) throw new UsageError(`see 'help ${name}'`)
