@@ -13,6 +13,7 @@ import { faultsOf, parseFaultOrder } from '../../src/snapshot/fault-order.ts'
 import { Guest } from '../support/guest.ts'
 import { describeWithQemu, qemus } from '../support/qemu.ts'
 import { makeSave, saveKinds } from '../support/saves.ts'
+import { faultsFirst } from '../support/slow-source.ts'
 
 const machine = 'pc-i440fx-7.2'
 const hash = (file: string): string => createHash('sha256').update(readFileSync(file)).digest('hex')
@@ -67,7 +68,8 @@ describeWithQemu('revert', (qemu) => {
   test('faults recorded at the first revert are sent ahead at the second', async () => {
     const { file, memory } = await makeSave(qemu, 'RAM image')
     const first = await Guest.boot(qemu, { incoming: 'defer' })
-    const { faultOrder } = await revert(file, { qmp: first.qmp, incoming: join(first.folder, 'incoming') })
+    await using saved = await openSaved(file)
+    const { faultOrder } = await revert(faultsFirst(saved, 8), { qmp: first.qmp, incoming: join(first.folder, 'incoming') })
     await first.kill()
     expect([...faultsOf(faultOrder)].length).toBeGreaterThan(3)
     expect(parseFaultOrder(JSON.stringify(faultOrder))).toEqual(faultOrder)

@@ -229,7 +229,7 @@ describeWithQemu('traps of postcopy', (qemu) => {
     hand.open()
     hand.send(pageSection(hand.source, block, offset))
     await hand.fails()
-    expect(hand.guest.stderr).toMatch(complaint)
+    await expect.poll(() => hand.guest.stderr, { timeout: 10_000 }).toMatch(complaint)
     expect(hand.guest.ticks).toEqual([])
   })
 
@@ -238,7 +238,7 @@ describeWithQemu('traps of postcopy', (qemu) => {
     const [first, ...others] = hand.source.blocks
     hand.open({ blocks: [{ ...first!, length: 8 << 20 }, ...others] })
     await hand.fails()
-    expect(hand.guest.stderr).toContain('Size mismatch: pc.ram: 0x800000 != 0x400000')
+    await expect.poll(() => hand.guest.stderr, { timeout: 10_000 }).toContain('Size mismatch: pc.ram: 0x800000 != 0x400000')
     expect(hand.pongs).not.toContain(3)
   })
 
