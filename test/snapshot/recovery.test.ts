@@ -7,7 +7,7 @@ import { expect, onTestFinished, test } from 'vitest'
 import { connectSocket } from '../../src/qmp/socket.ts'
 import { openSaved } from '../../src/snapshot/open-saved.ts'
 import { recover, revert } from '../../src/snapshot/revert.ts'
-import { Guest } from '../support/guest.ts'
+import { Guest, mainMemory } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { makeSave } from '../support/saves.ts'
 import { SlowSource } from '../support/slow-source.ts'
@@ -68,6 +68,23 @@ describeWithQemu('recovery', (qemu) => {
     }
   })
 
+  test('pages sent before the guest started count as received', async () => {
+    const { file, memory } = await makeSave(qemu, 'RAM image')
+    const guest = await Guest.boot(qemu, { incoming: 'defer' })
+    await using saved = await openSaved(file)
+    const clusters = Array.from({ length: 16 }, (_, n) => 16 + n)
+    const faultOrder = { version: 1, clusterSize: 65_536, blocks: [mainMemory], faults: clusters.flatMap((cluster) => [0, cluster]) } as const
+    const { source } = new SlowSource(saved, (1 << 20) + 65_536)
+    const abort = new AbortController()
+    const onProgress = ({ phase }: { phase: string }): void => {
+      if (phase === 'running') setTimeout(() => abort.abort(new Error('cut')), 30)
+    }
+    const cut = revert(source, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming'), signal: abort.signal, faultOrder, onProgress })
+    await expect(cut).rejects.toThrow('cut')
+    await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'again'), faultOrder })
+    await guest.expectGoesOn(memory.tick)
+  })
+
   test('after the process was killed', async () => {
     const { file, memory } = await makeSave(qemu, 'RAM image')
     const folder = (await Guest.boot(qemu, { paused: true })).folder
@@ -77,8 +94,7 @@ describeWithQemu('recovery', (qemu) => {
     const script = join(folder, 'revert.mts')
     writeFileSync(
       script,
-      `import { connectSocket } from '../../src/qmp/socket.ts'
-import { openSaved } from ${JSON.stringify(join(sources, 'open-saved.ts'))}
+      `import { openSaved } from ${JSON.stringify(join(sources, 'open-saved.ts'))}
        import { revert } from ${JSON.stringify(join(sources, 'revert.ts'))}
        import { SlowSource } from ${JSON.stringify(resolve(import.meta.dirname, '../support/slow-source.ts'))}
        const { source } = new SlowSource(await openSaved(${JSON.stringify(file)}), 1 << 20)
