@@ -22,6 +22,8 @@ export interface Run {
 export interface Measured {
   readonly seconds?: number
   readonly cpuSeconds?: number
+  /** Seconds from the start to several moments of one run, by name; see {@link measureMoments}. */
+  readonly moments?: Readonly<Record<string, number>>
 }
 
 /** One way to do the work. */
@@ -97,11 +99,41 @@ export interface Rounds {
 
 /** Runs every variant once a round, in a new order each round. Virtual time needs one round only. */
 export async function measure(plan: GroupPlan, options: Rounds): Promise<GroupResult> {
-  const clock = plan.clock ?? 'wall'
-  const rounds = clock === 'virtual' ? 1 : options.rounds
-  const warmup = clock === 'virtual' ? 0 : options.warmup
+  const runs = await runRounds(plan, options)
+  return summarizeGroup(plan, (id) => runs.get(id)!.map(({ run }) => run))
+}
+
+/** One moment of runs that have several. */
+export interface MomentPlan extends Pick<GroupPlan, 'id' | 'title' | 'ratios'> {
+  /** Its name in {@link Measured.moments}. */
+  readonly moment: string
+}
+
+/** Measures once and gives a group for each moment: all moments of a variant in a round are those of one run. */
+export async function measureMoments(
+  plan: GroupPlan,
+  moments: readonly MomentPlan[],
+  options: Rounds,
+): Promise<GroupResult[]> {
+  const runs = await runRounds(plan, options)
+  return moments.map(({ moment, ...own }) => {
+    const at = (id: string): Run[] => {
+      return runs.get(id)!.map(({ run, measured }) => ({ round: run.round, seconds: measured!.moments![moment]! }))
+    }
+    return summarizeGroup({ ...plan, ...own }, at)
+  })
+}
+
+interface RunOfVariant {
+  readonly run: Run
+  readonly measured: Measured | undefined
+}
+
+async function runRounds(plan: GroupPlan, options: Rounds): Promise<Map<string, RunOfVariant[]>> {
+  const rounds = plan.clock === 'virtual' ? 1 : options.rounds
+  const warmup = plan.clock === 'virtual' ? 0 : options.warmup
   const random = mulberry32(options.seed)
-  const runs = new Map<string, Run[]>(plan.variants.map(({ id }) => [id, []]))
+  const runs = new Map<string, RunOfVariant[]>(plan.variants.map(({ id }) => [id, []]))
   for (let round = -warmup; round < rounds; round++) {
     options.onProgress?.(`${plan.title}: ${round < 0 ? 'warm-up' : `round ${round + 1} of ${rounds}`}`)
     for (const variant of shuffled(plan.variants, random)) {
@@ -109,19 +141,23 @@ export async function measure(plan: GroupPlan, options: Rounds): Promise<GroupRe
       if (round >= 0) runs.get(variant.id)!.push(run)
     }
   }
-  const variants = plan.variants.map(({ id, title }) => summarizeVariant(id, title, runs.get(id)!))
+  return runs
+}
+
+function summarizeGroup(plan: GroupPlan, runsOf: (id: string) => readonly Run[]): GroupResult {
+  const variants = plan.variants.map(({ id, title }) => summarizeVariant(id, title, runsOf(id)))
   return {
     id: plan.id,
     title: plan.title,
     ...(plan.note === undefined ? {} : { note: plan.note }),
     bytes: plan.bytes,
-    clock,
+    clock: plan.clock ?? 'wall',
     variants,
     ratios: (plan.ratios ?? []).map((question) => ratio(question, variants)),
   }
 }
 
-async function time(variant: Variant, round: number): Promise<Run> {
+async function time(variant: Variant, round: number): Promise<RunOfVariant> {
   await variant.prepare?.()
   const cpuBefore = process.cpuUsage()
   const before = performance.now()
@@ -132,7 +168,7 @@ async function time(variant: Variant, round: number): Promise<Run> {
   const own = (cpu.user + cpu.system) / 1e6
   // a variant that timed another process has not measured this one's CPU
   const cpuSeconds = measured?.seconds === undefined ? (measured?.cpuSeconds ?? own) : measured.cpuSeconds
-  return { round, seconds: measured?.seconds ?? wall, ...(cpuSeconds === undefined ? {} : { cpuSeconds }) }
+  return { run: { round, seconds: measured?.seconds ?? wall, ...(cpuSeconds === undefined ? {} : { cpuSeconds }) }, measured }
 }
 
 function summarizeVariant(id: string, title: string, runs: readonly Run[]): VariantResult {

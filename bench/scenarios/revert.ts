@@ -4,11 +4,10 @@ import * as fs from 'node:fs'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { openFile } from '../../src/block.ts'
-import { Qcow2Image } from '../../src/index.ts'
-import { migrationStream, openSaved, revert, revertEagerly, save, saveVmState, type FaultOrder } from '../../src/snapshot.ts'
+import { migrationStream, openSaved, revert, revertEagerly, save, type FaultOrder, type RevertReport } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
-import { measure, type GroupResult, type Measured, type Variant } from '../harness.ts'
-import { findQemus, QemuVm, type QemuInstallation } from '../qemu.ts'
+import { measureMoments, summarize, type GroupResult, type Measured, type Variant } from '../harness.ts'
+import { findQemus, qemuImg, QemuVm, type QemuInstallation } from '../qemu.ts'
 import { dropFromCache } from '../live-files.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
 
@@ -31,7 +30,11 @@ interface Setup {
   readonly memory: number
   readonly fill: string
   readonly files: { readonly ram: string; readonly stream: string; readonly image: string }
+  /** Written by QEMU 10's own `migrate` to a file with capability mapped-ram; absent before. */
+  readonly mapped?: string
   readonly order: FaultOrder
+  /** Milliseconds from each request of a guest until its pages were handed on, in all counted and uncounted rounds. */
+  readonly latencies: Map<string, number[]>
 }
 
 /** Waits for the guest's first good round; the time of it. */
@@ -54,13 +57,15 @@ function vmArguments(setup: Pick<Setup, 'machine' | 'memory' | 'fill'>): string[
 async function run(context: ScenarioContext): Promise<ScenarioResult> {
   const memory = context.size ?? (context.quick ? 96 : 256)
   const groups: GroupResult[] = []
+  const notes: string[] = []
   const qemus = findQemus()
   for (const qemu of context.quick ? qemus.slice(0, 1) : qemus) {
     const setup = await prepare(context, qemu, memory)
-    for (const moment of ['runs', 'works', 'complete'] as const) groups.push(await group(setup, moment))
-    for (const file of Object.values(setup.files)) fs.rmSync(file, { force: true })
+    groups.push(...(await compare(setup)))
+    notes.push(...latencyNotes(setup))
+    for (const file of fs.readdirSync(context.folder)) fs.rmSync(join(context.folder, file), { force: true })
   }
-  const notes = qemus.length === 0 ? ['QEMU is not installed: there is nothing to revert into.'] : []
+  if (qemus.length === 0) notes.push('QEMU is not installed: there is nothing to revert into.')
   return { groups, figures: groups.map(groupFigure), notes }
 }
 
@@ -68,64 +73,109 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
 async function prepare(context: ScenarioContext, qemu: QemuInstallation, memory: number): Promise<Setup> {
   const fill = join(context.folder, 'fill')
   // three quarters of the memory behind the guest's own are random, the rest is zero
-  fs.writeFileSync(fill, randomFillSync(Buffer.allocUnsafe(Math.floor(((memory - 64) * MiB * 3) / 4))))
+  writeRandom(fill, Math.floor(((memory - 64) * 3) / 4))
   const [major, minor] = qemu.version.split('.')
   const files = { ram: join(context.folder, 'ram.qcow2'), stream: join(context.folder, 'saved.mig'), image: join(context.folder, 'image.qcow2') }
   const base = { machine: `pc-i440fx-${major}.${minor}`, memory, fill }
-  const vm = await QemuVm.start(qemu, vmArguments(base))
+  await qemuImg(qemu, 'create', '-q', '-f', 'qcow2', files.image, String(64 * MiB))
+  const vm = await QemuVm.start(qemu, [...vmArguments(base), ...drive(files.image, 'writeback')])
+  let mapped: string | undefined
   try {
     await works(vm)
     await save(vm.qmp, { memory: files.ram, manifest: false })
+    await vm.monitor('savevm snap')
+    if (Number(major) >= 10) await writeMappedRam(vm, (mapped = join(context.folder, 'mapped.mig')))
   } finally {
     await vm.end()
   }
   await using saved = await openSaved(files.ram)
-  {
-    await using target = await Qcow2Image.create(files.image, { size: 64 * MiB })
-    await saveVmState(target, migrationStream(saved, { zeroPages: 'keep' }), { name: 'snap' })
-  }
   await using stream = await openFile(files.stream, { create: 'w' })
   let at = 0
   for await (const chunk of migrationStream(saved)) {
     await stream.write(at, chunk)
     at += chunk.length
   }
-  const setup = { context, qemu, ...base, files, order: { version: 1, clusterSize: 65_536, blocks: [], faults: [] } as FaultOrder }
-  const order = await recordOrder(setup)
-  return { ...setup, order }
+  const order: FaultOrder = { version: 1, clusterSize: 65_536, blocks: [], faults: [] }
+  const setup: Setup = { context, qemu, ...base, files, order, latencies: new Map(), ...(mapped !== undefined && { mapped }) }
+  return { ...setup, order: await recordOrder(setup) }
+}
+
+function writeRandom(file: string, mebibytes: number): void {
+  const descriptor = fs.openSync(file, 'w')
+  for (let n = 0; n < mebibytes; n++) fs.writeSync(descriptor, randomFillSync(Buffer.allocUnsafe(MiB)))
+  fs.closeSync(descriptor)
+}
+
+/** QEMU's own fastest file to load: pages at fixed places. Leaves the VM stopped. */
+async function writeMappedRam(vm: QemuVm, file: string): Promise<void> {
+  await vm.qmp.execute('migrate-set-capabilities', { capabilities: [{ capability: 'mapped-ram', state: true }] })
+  await vm.qmp.execute('stop')
+  await vm.qmp.execute('migrate', { uri: `file:${file}` })
+  for (;;) {
+    const { status } = await vm.qmp.execute('query-migrate')
+    if (status === 'completed') return
+    if (status === 'failed') throw new Error('QEMU did not write the mapped-ram file')
+    await sleep(20)
+  }
 }
 
 async function recordOrder(setup: Setup): Promise<FaultOrder> {
   let order: FaultOrder | undefined
-  const variant = ours(setup, 'works', { id: 'record', title: '', onOrder: (recorded) => (order = recorded) })
+  const variant = ours(setup, { id: 'record', title: 'the first revert, which records the order', onReport: ({ faultOrder }) => (order = faultOrder) })
   await variant.prepare!()
   await variant.run()
   await variant.finish!()
   return order!
 }
 
-async function group(setup: Setup, moment: Moment): Promise<GroupResult> {
-  const { context, qemu, order } = setup
+function compare(setup: Setup): Promise<GroupResult[]> {
+  const { context, qemu, order, files, mapped, memory } = setup
   const variants: Variant[] = [
-    ours(setup, moment, { id: 'postcopy', title: 'postcopy from RAM image' }),
-    ours(setup, moment, { id: 'postcopy-order', title: 'the same, recorded order sent ahead', order }),
-    ours(setup, moment, { id: 'postcopy-cold', title: 'postcopy from RAM image, cold cache', cold: true }),
-    ours(setup, moment, { id: 'postcopy-stream', title: 'postcopy from stream file', file: setup.files.stream }),
-    ours(setup, moment, { id: 'precopy', title: 'ordinary migration from RAM image', eager: true }),
-    loadvm(setup, moment),
+    ours(setup, { id: 'postcopy', title: 'postcopy from RAM image' }),
+    ours(setup, { id: 'postcopy-order', title: 'the same, recorded order sent ahead', order }),
+    ours(setup, { id: 'postcopy-cold', title: 'postcopy from RAM image, cold cache', cold: true }),
+    ours(setup, { id: 'postcopy-stream', title: 'postcopy from stream file', file: files.stream }),
+    ours(setup, { id: 'postcopy-savevm', title: 'postcopy from snapshot by QEMU savevm', file: files.image }),
+    ours(setup, { id: 'precopy', title: 'ordinary migration from RAM image', eager: true }),
+    loadvm(setup, 'writeback'),
+    loadvm(setup, 'none'),
+    ...(mapped === undefined
+      ? []
+      : [
+          incomingFile(setup, { id: 'qemu-file', title: 'QEMU -incoming file:', file: files.stream }),
+          incomingFile(setup, { id: 'qemu-mapped', title: 'QEMU -incoming file:, mapped-ram', file: mapped, mappedRam: true }),
+          incomingFile(setup, { id: 'qemu-file-cold', title: 'QEMU -incoming file:, cold cache', file: files.stream, cold: true }),
+        ]),
   ]
-  return measure({
-    id: `revert-${qemu.version}-${moment}`,
-    title: `Revert, QEMU ${qemu.version}, ${setup.memory} MiB: ${titles[moment]}`,
-    note: 'QEMU waits with -incoming; loadvm: HMP loadvm in a VM that waits, cache=writeback. The guest works on 32 MiB of its memory.',
-    bytes: setup.memory * MiB,
+  const plan = {
+    id: `revert-${qemu.version}`,
+    title: `Revert, QEMU ${qemu.version}, ${memory} MiB`,
+    note: 'QEMU waits with -incoming; loadvm: HMP loadvm in a VM that waits. The guest works on 32 MiB, spread over all of its memory in runs of 64 KiB.',
+    bytes: memory * MiB,
     variants,
+  }
+  const moments = (['runs', 'works', 'complete'] as const).map((moment) => ({
+    moment,
+    id: `${plan.id}-${moment}`,
+    title: `${plan.title}: ${titles[moment]}`,
     ratios: [
-      { fast: 'postcopy', slow: 'loadvm' },
+      { fast: 'postcopy', slow: 'loadvm-writeback' },
+      { fast: 'postcopy', slow: 'loadvm-none' },
       { fast: 'postcopy', slow: 'precopy', ...(moment === 'complete' && { goal: 1 / 0.6 }) },
       { fast: 'postcopy-order', slow: 'postcopy', ...(moment === 'works' && { goal: 2 }) },
+      ...(mapped === undefined ? [] : [{ fast: 'postcopy', slow: 'qemu-file' }, { fast: 'postcopy', slow: 'qemu-mapped' }, { fast: 'postcopy-cold', slow: 'qemu-file-cold' }]),
     ],
-  }, context)
+  }))
+  return measureMoments(plan, moments, context)
+}
+
+/** How long pages that a guest asked for were in this process, while the rest of its memory was sent. */
+function latencyNotes({ qemu, memory, latencies }: Setup): string[] {
+  return [...latencies].filter(([, times]) => times.length > 0).map(([title, times]) => {
+    const sorted = [...times].sort((a, b) => a - b)
+    const late = sorted[Math.floor(sorted.length * 0.99)]!
+    return `QEMU ${qemu.version}, ${memory} MiB, ${title}: ${times.length} requests served in ${summarize(times).median.toFixed(2)} ms (median), ${late.toFixed(2)} ms (99 of 100).`
+  })
 }
 
 interface OurWay {
@@ -135,10 +185,10 @@ interface OurWay {
   readonly order?: FaultOrder
   readonly cold?: boolean
   readonly eager?: boolean
-  readonly onOrder?: (order: FaultOrder) => void
+  readonly onReport?: (report: RevertReport) => void
 }
 
-function ours(setup: Setup, moment: Moment, way: OurWay): Variant {
+function ours(setup: Setup, way: OurWay): Variant {
   const { context, qemu } = setup
   let vm: QemuVm
   return {
@@ -154,11 +204,15 @@ function ours(setup: Setup, moment: Moment, way: OurWay): Variant {
       const options = { qmp: vm.qmp, incoming: join(context.folder, 'incoming'), faultOrder: way.order }
       const reverting = way.eager === true ? revertEagerly(way.file ?? setup.files.ram, options) : revert(way.file ?? setup.files.ram, options)
       const done = reverting.then((report) => {
-        if ('faultOrder' in report) way.onOrder?.(report.faultOrder)
+        if ('faultOrder' in report) {
+          way.onReport?.(report)
+          const times = setup.latencies.get(way.title) ?? []
+          setup.latencies.set(way.title, times.concat(report.latencies))
+        }
         return performance.now()
       })
       const [runs, worked, complete] = await Promise.all([resumed, works(vm), done])
-      return since(before, { runs, works: worked, complete }, moment)
+      return since(before, { runs, works: worked, complete })
     },
     async finish() {
       await vm.end()
@@ -167,21 +221,25 @@ function ours(setup: Setup, moment: Moment, way: OurWay): Variant {
   }
 }
 
-function loadvm(setup: Setup, moment: Moment): Variant {
+function drive(image: string, cache: 'writeback' | 'none'): string[] {
+  return ['-drive', `if=none,id=d0,file=${image},format=qcow2,cache=${cache}`]
+}
+
+function loadvm(setup: Setup, cache: 'writeback' | 'none'): Variant {
   const { qemu, files } = setup
   let vm: QemuVm
   return {
-    id: 'loadvm',
-    title: 'QEMU loadvm from an internal snapshot, writeback',
+    id: `loadvm-${cache}`,
+    title: `QEMU loadvm, cache=${cache}`,
     async prepare() {
-      vm = await QemuVm.start(qemu, [...vmArguments(setup), '-S', '-drive', `if=none,id=d0,file=${files.image},format=qcow2`])
+      vm = await QemuVm.start(qemu, [...vmArguments(setup), '-S', ...drive(files.image, cache)])
     },
     async run() {
       const before = performance.now()
       await vm.monitor('loadvm snap')
       await vm.qmp.execute('cont')
       const runs = performance.now()
-      return since(before, { runs, works: await works(vm), complete: runs }, moment)
+      return since(before, { runs, works: await works(vm), complete: runs })
     },
     async finish() {
       await vm.end()
@@ -189,8 +247,47 @@ function loadvm(setup: Setup, moment: Moment): Variant {
   }
 }
 
-function since(before: number, moments: Record<Moment, number>, moment: Moment): Measured {
-  return { seconds: (moments[moment] - before) / 1000 }
+interface FileWay {
+  readonly id: string
+  readonly title: string
+  readonly file: string
+  readonly mappedRam?: boolean
+  readonly cold?: boolean
+}
+
+/** QEMU 10 reads the file itself. */
+function incomingFile(setup: Setup, { id, title, file, mappedRam = false, cold = false }: FileWay): Variant {
+  let vm: QemuVm
+  return {
+    id,
+    title,
+    async prepare() {
+      vm = await QemuVm.start(setup.qemu, [...vmArguments(setup), '-incoming', 'defer'])
+      const capabilities = [{ capability: 'mapped-ram', state: mappedRam }, { capability: 'events', state: true }]
+      await vm.qmp.execute('migrate-set-capabilities', { capabilities })
+      if (cold) dropFromCache(file)
+    },
+    async run() {
+      const events = vm.qmp.events('MIGRATION')
+      const before = performance.now()
+      await vm.qmp.execute('migrate-incoming', { uri: `file:${file}` })
+      for await (const { data } of events) {
+        if (data?.['status'] === 'completed') break
+        if (data?.['status'] === 'failed') throw new Error(`QEMU did not load ${file}`)
+      }
+      if (mappedRam) await vm.qmp.execute('cont') // saved while it was stopped
+      const runs = performance.now()
+      return since(before, { runs, works: await works(vm), complete: runs })
+    },
+    async finish() {
+      await vm.end()
+    },
+  }
+}
+
+function since(before: number, moments: Record<Moment, number>): Measured {
+  const seconds = Object.entries(moments).map(([moment, at]) => [moment, (at - before) / 1000] as const)
+  return { moments: Object.fromEntries(seconds) }
 }
 
 export const scenario: Scenario = {

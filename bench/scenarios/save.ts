@@ -3,17 +3,14 @@ import { randomFillSync } from 'node:crypto'
 import * as fs from 'node:fs'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { save, saveTo, type MemoryTarget, type SaveMode } from '../../src/snapshot.ts'
+import { save, saveTo, type MemoryTarget, type SaveMode, type SaveReport } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
-import { measure, type GroupResult, type Variant } from '../harness.ts'
+import { measureMoments, type GroupResult, type Measured, type Variant } from '../harness.ts'
 import { findQemus, qemuImg, QemuVm, type QemuInstallation } from '../qemu.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
 
 const MiB = 1 << 20
 const firmware = resolve(import.meta.dirname, '../../test/fixtures/guest/tinybios.bin')
-
-/** What is timed. */
-type Span = 'stopped' | 'took'
 
 interface Setup {
   readonly context: ScenarioContext
@@ -29,46 +26,60 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
   const groups: GroupResult[] = []
   const qemus = findQemus()
   for (const qemu of context.quick ? qemus.slice(0, 1) : qemus) {
-    for (const span of ['stopped', 'took'] as const) groups.push(await group({ context, qemu, memory, fill }, span))
+    groups.push(...(await compare({ context, qemu, memory, fill })))
   }
-  const notes = qemus.length === 0 ? ['QEMU is not installed: there is nothing to save.'] : []
+  const notes = qemus.length === 0 ? ['QEMU is not installed: there is nothing to save.'] : groups.filter(({ id }) => id.endsWith('stopped')).map(extremes)
   return { groups, figures: groups.map(groupFigure), notes }
 }
 
-function group(setup: Setup, span: Span): Promise<GroupResult> {
+function compare(setup: Setup): Promise<GroupResult[]> {
   const { context, qemu, memory } = setup
   const ram = join(context.folder, 'ram.qcow2')
   const stream = join(context.folder, 'saved.mig')
   const variants = [
-    ours(setup, span, 'background', 'background, RAM image', ram),
-    ours(setup, span, 'background-disk', 'background with a disk frozen, RAM image', ram, { disk: true }),
-    ours(setup, span, 'background-stream', 'background, stream file', { stream }),
-    ours(setup, span, 'stop', 'stop and copy, RAM image', ram, { mode: 'stop' }),
-    ours(setup, span, 'stop-direct', 'stop and copy, RAM image, O_DIRECT', ram, { mode: 'stop', direct: true }),
-    thrownAway(setup, span),
-    savevm(setup, span),
+    ours(setup, 'background', 'background, RAM image', ram),
+    ours(setup, 'background-disk', 'background with a disk frozen, RAM image', ram, { disk: true }),
+    ours(setup, 'background-stream', 'background, stream file', { stream }),
+    ours(setup, 'stop', 'stop and copy, RAM image', ram, { mode: 'stop' }),
+    ours(setup, 'stop-direct', 'stop and copy, RAM image, O_DIRECT', ram, { mode: 'stop', direct: true }),
+    thrownAway(setup),
+    savevm(setup, 'writeback'),
+    savevm(setup, 'none'),
   ]
-  return measure({
-    id: `save-${qemu.version}-${span}`,
-    title: `Save, QEMU ${qemu.version}, ${memory} MiB: ${span === 'stopped' ? 'the guest stands still' : 'until the saved VM is durable'}`,
-    note: 'The guest changes and checks 32 MiB all the time. Standing still: by the timestamps of STOP and RESUME. savevm: HMP, cache=writeback.',
+  const plan = {
+    id: `save-${qemu.version}`,
+    title: `Save, QEMU ${qemu.version}, ${memory} MiB`,
+    note: 'The guest changes and checks 32 MiB all the time. Standing still: by the timestamps of STOP and RESUME. savevm: HMP.',
     bytes: memory * MiB,
     variants,
-    ratios: [
-      ...['background', 'background-disk', 'stop', 'stop-direct'].map((fast) => ({ fast, slow: 'savevm' })),
-      { fast: 'background', slow: 'thrown-away' },
-    ],
-  }, context)
+  }
+  const ratios = [
+    ...['savevm-writeback', 'savevm-none'].flatMap((slow) => ['background', 'background-disk', 'stop', 'stop-direct'].map((fast) => ({ fast, slow }))),
+    { fast: 'background', slow: 'thrown-away' },
+  ]
+  return measureMoments(plan, [
+    { moment: 'stopped', id: `${plan.id}-stopped`, title: `${plan.title}: the guest stands still`, ratios },
+    { moment: 'took', id: `${plan.id}-took`, title: `${plan.title}: until the saved VM is durable`, ratios },
+  ], context)
 }
 
-async function boot({ qemu, memory, fill, context }: Setup): Promise<{ vm: QemuVm; disk: string }> {
+/** A median hides the longest stop, which is what users notice. */
+function extremes({ title, variants }: GroupResult): string {
+  const each = variants.map((variant) => {
+    const longest = Math.max(...variant.runs.map(({ seconds }) => seconds))
+    return `${variant.title} ${(variant.seconds.median * 1000).toFixed(1)} (${(longest * 1000).toFixed(1)})`
+  })
+  return `${title}, milliseconds in the middle (and at most): ${each.join('; ')}`
+}
+
+async function boot({ qemu, memory, fill, context }: Setup, cache: 'writeback' | 'none' = 'writeback'): Promise<{ vm: QemuVm; disk: string }> {
   const disk = join(context.folder, 'disk.qcow2')
   for (const file of fs.readdirSync(context.folder)) if (file !== 'fill') fs.rmSync(join(context.folder, file))
   await qemuImg(qemu, 'create', '-q', '-f', 'qcow2', disk, String(64 * MiB))
   const vm = await QemuVm.start(qemu, [
     ...['-M', 'pc', '-m', String(memory), '-bios', firmware],
     ...['-device', `loader,file=${fill},addr=0x4000000,force-raw=on`],
-    ...['-blockdev', `driver=qcow2,node-name=d0,file.driver=file,file.filename=${disk}`, '-device', 'virtio-blk-pci,drive=d0'],
+    ...['-blockdev', `driver=qcow2,node-name=d0,cache.direct=${cache === 'none' ? 'on' : 'off'},file.driver=file,file.filename=${disk}`, '-device', 'virtio-blk-pci,drive=d0'],
   ])
   for (let waited = 0; !/T [0-9a-f]{8}\n/.test(vm.serial); waited++) {
     if (waited > 60_000) throw new Error('the guest does not work')
@@ -79,7 +90,6 @@ async function boot({ qemu, memory, fill, context }: Setup): Promise<{ vm: QemuV
 
 function ours(
   setup: Setup,
-  span: Span,
   id: string,
   title: string,
   memory: MemoryTarget,
@@ -94,15 +104,14 @@ function ours(
     },
     async run() {
       const disks = disk ? [{ node: 'd0', overlay: join(setup.context.folder, 'overlay.qcow2') }] : []
-      const report = await save(vm.qmp, { memory, mode, disks, direct, manifest: false })
-      return { seconds: (span === 'stopped' ? report.stoppedFor : report.took) / 1000 }
+      return momentsOf(await save(vm.qmp, { memory, mode, disks, direct, manifest: false }))
     },
     finish: () => ended(vm),
   }
 }
 
 /** What is left when nothing is stored: QEMU, the guest beside it, the socket and the parser. */
-function thrownAway(setup: Setup, span: Span): Variant {
+function thrownAway(setup: Setup): Variant {
   let vm: QemuVm
   const done = (): Promise<void> => Promise.resolve()
   return {
@@ -112,20 +121,23 @@ function thrownAway(setup: Setup, span: Span): Variant {
       ;({ vm } = await boot(setup))
     },
     async run() {
-      const report = await saveTo(vm.qmp, { finish: done, abort: done })
-      return { seconds: (span === 'stopped' ? report.stoppedFor : report.took) / 1000 }
+      return momentsOf(await saveTo(vm.qmp, { finish: done, abort: done }))
     },
     finish: () => ended(vm),
   }
 }
 
-function savevm(setup: Setup, span: Span): Variant {
+function momentsOf({ stoppedFor, took }: SaveReport): Measured {
+  return { moments: { stopped: stoppedFor / 1000, took: took / 1000 } }
+}
+
+function savevm(setup: Setup, cache: 'writeback' | 'none'): Variant {
   let vm: QemuVm
   return {
-    id: 'savevm',
-    title: 'QEMU savevm, cache=writeback',
+    id: `savevm-${cache}`,
+    title: `QEMU savevm, cache=${cache}`,
     async prepare() {
-      ;({ vm } = await boot(setup))
+      ;({ vm } = await boot(setup, cache))
     },
     async run() {
       const events = vm.qmp.events('STOP', 'RESUME')
@@ -138,7 +150,7 @@ function savevm(setup: Setup, span: Span): Variant {
         times.push(timestamp.seconds + timestamp.microseconds / 1e6)
       }
       await events.return()
-      return { seconds: span === 'stopped' ? times[1]! - times[0]! : took / 1000 }
+      return { moments: { stopped: times[1]! - times[0]!, took: took / 1000 } }
     },
     finish: () => ended(vm),
   }

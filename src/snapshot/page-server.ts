@@ -28,7 +28,7 @@ export interface PageServerOptions {
   readonly window?: number | undefined
   /** Host page sizes of RAM blocks at the destination where they are not the target's, for example 2 MiB. */
   readonly hostPageSizes?: Readonly<Record<string, number>> | undefined
-  /** Faults of an earlier revert of the same state: their clusters are sent first. */
+  /** Faults of an earlier revert of the same state: their clusters are sent first, 32 MiB of them before the guest starts. */
   readonly faultOrder?: FaultOrder | undefined
 }
 
