@@ -34,8 +34,13 @@ interface QemuCheck {
   stderr: string
 }
 
+/**
+ * A repair by qemu-img punches holes where it frees clusters. A damaged table that reaches past the end of the
+ * file is walked but not counted, so such a hole may lie in it and hide what is wrong: no discards here.
+ */
 async function qemuCheck(qemu: Qemu, path: string, ...options: string[]): Promise<QemuCheck> {
-  const { code, stdout, stderr } = await qemu.img('check', ...options, '-f', 'qcow2', '--output=json', path)
+  const image = `driver=qcow2,discard=ignore,file.driver=file,file.discard=ignore,file.filename=${path}`
+  const { code, stdout, stderr } = await qemu.img('check', ...options, '--output=json', '--image-opts', image)
   const names = Object.keys(asQemu(empty))
   const parsed = stdout.trim() === '' ? undefined : (JSON.parse(stdout) as Record<string, number>)
   const report = parsed === undefined ? undefined : Object.fromEntries(names.map((name) => [name, parsed[name] ?? 0]))
@@ -71,6 +76,11 @@ describeWithQemu('check', (qemu) => {
   afterAll(() => rmSync(folder, { recursive: true, force: true }))
 
   const anyDamage = fc.tuple(fc.nat(), damages)
+  /** A snapshot's L1 table that claims to go on past the end of the file, over an L2 table that has leaked. */
+  const longL1Table: Damage[] = [
+    { region: 1289193371, position: 211629241, how: 'flip bit', value: 982966074 },
+    { region: 0, position: 0, how: 'zero', value: 0 },
+  ]
   const damagedBy = (which: number, list: readonly Damage[]): Uint8Array => damage([...images.values()][which % images.size]!, list)
 
   test('sound images: every number equals qemu-img, nothing is found', async () => {
@@ -129,7 +139,7 @@ describeWithQemu('check', (qemu) => {
         expect(verdict.report['leaks']).toBeLessThanOrEqual(theirs.report['leaks']!)
         expect(verdict.report['corruptions']).toBeLessThanOrEqual(theirs.report['corruptions']!)
       }),
-      { numRuns: Math.ceil(numRuns / 2) },
+      { numRuns: Math.ceil(numRuns / 2), examples: [[[2, longL1Table]]] },
     )
   }, 600_000)
 
