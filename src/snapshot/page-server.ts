@@ -9,6 +9,7 @@ import type { DuplexStream } from '../qmp/duplex.ts'
 import { BlockProgress, type Claim } from './block-progress.ts'
 import { dataRanges, type DataRange } from './data-ranges.ts'
 import { FaultRecorder, faultsOf, type FaultOrder } from './fault-order.ts'
+import { FaultQueue, type Fault } from './fault-queue.ts'
 import type { PageSource } from './page-source.ts'
 import { SendWindow } from './send-window.ts'
 
@@ -53,12 +54,11 @@ export class PageServer {
   readonly #window: SendWindow
   readonly #faults: FaultRecorder
   readonly #onError: (error: unknown) => void
+  readonly #queue: FaultQueue
   readonly #latencies: number[] = []
   readonly #spare: Spare[] = []
   #requests = 0
   #pages = 0
-  #serving = 0
-  #onServed: (() => void) | undefined
   #failure: unknown
 
   /** `onError` hears of a request that cannot be served; nothing more is sent then. */
@@ -80,6 +80,7 @@ export class PageServer {
     }
     this.#faults = new FaultRecorder(clusterSize, options.faultOrder)
     this.#window = new SendWindow(options.window ?? 131_072)
+    this.#queue = new FaultQueue((fault) => this.#serve(fault), onError)
   }
 
   get report(): PageServerReport {
@@ -101,13 +102,8 @@ export class PageServer {
       const progress = this.#block(block)
       checkRequest(progress, offset, length)
       this.#faults.add(block, offset)
-      const claim = progress.claimFault(offset, length)
-      if (claim === undefined) return
-      this.#serving++
-      this.#serve(progress, claim)
-        .then(() => this.#latencies.push(performance.now() - arrived))
-        .catch((error: unknown) => this.#onError(error))
-        .finally(() => this.#served())
+      const cluster = offset - (offset % progress.clusterSize)
+      this.#queue.add(`${block}:${cluster}`, { block, offset, length, arrived })
     } catch (error) {
       this.#onError(error)
     }
@@ -122,7 +118,7 @@ export class PageServer {
   fail(reason: unknown): void {
     this.#failure ??= reason
     this.#window.fail(reason)
-    this.#onServed?.()
+    this.#queue.fail(reason)
   }
 
   /**
@@ -132,7 +128,7 @@ export class PageServer {
   async sendAhead(faultOrder: FaultOrder): Promise<void> {
     await this.#fillFaults(faultOrder, aheadLimit, async (spare) => {
       if (this.#failure !== undefined) throw this.#failure as Error
-      await new Promise<void>((resolve) => this.#send(spare, undefined, resolve))
+      await this.#send(spare)
     })
   }
 
@@ -145,7 +141,7 @@ export class PageServer {
     if (faultOrder !== undefined) {
       await this.#fillFaults(faultOrder, Infinity, async (spare, length) => {
         await this.#turn(length)
-        this.#send(spare, this.#window.sent(length))
+        void this.#send(spare, this.#window.sent(length))
       })
     }
     let filled = 0
@@ -156,22 +152,24 @@ export class PageServer {
     for (const progress of this.#blocks.values()) await this.#assertFilled(progress)
   }
 
-  /** Resolves when no request is being served: everything asked for so far was handed to the connection. */
-  async quiet(): Promise<void> {
-    while (this.#serving > 0 && this.#failure === undefined) {
-      await new Promise<void>((resolve) => (this.#onServed = resolve))
-    }
-    if (this.#failure !== undefined) throw this.#failure as Error
+  /** Resolves when no request is being served: the connection has taken everything asked for so far. */
+  quiet(): Promise<void> {
+    return this.#queue.idle()
   }
 
-  async #serve(progress: BlockProgress, claim: Claim): Promise<void> {
+  async #serve({ block, offset, length, arrived }: Fault): Promise<void> {
+    const progress = this.#block(block)
+    const claim = progress.claimFault(offset, length)
+    if (claim === undefined) return
     const spare = this.#take(claim.length)
     const bytes = spare.bytes.subarray(0, claim.length)
     await progress.block.content.readInto(claim.offset, bytes)
     if (this.#failure !== undefined) return
-    spare.part.begin(progress.block.name)
+    spare.part.begin(block)
     this.#pages += progress.write(spare.part, claim, bytes)
-    this.#send(spare)
+    const taken = this.#send(spare)
+    this.#latencies.push(performance.now() - arrived)
+    await taken
   }
 
   /** What was asked for last time, in the same order, clusters whole, up to `limit` bytes: the guest will touch them again. */
@@ -231,7 +229,7 @@ export class PageServer {
       spare.part.begin(progress.block.name)
       this.#pages += progress.writePending(spare.part, range.offset + at, bytes.subarray(at, at + length))
       if (spare.part.empty) this.#spare.push(spare)
-      else this.#send(spare, this.#window.sent(length))
+      else void this.#send(spare, this.#window.sent(length))
     }
   }
 
@@ -239,13 +237,6 @@ export class PageServer {
   async #turn(length: number): Promise<void> {
     await this.#window.room(length)
     await this.quiet()
-  }
-
-  #served(): void {
-    this.#serving--
-    if (this.#serving > 0) return
-    this.#onServed?.()
-    this.#onServed = undefined
   }
 
   /** A lost page would silently read as zeroes in the guest, so look again before the end is declared. */
@@ -256,17 +247,19 @@ export class PageServer {
     }
   }
 
-  /** `behind` goes out with the section; `done` is called when the connection has taken both. */
-  #send(spare: Spare, behind?: Uint8Array, done?: () => void): void {
+  /** Resolves when the connection has taken the section, and `behind`, which goes out with it. */
+  #send(spare: Spare, behind?: Uint8Array): Promise<void> {
     const section = spare.part.finish()
     let bytes = section
     if (behind !== undefined) {
       spare.buffer.set(behind, section.length)
       bytes = spare.buffer.subarray(0, section.length + behind.length)
     }
-    this.#stream.write(bytes, () => {
-      this.#spare.push(spare)
-      done?.()
+    return new Promise((resolve) => {
+      this.#stream.write(bytes, () => {
+        this.#spare.push(spare)
+        resolve()
+      })
     })
   }
 

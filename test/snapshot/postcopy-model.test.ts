@@ -10,6 +10,7 @@ import { FaultRecorder, faultsOf, parseFaultOrder } from '../../src/snapshot/fau
 import type { PageSource } from '../../src/snapshot/page-source.ts'
 import { PostcopySource } from '../../src/snapshot/postcopy-source.ts'
 import { encodeReturnPath, type ReturnPathMessage } from '../../src/migration/return-path.ts'
+import type { DuplexStream } from '../../src/qmp/duplex.ts'
 import { duplexPair } from '../qmp/monitor.ts'
 import { FakeDestination } from '../support/fake-destination.ts'
 
@@ -120,6 +121,63 @@ const scenario = fc.constantFrom(1, 1, 4, 32).chain((unit) =>
   }),
 )
 
+/** A connection whose peer stops reading for a while. */
+class HeldStream implements DuplexStream {
+  readonly #stream: DuplexStream
+  #held: (() => void)[] | undefined
+  /** Bytes written while nothing is read. */
+  bytes = 0
+
+  constructor(stream: DuplexStream) {
+    this.#stream = stream
+  }
+
+  hold(): void {
+    this.#held ??= []
+  }
+
+  release(): void {
+    const held = this.#held!
+    this.#held = undefined
+    for (const write of held) write()
+  }
+
+  write(bytes: Uint8Array | string, done?: (error?: Error | null) => void): boolean {
+    if (this.#held === undefined) return this.#stream.write(bytes, done)
+    this.bytes += bytes.length
+    this.#held.push(() => void this.#stream.write(bytes, done))
+    return false
+  }
+
+  on(event: string, listener: (...values: never[]) => void): unknown {
+    return this.#stream.on(event, listener)
+  }
+
+  removeListener(event: string, listener: (...values: never[]) => void): unknown {
+    return this.#stream.removeListener(event, listener)
+  }
+
+  end(): unknown {
+    return this.#stream.end()
+  }
+
+  destroy(error?: Error): unknown {
+    return this.#stream.destroy(error)
+  }
+
+  pause(): unknown {
+    return this.#stream.pause()
+  }
+
+  resume(): unknown {
+    return this.#stream.resume()
+  }
+
+  get destroyed(): boolean {
+    return this.#stream.destroyed
+  }
+}
+
 function requestsOf(blocks: readonly (readonly number[])[], requests: readonly (readonly [number, number])[]): { block: string; page: number }[] {
   return requests.map(([block, page]) => {
     const index = block % blocks.length
@@ -186,6 +244,27 @@ describe('postcopy source', () => {
     await new PostcopySource(source, destination.stream, {}).start()
     expectComplete(source, destination)
     expect(destination.arrivals).toEqual(['ram0:3990'])
+  })
+
+  test('a destination that asks for everything and reads nothing holds up a bounded part of it', async () => {
+    const pages = Array.from({ length: 8192 }, () => 5)
+    const source = sourceOf([pages])
+    const requests = pages.map((_kind, page) => ({ block: 'ram0', page })).reverse()
+    const destination = new FakeDestination(source, { requests, atOnce: true })
+    const held = new HeldStream(destination.stream)
+    let began = false
+    const onProgress = ({ phase }: { phase: string }): void => {
+      if (phase === 'running' && !began) held.hold()
+      began ||= phase === 'running'
+    }
+    const reverting = new PostcopySource(source, held, { onProgress }).start()
+    // whatever does not wait for the destination has long been done then
+    for (let turn = 0; turn < 2000; turn++) await new Promise((resolve) => setImmediate(resolve))
+    expect(held.bytes).toBeGreaterThan(0)
+    expect(held.bytes).toBeLessThan(2 << 20)
+    held.release()
+    await reverting
+    expectComplete(source, destination)
   })
 
   test('the connection stays open until the destination says that it is through', async () => {

@@ -13,6 +13,8 @@ import { duplexPair } from '../qmp/monitor.ts'
 export interface FakeDestinationOptions {
   /** Pages to ask for, one after the other: block and page number. */
   readonly requests?: readonly { readonly block: string; readonly page: number }[]
+  /** Ask for all of them at once, whatever has arrived. */
+  readonly atOnce?: boolean
   /** Ask while the package comes, before the guest runs. */
   readonly early?: boolean
   /** Bytes in a host page. */
@@ -175,17 +177,17 @@ export class FakeDestination {
   }
 
   #ask(): void {
-    const request = this.#requests.shift()
-    if (request === undefined || this.#ended) return
     const unit = this.#options.hostPageSize ?? this.#source.pageSize
-    const offset = Math.floor((request.page * this.#source.pageSize) / unit) * unit
-    const page = offset / this.#source.pageSize
-    if (this.received.get(request.block)![page] === 1) {
-      this.#ask()
-      return
+    for (;;) {
+      const request = this.#requests.shift()
+      if (request === undefined || this.#ended) return
+      const offset = Math.floor((request.page * this.#source.pageSize) / unit) * unit
+      const page = offset / this.#source.pageSize
+      if (this.received.get(request.block)![page] === 1) continue
+      this.#open.add(`${request.block}:${page}`)
+      this.#answer({ kind: 'request-pages', block: request.block, offset, length: unit })
+      if (this.#options.atOnce !== true) return
     }
-    this.#open.add(`${request.block}:${page}`)
-    this.#answer({ kind: 'request-pages', block: request.block, offset, length: unit })
   }
 
   #checkEnd(): void {
