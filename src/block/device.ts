@@ -4,7 +4,7 @@
  * nothing of files, formats or caches.
  */
 import { Qcow2Error } from '../core/errors.ts'
-import { Resource } from '../core/resource.ts'
+import { nameOf, Resource } from '../core/resource.ts'
 import { isMemoryAligned, zeroes } from './slab.ts'
 
 /** What every asynchronous call takes. */
@@ -231,7 +231,7 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
 
   /** Default: refuses with `ERR_UNSUPPORTED`. */
   protected onResize(_size: number, _options?: CallOptions): Promise<void> {
-    return Promise.reject(new Qcow2Error('ERR_UNSUPPORTED', `${this.constructor.name} has a fixed size`))
+    return Promise.reject(new Qcow2Error('ERR_UNSUPPORTED', `${nameOf(this)} has a fixed size`))
   }
 
   /** Default: one extent of data. */
@@ -248,10 +248,11 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     options: CallOptions | undefined,
     aligned = true,
   ): Error | undefined {
-    if (this.closed) return new Qcow2Error('ERR_CLOSED', `${this.constructor.name} is closed`)
+    if (this.closed) return new Qcow2Error('ERR_CLOSED', `${nameOf(this)} is closed`)
     if (writes && this.readOnly) return readOnlyError(this)
     if (options?.signal?.aborted === true) return options.signal.reason as Error
     const end = writes && this.growable ? Number.MAX_SAFE_INTEGER : this.size
+    if (memory !== undefined && !isBytes(memory)) return new TypeError(`bytes must be a Uint8Array, not ${typeof memory}`)
     const range = rangeProblem(offset, length, end)
     if (range !== undefined) return range
     const { requestAlignment, memoryAlignment } = this.limits
@@ -276,14 +277,19 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
   }
 
   #rejectClosed(): Promise<never> {
-    return Promise.reject(new Qcow2Error('ERR_CLOSED', `${this.constructor.name} is closed`))
+    return Promise.reject(new Qcow2Error('ERR_CLOSED', `${nameOf(this)} is closed`))
   }
 }
 
 const done: Promise<void> = Promise.resolve()
 
+/** Not by `instanceof`: arrays of another realm are bytes too. */
+function isBytes(memory: unknown): boolean {
+  return ArrayBuffer.isView(memory) && (memory as Uint8Array).BYTES_PER_ELEMENT === 1
+}
+
 function readOnlyError(device: object): Qcow2Error {
-  return new Qcow2Error('ERR_READ_ONLY', `${device.constructor.name} is open read-only; open it for writing`)
+  return new Qcow2Error('ERR_READ_ONLY', `${nameOf(device)} is read-only`)
 }
 
 function rangeProblem(offset: number, length: number, end: number): RangeError | undefined {

@@ -80,7 +80,7 @@ export async function checkImageLocks(file: string | URL | FileHandle, access: '
   const { held, unshared } = await readImageLocks(file)
   const name = nameOf(file)
   if (held.has('write')) {
-    const advice = access === 'read' ? 'open with forceShare: true to read it nevertheless' : 'end it, or ask it for the change'
+    const advice = access === 'read' ? 'forceShare (--force-share) reads it nevertheless' : 'end it, or ask it for the change'
     throw new Qcow2Error('ERR_BUSY', `${name}: a running QEMU writes to this file; ${advice}`)
   }
   if (access === 'write' && unshared.has('write')) {

@@ -44,6 +44,17 @@ export async function openSource(source: Source, options: SourceOptions = {}): P
   throw new TypeError('a source is a path, a URL, a FileHandle, a Blob, bytes or a BlockDevice')
 }
 
+/** Runs a task on the device of a source. A device given stays open; what is opened for the task is closed after it. */
+export async function withSource<T>(source: Source, options: SourceOptions, task: (device: BlockDevice) => Promise<T>): Promise<T> {
+  if (isBlockDevice(source)) return task(source)
+  const device = await openSource(source, options)
+  try {
+    return await task(device)
+  } finally {
+    await device.close()
+  }
+}
+
 async function openLocal(file: string | URL | FileHandle, readOnly: boolean, options: SourceOptions): Promise<BlockDevice> {
   const { direct, syncLimit, signal } = options
   const device = await openFile(file, {
@@ -71,11 +82,15 @@ function openDevice(device: BlockDevice, readOnly: boolean): BlockDevice {
   return readOnly && !padded.readOnly ? slice(padded, 0, padded.size, { readOnly: true }) : padded
 }
 
-function isFileHandle(source: object): source is FileHandle {
-  return 'fd' in source && typeof source.fd === 'number' && 'stat' in source
+function isFileHandle(source: unknown): source is FileHandle {
+  return isObject(source) && 'fd' in source && typeof source.fd === 'number' && 'stat' in source
 }
 
 /** By its methods: devices of the ESM and of the CommonJS build have different classes. */
-function isBlockDevice(source: object): source is BlockDevice {
-  return 'readInto' in source && 'limits' in source && typeof source.readInto === 'function'
+export function isBlockDevice(source: unknown): source is BlockDevice {
+  return isObject(source) && 'readInto' in source && 'limits' in source && typeof source.readInto === 'function'
+}
+
+function isObject(value: unknown): value is object {
+  return typeof value === 'object' && value !== null
 }

@@ -7,13 +7,19 @@ import type { Sink, Terminal } from './terminal.ts'
 /** A reader of our output that has gone is no error: the shell's own code for it. */
 const brokenPipe = 141
 
-/** The terminal of this process. SIGINT and SIGTERM abort its signal once; a second one ends the process. */
+/** `timeout` and some shells send a signal to the process and to its group: two, at once, are one. */
+const sameSignal = 200
+
+/** The terminal of this process. SIGINT and SIGTERM abort its signal once; a later one ends the process. */
 export function processTerminal(): Terminal {
   const interrupt = new AbortController()
+  let first = 0
   for (const name of ['SIGINT', 'SIGTERM'] as const) {
     process.on(name, () => {
-      if (interrupt.signal.aborted) process.exit(name === 'SIGINT' ? 130 : 143)
-      interrupt.abort(new Interrupted(name))
+      if (!interrupt.signal.aborted) {
+        first = performance.now()
+        interrupt.abort(new Interrupted(name))
+      } else if (performance.now() - first > sameSignal) process.exit(name === 'SIGINT' ? 130 : 143)
     })
   }
   const called = basename(process.argv[1] ?? '')

@@ -121,7 +121,7 @@ export class IoError extends Qcow2Error {
   ) {
     const { offset, length, name } = request
     const where = offset === undefined ? '' : ` of ${length ?? 0} bytes at offset ${offset}`
-    const what = cause instanceof Error ? cause.message : String(cause)
+    const what = cause instanceof Error ? withoutCall(cause) : String(cause)
     super(request.code ?? 'ERR_IO', `${name === undefined ? '' : `${name}: `}${operation}${where} failed: ${what}`, {
       cause,
     })
@@ -129,4 +129,11 @@ export class IoError extends Qcow2Error {
     if (offset !== undefined) this.offset = offset
     if (length !== undefined) this.length = length
   }
+}
+
+/** A system error's message without the call and path that Node appends: they are named already. */
+function withoutCall(error: Error): string {
+  const { syscall } = error as { syscall?: string }
+  const end = syscall === undefined ? -1 : error.message.lastIndexOf(`, ${syscall}`)
+  return end < 0 ? error.message : error.message.slice(0, end)
 }

@@ -30,7 +30,12 @@ export abstract class Resource implements AsyncDisposable {
   /** Throws `ERR_CLOSED` after `close` was called. */
   protected assertOpen(): void {
     if (this.#closing !== undefined) {
-      throw new Qcow2Error('ERR_CLOSED', `${this.constructor.name} is closed`)
+      throw new Qcow2Error('ERR_CLOSED', `${nameOf(this)} is closed`)
     }
   }
+}
+
+/** What a thing is, for messages: its class, without the underscore that bundlers may put before the name. */
+export function nameOf(thing: object): string {
+  return thing.constructor.name.replace(/^_/, '')
 }

@@ -5,6 +5,7 @@
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { MemoryDevice } from '../block/memory.ts'
 import { pad } from '../block/pad.ts'
+import { isBlockDevice, openSource, type Source } from '../block/source.ts'
 import { decompressStream, type FileCompression } from '../codec/decompress-stream.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
@@ -19,7 +20,7 @@ import { indexStream, type IndexedDevice, type IndexOptions, type StreamIndex } 
 
 /** Options of {@link VmState.index}. */
 export interface VmStateOptions extends IndexOptions {
-  /** Leave the device open when the VM state is closed. */
+  /** Leave a device that was given open when the VM state is closed. */
   readonly keepOpen?: boolean | undefined
   /**
    * An empty growable device for the content of a compressed file; it is closed with the VM state.
@@ -50,7 +51,7 @@ const memorySpoolLimit = 256 << 20
  * A stored migration stream, indexed: guest pages by block and offset, devices decoded.
  *
  * ```ts
- * await using vm = await VmState.index(await openFile('vm.mig', { readOnly: true }))
+ * await using vm = await VmState.index('vm.mig')
  * const page = await vm.ram.read('pc.ram', 0x100000, 4096)
  * ```
  */
@@ -71,7 +72,7 @@ export class VmState extends Resource {
   readonly streamLength: number
   /** File offset of device state that no VM description explains; undefined in a complete stream. */
   readonly tailOffset: number | undefined
-  /** The device all offsets refer to: the one given, or the spool. */
+  /** The device all offsets refer to: the one given or opened, or the spool. */
   readonly storage: BlockDevice
   readonly #owned: readonly BlockDevice[]
   readonly #rest: StreamIndex['rest']
@@ -97,19 +98,21 @@ export class VmState extends Resource {
    * each guest page. Takes plain streams, mapped-ram files, libvirt save images, and any of these
    * compressed with gzip or zstd.
    *
-   * The VM state owns `device` and closes it (see `keepOpen`), also when indexing fails.
+   * The VM state owns a device given as `source` and closes it (see `keepOpen`), also when indexing fails.
    * @throws FormatError (`ERR_STREAM`) for a damaged stream, `UnsupportedError` for a compression
-   * that Node has not
+   * that Node has not; what `openSource` throws
    */
-  static async index(device: BlockDevice, options: VmStateOptions = {}): Promise<VmState> {
-    const owned: BlockDevice[] = options.keepOpen === true ? [] : [device]
+  static async index(source: Source, options: VmStateOptions = {}): Promise<VmState> {
+    const given = isBlockDevice(source)
+    const device = given ? source : await openSource(source, { readOnly: true, signal: options.signal })
+    const owned: BlockDevice[] = given && options.keepOpen === true ? [] : [device]
     if (options.spool !== undefined) owned.push(options.spool)
     try {
-      const source = device.limits.requestAlignment > 1 ? pad(device) : device
-      const libvirt = await readLibvirtHeader(source, options)
+      const padded = device.limits.requestAlignment > 1 ? pad(device) : device
+      const libvirt = await readLibvirtHeader(padded, options)
       const offset = libvirt?.streamOffset ?? 0
-      const compression = await compressionOf(source, offset, libvirt, options)
-      const storage = compression === undefined ? source : await decompress(source, offset, compression, options)
+      const compression = await compressionOf(padded, offset, libvirt, options)
+      const storage = compression === undefined ? padded : await decompress(padded, offset, compression, options)
       const streamOffset = compression === undefined ? offset : 0
       const index = await indexStream(storage, streamOffset, options)
       return new VmState(storage, owned, libvirt, streamOffset, index)

@@ -4,6 +4,7 @@
  * management"; the counts are those of `qemu-img check`). Repairing is `repair.ts`.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { withSource, type Source } from '../block/source.ts'
 import { owner } from './check-counters.ts'
 import { CheckContext } from './check-context.ts'
 import { checkMapping, type MappingRepair } from './check-mapping.ts'
@@ -33,15 +34,16 @@ export interface CheckState {
 }
 
 /**
- * Checks the qcow2 image in `host`, the device that holds the image file, without changing it. No
+ * Checks a qcow2 image file without changing it. The file is opened and closed again; a device given stays open. No
  * guest data is read and neither backing nor data file is opened. The image must not be written meanwhile.
  *
  * An image with the dirty bit set reports the refcounts it postponed as corruptions; opening it for
  * writing, or a repair, sets them right.
- * @throws FormatError, UnsupportedError if the header or the snapshot table cannot be understood.
+ * @throws FormatError, UnsupportedError if the header or the snapshot table cannot be understood;
+ * what `openSource` throws.
  */
-export async function checkImage(host: BlockDevice, options: CheckOptions = {}): Promise<CheckReport> {
-  return (await runCheck(host, options)).report
+export function checkImage(source: Source, options: CheckOptions = {}): Promise<CheckReport> {
+  return withSource(source, { readOnly: true, signal: options.signal }, async (host) => (await runCheck(host, options)).report)
 }
 
 /** Structures about to be replaced, which are then not counted as owners of clusters. */

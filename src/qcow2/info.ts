@@ -2,7 +2,8 @@
  * What `qemu-img info` tells of an image: the facts of its header, its snapshots and bitmaps. Reads
  * only metadata, opens no other file and needs no key.
  */
-import type { BlockDevice } from '../block/device.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { withSource, type Source } from '../block/source.ts'
 import type { LuksHeader } from '../codec/crypto/luks-header.ts'
 import { decodeLuksHeader } from '../codec/crypto/luks-header.ts'
 import { FormatError } from '../core/errors.ts'
@@ -55,10 +56,14 @@ export interface ImageInfo {
 }
 
 /**
- * Reads the facts of the image in `host`, the device that holds the image file.
- * @throws FormatError, UnsupportedError if the header or a table cannot be understood.
+ * Reads the facts of an image file, which is opened and closed again; a device given stays open.
+ * @throws FormatError, UnsupportedError if the header or a table cannot be understood; what `openSource` throws.
  */
-export async function readImageInfo(host: BlockDevice): Promise<ImageInfo> {
+export function readImageInfo(source: Source, options: CallOptions & { readonly forceShare?: boolean } = {}): Promise<ImageInfo> {
+  return withSource(source, { ...options, readOnly: true }, infoOfHost)
+}
+
+async function infoOfHost(host: BlockDevice): Promise<ImageInfo> {
   const file = hostFile(host)
   const content = await readHeaderCluster(file)
   const { header, extensions, backingFile } = content

@@ -93,6 +93,8 @@ export async function openBacking(name: string, format: string | undefined, cont
     return await context.openImage(device, path, { ...context, path, chain: [...context.chain, canonical] })
   } catch (error) {
     await device.close()
+    // which file of the chain it is, the format's errors do not know
+    if (error instanceof FormatError) error.message = `backing file ${name}: ${error.message}`
     throw error
   }
 }
@@ -155,7 +157,7 @@ function refused(reference: Reference): UnsupportedError {
 async function probe(device: BlockDevice, reference: Reference, context: ReferenceContext): Promise<string> {
   if (context.options.probeBackingFormat !== true) {
     throw new UnsupportedError(
-      `backing file ${JSON.stringify(reference.name)}: the image does not record its format, and guessing lets whoever writes a raw disk choose files to open; set probeBackingFormat to guess`,
+      `backing file ${JSON.stringify(reference.name)}: its format is not recorded, and guessing lets whoever writes a raw disk choose files to open; record it (backing.format), or set probeBackingFormat to guess`,
       ['backing format'],
     )
   }

@@ -3,6 +3,7 @@
  * worse than it was. Works on the file itself, never through the engine.
  */
 import type { BlockDevice } from '../block/device.ts'
+import { withSource, type Source } from '../block/source.ts'
 import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import type { CheckContext } from './check-context.ts'
@@ -20,7 +21,7 @@ export interface RepairOptions extends CheckOptions {
 }
 
 /**
- * Repairs the qcow2 image in `host` and checks it again. The report is that of the second check, with
+ * Repairs a qcow2 image file and checks it again. The file is opened and closed again; a device given stays open. The report is that of the second check, with
  * the counts of what was fixed. When nothing is left but leaks, the dirty and corrupt bits are cleared.
  *
  * Not every corruption can be repaired: damaged entries stay as they are, and so do counts that do not
@@ -28,7 +29,11 @@ export interface RepairOptions extends CheckOptions {
  * have to be built anew, because then nothing tells a leak from a lost counter.
  * @throws Qcow2Error `ERR_READ_ONLY` if the device cannot be written; what {@link checkImage} throws.
  */
-export async function repairImage(host: BlockDevice, options: RepairOptions): Promise<CheckReport> {
+export function repairImage(source: Source, options: RepairOptions): Promise<CheckReport> {
+  return withSource(source, { signal: options.signal }, (host) => repairHost(host, options))
+}
+
+async function repairHost(host: BlockDevice, options: RepairOptions): Promise<CheckReport> {
   if (host.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'repair: the device is open read-only; open it for writing')
   const before = await runCheck(host, options)
   const fixed = options.repair === 'leaks' ? await repairLeaks(before) : await repairAll(host, before, options)

@@ -34,7 +34,7 @@ export function detailsOf(name: string, options: FinishOptions): SnapshotDetails
   const milliseconds = (options.date ?? new Date()).getTime()
   const dateSeconds = Math.floor(milliseconds / 1000)
   if (!(dateSeconds >= 0 && dateSeconds < 2 ** 32)) throw new RangeError('date must be from 1970 to 2106')
-  if (name === '') throw new TypeError('a snapshot needs a name')
+  assertSnapshotName(name)
   return {
     name,
     dateSeconds,
@@ -42,6 +42,11 @@ export function detailsOf(name: string, options: FinishOptions): SnapshotDetails
     vmClockNanoseconds: options.vmClock ?? 0n,
     icount: options.icount,
   }
+}
+
+/** The format allows a snapshot without a name; nobody could then ask for it by one. */
+export function assertSnapshotName(name: string): void {
+  if (typeof name !== 'string' || name === '') throw new TypeError('a snapshot needs a name')
 }
 
 /** Writes the VM state of one snapshot. Made by `Snapshots.begin`; `close` without `finish` gives up. */

@@ -19,10 +19,11 @@ import {
 } from './snapshot-operations.ts'
 import { infoOf, type SnapshotInfo } from './snapshot-info.ts'
 import type { SnapshotRecord } from './snapshot-table.ts'
-import { detailsOf, SnapshotWriter, type FinishOptions } from './snapshot-writer.ts'
+import { assertSnapshotName, detailsOf, SnapshotWriter, type FinishOptions } from './snapshot-writer.ts'
 
 /** Options of {@link Snapshots.create}. */
 export interface CreateSnapshotOptions extends FinishOptions, CallOptions {
+  /** Not empty. */
   readonly name: string
   /** The VM state to store with the snapshot: the bytes of a migration stream. */
   readonly vmState?: AsyncIterable<Uint8Array> | Iterable<Uint8Array> | undefined
@@ -68,8 +69,9 @@ export class Snapshots implements Iterable<SnapshotInfo> {
 
   /**
    * Takes a snapshot of the disk, and of VM state where it is given: that is stored first, while the
-   * disk may be written; the disk is taken as it is at the end of it.
-   * @throws Qcow2Error `ERR_RANGE` if refcounts are too narrow for one more reference, `ERR_UNSUPPORTED`
+   * disk may be written; the disk is taken as it is at the end of it. Several snapshots may have one name, as
+   * in QEMU: the `id` of the result tells them apart.
+   * @throws TypeError without a name; Qcow2Error `ERR_RANGE` if refcounts are too narrow for one more reference, `ERR_UNSUPPORTED`
    * with an external data file, `ERR_READ_ONLY`.
    */
   async create(options: CreateSnapshotOptions): Promise<SnapshotInfo> {
@@ -141,7 +143,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
   /** Gives a snapshot another name. */
   async rename(idOrName: string, name: string, options: CallOptions = {}): Promise<void> {
     this.#assertWritable(options)
-    if (name === '') throw new TypeError('a snapshot needs a name')
+    assertSnapshotName(name)
     const engine = this.#engine
     await engine.requests.exclusive(async () => {
       options.signal?.throwIfAborted()
@@ -190,7 +192,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
   #get(idOrName: string): SnapshotRecord {
     const record = this.#find(idOrName)
     if (record !== undefined) return record
-    const names = this.#engine.snapshots.slice(0, 20).map(({ name }) => name).join(', ')
+    const names = this.#engine.snapshots.slice(0, 20).map(({ id, name }) => name || `number ${id}`).join(', ')
     throw new Qcow2Error('ERR_NOT_FOUND', `the image has no snapshot ${JSON.stringify(idOrName)}; it has ${names === '' ? 'none' : names}`)
   }
 

@@ -5,7 +5,8 @@ import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { BlobDevice, MemoryDevice, openHttp, openSource, readAhead } from '../../src/block.ts'
+import { BlobDevice, MemoryDevice, openHttp, openSource, readAhead, type BlockDevice } from '../../src/block.ts'
+import { withSource } from '../../src/block/source.ts'
 import { blockDeviceSuite, pattern } from '../suites/block-device.ts'
 import { expectBytes } from '../support/bytes.ts'
 import { tempFolder } from '../support/temp.ts'
@@ -54,8 +55,23 @@ describe('openSource', () => {
   test('refuses anything else', async () => {
     await expect(openSource(new URL('ftp://host/disk'))).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
     await expect(openSource({} as never)).rejects.toThrow(TypeError)
-    await expect(openSource(undefined as never)).rejects.toThrow(TypeError)
+    for (const wrong of [undefined, null, 7]) await expect(openSource(wrong as never)).rejects.toThrow('a source is a path')
     await expect(openSource('/none/such')).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+  })
+})
+
+describe('a task on a source', () => {
+  test('closes what it opened, also when the task fails, and leaves a given device open', async () => {
+    const path = join(tempFolder(), 'file')
+    writeFileSync(path, pattern(10))
+    let opened: BlockDevice | undefined
+    expect(await withSource(path, {}, async (device) => ((opened = device), (await device.read(3, 1))[0]))).toBe(pattern(10)[3])
+    expect(opened!.closed).toBe(true)
+    await expect(withSource(path, {}, (device) => ((opened = device), Promise.reject(new Error('no'))))).rejects.toThrow('no')
+    expect(opened!.closed).toBe(true)
+    const given = new MemoryDevice(10)
+    expect(await withSource(given, { readOnly: true }, (device) => Promise.resolve(device))).toBe(given)
+    expect(given.closed).toBe(false)
   })
 })
 

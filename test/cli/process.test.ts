@@ -65,6 +65,8 @@ test('SIGINT in the middle of a copy says what is left, exit code 130', async ()
   let stderr = ''
   child.stderr.on('data', (data: Buffer) => (stderr += data.toString()))
   await new Promise((resolve) => child.stdout.once('data', resolve))
+  // as `timeout` sends it: to the process and to its group
+  child.kill('SIGINT')
   child.kill('SIGINT')
   expect(await new Promise((resolve) => child.once('exit', resolve))).toBe(130)
   expect(stderr).toBe(`qcow2: interrupted; ${target} is incomplete: delete it\n`)

@@ -37,6 +37,11 @@ describe('vmstate ls', () => {
     expect(JSON.parse(stdout)).toMatchObject([{ id: '1', name: 'snap1', 'vm-state-size': state.length }])
     expect((await run(['vmstate', 'ls', image])).stdout).toMatch(/^Snapshot list:\nID .*\n1 +snap1 .*\n$/)
   })
+
+  test('says that a stream file has no list', async () => {
+    const stream = file('vm.mig', state)
+    expect(await run(['vmstate', 'ls', stream])).toMatchObject({ code: 1, stdout: '', stderr: `qcow2: ${stream} is no qcow2 image; 'vmstate show' looks into a stream file\n` })
+  })
 })
 
 describe('vmstate show', () => {

@@ -1,3 +1,5 @@
+import { writeFileSync } from 'node:fs'
+import { join } from 'node:path'
 import { gzipSync } from 'node:zlib'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
@@ -5,6 +7,7 @@ import { MemoryDevice } from '../../src/block/memory.ts'
 import { exportMappedRam } from '../../src/migration/mapped-ram.ts'
 import { VmState, type VmStateOptions } from '../../src/migration/vm-state.ts'
 import { capture, expected, guestProblems, sha256, wholeStreams } from './captures.ts'
+import { tempFolder } from '../support/temp.ts'
 
 function index(bytes: Uint8Array, options?: VmStateOptions): Promise<VmState> {
   return VmState.index(new MemoryDevice(bytes), options)
@@ -30,6 +33,16 @@ function zstdFrame(bytes: Uint8Array): Uint8Array {
   }
   return Buffer.concat(pieces)
 }
+
+test('takes a path, and closes the file with the VM state or when it fails', async () => {
+  const path = join(tempFolder(), 'vm.mig')
+  writeFileSync(path, capture('qemu100-savevm.vmstate'))
+  const vm = await VmState.index(path, { keepOpen: true })
+  expect(vm.machine).toBe('pc-i440fx-10.0')
+  await vm.close()
+  expect(vm.storage.closed).toBe(true)
+  await expect(VmState.index(join(tempFolder(), 'none'))).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+})
 
 describe('captures', () => {
   test.each(wholeStreams)('%s: RAM, machine and counts are as expected', async (name) => {

@@ -1,5 +1,6 @@
 /** Rules of the engine that an operation sequence does not show: policies, states, damage, concurrency. */
 import { mkdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
+import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
 import type { BlockDevice } from '../../src/block/device.ts'
@@ -10,6 +11,8 @@ import { allocateAligned } from '../../src/block/slab.ts'
 import { Qcow2Error } from '../../src/core/errors.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { Qcow2Image, type CreateOptions } from '../../src/qcow2/image.ts'
+import { readImageInfo } from '../../src/qcow2/info.ts'
+import { repairImage } from '../../src/qcow2/repair.ts'
 import { codeOf } from '../support/code.ts'
 import { qemus } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
@@ -31,6 +34,16 @@ const patch = (bytes: Uint8Array, offset: number, hex: string): Uint8Array => {
   bytes.set(Buffer.from(hex, 'hex'), offset)
   return bytes
 }
+
+test('facts and check of a file by its path, which is closed again', async () => {
+  const path = join(tempFolder(), 'disk.qcow2')
+  await (await Qcow2Image.create(path, { size: MiB })).close()
+  expect(await readImageInfo(path)).toMatchObject({ version: 3, virtualSize: MiB })
+  expect(await checkImage(path)).toMatchObject({ corruptions: 0, leaks: 0 })
+  expect(await repairImage(path, { repair: 'all' })).toMatchObject({ corruptionsFixed: 0, leaksFixed: 0 })
+  expect(await codeOf(readImageInfo(join(path, 'none')))).toBe('ERR_IO')
+  expect(await codeOf(repairImage(new MemoryDevice(await readFile(path), { readOnly: true }), { repair: 'all' }))).toBe('ERR_READ_ONLY')
+})
 
 describe('references', () => {
   const overlay = async (folder: string, file: string, format = 'raw'): Promise<string> => {
@@ -94,6 +107,14 @@ describe('references', () => {
     expect(await codeOf(Qcow2Image.open(path))).toBe('ERR_UNSUPPORTED')
     await using image = await Qcow2Image.open(path, { probeBackingFormat: true })
     expect((await image.read(0, 1))[0]).toBe(5)
+  })
+
+  test('a backing file that is no image is named', async () => {
+    const folder = tempFolder()
+    writeFileSync(join(folder, 'base'), 'junk'.repeat(1000))
+    const failure = Qcow2Image.create(join(folder, 'overlay.qcow2'), { size: MiB, backing: { file: 'base', format: 'qcow2' } })
+    await expect(failure).rejects.toThrow(/^backing file base: header: not a qcow2 image/)
+    await expect(failure).rejects.toMatchObject({ code: 'ERR_FORMAT', structure: 'header', offset: 0 })
   })
 
   test('an overlay may leave its size to its backing file', async () => {
@@ -482,6 +503,17 @@ describe('snapshots', () => {
     expect(new Set(await image.read(8 * MiB, 24 * MiB))).toEqual(new Set([0]))
     await image.close()
     expect(await checkImage(again(device.bytes))).toMatchObject({ leaks: 0, corruptions: 0 })
+  })
+
+  test('have a name, not always one of their own', async () => {
+    await using image = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: MiB })
+    for (const nameless of ['text', {}, { name: '' }] as unknown as { name: string }[]) {
+      await expect(image.snapshots.create(nameless)).rejects.toThrow('a snapshot needs a name')
+    }
+    const [first, second] = [await image.snapshots.create({ name: 'same' }), await image.snapshots.create({ name: 'same' })]
+    expect(image.snapshots.find('same')).toEqual(first)
+    expect(image.snapshots.find(second.id)).toEqual(second)
+    await expect(image.snapshots.apply('other')).rejects.toThrow('the image has no snapshot "other"; it has same, same')
   })
 
   test('an external data file has none', async () => {

@@ -290,6 +290,14 @@ function refusalTests({ create, size }: Context): void {
     await device.discard(0, 0)
   })
 
+  test('refuses what is no bytes', async () => {
+    await using device = await create(pattern(size))
+    for (const wrong of ['text', new ArrayBuffer(4096), new DataView(new ArrayBuffer(4096)), new Uint16Array(4096)] as unknown as Uint8Array[]) {
+      await expect(device.readInto(0, wrong)).rejects.toThrow(/^bytes must be a Uint8Array/)
+      if (!device.readOnly) await expect(device.write(0, wrong)).rejects.toThrow(/^bytes must be a Uint8Array/)
+    }
+  })
+
   test('refuses changes when read-only', async () => {
     await using device = await create(pattern(size))
     if (!device.readOnly) return

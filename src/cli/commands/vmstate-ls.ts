@@ -1,4 +1,5 @@
 import { command } from '../command.ts'
+import { ExitError } from '../errors.ts'
 import { openerFor, forceShareOption, objectOption, outputOption } from '../image/options.ts'
 import { prettyJson } from '../print/shapes.ts'
 import { snapshotTable } from '../print/snapshots.ts'
@@ -14,7 +15,8 @@ export const vmstateLs = command({
     const { options, args, print } = context
     const opened = await openerFor(context).name(args[0]!, { readOnly: true, withoutBacking: true })
     try {
-      const saved = [...(opened.image?.snapshots ?? [])].filter(({ vmStateSize }) => vmStateSize > 0).map(snapshotEntry)
+      if (opened.image === undefined) throw new ExitError(1, `${args[0]!} is no qcow2 image; 'vmstate show' looks into a stream file`)
+      const saved = [...opened.image.snapshots].filter(({ vmStateSize }) => vmStateSize > 0).map(snapshotEntry)
       if (options.output === 'json') await print(prettyJson(saved))
       else for (const line of snapshotTable(saved)) await print(line)
       return 0

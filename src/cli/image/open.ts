@@ -249,7 +249,9 @@ function splitSnapshot(name: string): { file: string; snapshot: string } | undef
 /** The failure to open `name`, in the words scripts know. */
 export function couldNotOpen(name: string, error: unknown): ExitError {
   const advice = Qcow2Error.is(error, 'ERR_BUSY') ? `\nIs another process using the image [${name}]?` : ''
-  return new ExitError(1, `Could not open '${name}': ${reasonOf(error)}${advice}`, { cause: error })
+  const reason = reasonOf(error)
+  const named = `${name}: `
+  return new ExitError(1, `Could not open '${name}': ${reason.startsWith(named) ? reason.slice(named.length) : reason}${advice}`, { cause: error })
 }
 
 /** Why something failed, as the system would say it. */
