@@ -1,11 +1,9 @@
 /** A `Blob` as a read-only device: works in Node and in browsers, where a `File` is a `Blob`. */
 import { IoError } from '../core/errors.ts'
-import { anyRequest, BaseDevice, type BlockLimits } from './device.ts'
+import { ReadOnlyDevice } from './read-only.ts'
 
 /** The bytes of a `Blob`, which are read piece by piece. Read-only. */
-export class BlobDevice extends BaseDevice {
-  readonly readOnly: boolean = true
-  readonly limits: BlockLimits = anyRequest
+export class BlobDevice extends ReadOnlyDevice {
   readonly #blob: Blob
 
   constructor(blob: Blob) {
@@ -23,17 +21,5 @@ export class BlobDevice extends BaseDevice {
     } catch (cause) {
       throw new IoError('read', cause, { offset, length: target.length })
     }
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.resolve() // never reached: read-only
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 }

@@ -4,7 +4,8 @@
  * `fetch` only.
  */
 import { IoError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
-import { anyRequest, BaseDevice, type BlockLimits, type CallOptions } from './device.ts'
+import type { CallOptions } from './device.ts'
+import { ReadOnlyDevice } from './read-only.ts'
 
 /** Options of {@link openHttp}. */
 export interface HttpOptions extends CallOptions {
@@ -34,10 +35,8 @@ interface HttpRequest {
 }
 
 /** A file on a web server, as {@link openHttp} found it. */
-export class HttpDevice extends BaseDevice {
+export class HttpDevice extends ReadOnlyDevice {
   readonly size: number
-  readonly readOnly: boolean = true
-  readonly limits: BlockLimits = anyRequest
   readonly #request: HttpRequest
   readonly #version: string | undefined
 
@@ -65,18 +64,6 @@ export class HttpDevice extends BaseDevice {
       options?.signal?.throwIfAborted()
       throw new IoError('read', cause, { offset, length, name: this.url })
     }
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.resolve() // never reached: read-only
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 
   #check(response: Response, offset: number, length: number): void {

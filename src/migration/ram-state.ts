@@ -2,7 +2,8 @@
  * Guest RAM of a stored stream, page by page in any order. Owns turning index entries into reads:
  * neighbouring pages are read in one request, deltas applied to their base.
  */
-import { anyRequest, BaseDevice, checkRange, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import { checkRange, extent, type BlockDevice, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import { ReadOnlyDevice } from '../block/read-only.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { inflatePage } from './compressed-page.ts'
 import type { PageTable } from './page-table.ts'
@@ -197,9 +198,7 @@ function sortOf(entry: number): 0 | 1 | 2 | 3 {
 }
 
 /** One RAM block as a device. It does not own the file: closing it closes nothing. */
-class RamBlockDevice extends BaseDevice {
-  readonly readOnly = true
-  readonly limits: BlockLimits = anyRequest
+class RamBlockDevice extends ReadOnlyDevice {
   readonly #ram: RamState
   readonly #block: RamBlock
 
@@ -223,17 +222,5 @@ class RamBlockDevice extends BaseDevice {
       await Promise.resolve()
       yield found
     }
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'the RAM of a saved VM is read-only'))
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 }

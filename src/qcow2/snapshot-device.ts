@@ -1,14 +1,13 @@
 /** An internal snapshot as read-only devices: the disk as it was, and the VM state behind it. */
-import { anyRequest, BaseDevice, type BlockLimits, type Extent, type MapOptions } from '../block/device.ts'
-import { Qcow2Error } from '../core/errors.ts'
+import { anyRequest, type BlockDevice, type BlockLimits, type Extent, type MapOptions } from '../block/device.ts'
+import { ReadOnlyDevice } from '../block/read-only.ts'
 import type { Engine, Layer } from './engine.ts'
 import { mapLayer } from './map.ts'
 import { readLayer } from './read.ts'
 
-/** A window of a layer. Writing, flushing and resizing are refused by `readOnly`. */
-class LayerDevice extends BaseDevice {
-  readonly readOnly = true
-  readonly limits: BlockLimits
+/** A window of a layer. */
+class LayerDevice extends ReadOnlyDevice {
+  override readonly limits: BlockLimits
   readonly size: number
   readonly #engine: Engine
   readonly #layer: Layer
@@ -29,23 +28,11 @@ class LayerDevice extends BaseDevice {
     return engine.readOnly ? read() : engine.requests.run(read)
   }
 
-  protected onWrite(): Promise<void> {
-    return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'a snapshot is read-only; apply it to change its disk'))
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
   protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
     for await (const extent of mapLayer(this.#engine, () => this.#layer, this.#base + offset, length, options)) {
       yield { ...extent, start: extent.start - this.#base }
       this.assertOpen() // once it is closed the snapshot may be deleted
     }
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 }
 
@@ -55,7 +42,7 @@ class LayerDevice extends BaseDevice {
  */
 export class SnapshotDevice extends LayerDevice {
   /** The VM state: exactly the bytes of the migration stream; of size 0 without one. */
-  readonly vmState: BaseDevice
+  readonly vmState: BlockDevice
   readonly #onClose: () => void
 
   /** @internal Made by `Snapshots.open`. */

@@ -3,7 +3,8 @@
  * a mapped-ram file, a libvirt save image. Owns that opening reads the two ends of the stream only: where the
  * pages are is found out while the guest already starts, and whoever reads a page waits for that.
  */
-import { anyRequest, BaseDevice, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../block/device.ts'
+import type { BlockDevice, CallOptions, Extent, MapOptions } from '../block/device.ts'
+import { ReadOnlyDevice } from '../block/read-only.ts'
 import { concat } from '../bytes/concat.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
@@ -108,9 +109,7 @@ export class StreamSource extends Resource implements PageSource {
 }
 
 /** A RAM block whose pages are known only when the index is there. */
-class BlockContent extends BaseDevice {
-  readonly readOnly = true
-  readonly limits: BlockLimits = anyRequest
+class BlockContent extends ReadOnlyDevice {
   readonly size: number
   readonly #indexing: Promise<VmState>
   readonly #name: string
@@ -129,18 +128,6 @@ class BlockContent extends BaseDevice {
 
   protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
     yield* (await this.#open()).map({ ...options, offset, length })
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'the RAM of a saved VM is read-only'))
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 
   async #open(): Promise<BlockDevice> {

@@ -4,7 +4,8 @@
  */
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { anyRequest, BaseDevice, extent, type Extent } from '../../src/block/device.ts'
+import { extent, type Extent } from '../../src/block/device.ts'
+import { ReadOnlyDevice } from '../../src/block/read-only.ts'
 import type { FaultOrder } from '../../src/snapshot/fault-order.ts'
 import { FaultRecorder, faultsOf, parseFaultOrder } from '../../src/snapshot/fault-order.ts'
 import type { PageSource } from '../../src/snapshot/page-source.ts'
@@ -18,9 +19,7 @@ const pageSize = 4096
 const long = process.env['QCOW2_LONG'] === '1'
 
 /** Pages by what they hold: 0 zero and known, 1 zero but stored, more: content. Reads may take a while. */
-class Content extends BaseDevice {
-  readonly readOnly = true
-  readonly limits = anyRequest
+class Content extends ReadOnlyDevice {
   readonly pages: readonly number[]
   reads = 0
 
@@ -51,18 +50,6 @@ class Content extends BaseDevice {
     for (const [index, kind] of this.pages.entries()) {
       yield extent({ start: index * pageSize, length: pageSize, depth: 0, present: kind > 0, zero: kind === 0, data: kind > 0, compressed: false })
     }
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.reject(new Error('a saved VM is never written'))
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 }
 

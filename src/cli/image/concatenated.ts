@@ -1,15 +1,13 @@
 /** Several disks one behind the other, as `convert` with several sources reads them. */
-import { anyRequest, BaseDevice, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions } from '../../block/device.ts'
-import { Qcow2Error } from '../../core/errors.ts'
+import type { BlockDevice, CallOptions, Extent, MapOptions } from '../../block/device.ts'
+import { ReadOnlyDevice } from '../../block/read-only.ts'
 
 /** The devices as one, read-only; they stay the caller's. A single device is itself. */
 export function concatenated(devices: readonly BlockDevice[]): BlockDevice {
   return devices.length === 1 ? devices[0]! : new Concatenated(devices)
 }
 
-class Concatenated extends BaseDevice {
-  readonly readOnly = true
-  readonly limits: BlockLimits = anyRequest
+class Concatenated extends ReadOnlyDevice {
   readonly size: number
   readonly #parts: readonly { readonly start: number; readonly device: BlockDevice }[]
 
@@ -36,18 +34,6 @@ class Concatenated extends BaseDevice {
         yield { ...extent, start: extent.start - at + from + offset }
       }
     }
-  }
-
-  protected onWrite(): Promise<void> {
-    return Promise.reject(new Qcow2Error('ERR_READ_ONLY', 'several sources as one are read-only'))
-  }
-
-  protected onFlush(): Promise<void> {
-    return Promise.resolve()
-  }
-
-  protected onClose(): Promise<void> {
-    return Promise.resolve()
   }
 
   /** The parts of a range: where each is in its device, and how far into the range. */
