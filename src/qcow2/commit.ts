@@ -3,7 +3,9 @@
  * Works through the two open images alone.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { ReadOnlyDevice } from '../block/read-only.ts'
 import { Qcow2Error } from '../core/errors.ts'
+import type { Engine } from './engine.ts'
 import type { Qcow2Image } from './image.ts'
 
 /** Options of {@link commitImage}. */
@@ -28,7 +30,8 @@ const pieceBytes = 1 << 20
  *
  * The overlay's own view of its backing chain, and that of its open snapshots, is out of date then. Unless `target`
  * is part of that chain itself, the backing file is opened anew. Where that cannot be, because it was given as a
- * device or the commit failed, it is closed: what only it has is an `ERR_CLOSED` until the overlay is opened again.
+ * device, the commit failed or opening failed (which does not undo the commit, so it does not reject), it is closed:
+ * what only it has is an `ERR_CLOSED` until the overlay is opened again.
  * @throws Qcow2Error `ERR_READ_ONLY`, and what reading and writing throw.
  */
 export async function commitImage(overlay: Qcow2Image, target: BlockDevice, options: CommitOptions = {}): Promise<void> {
@@ -39,7 +42,7 @@ export async function commitImage(overlay: Qcow2Image, target: BlockDevice, opti
   let fresh: BlockDevice | undefined
   try {
     await copyDown(overlay, target, depth, options)
-    if (outdated) fresh = await overlay.engine.reopenBacking?.()
+    if (outdated) fresh = await reopenBacking(overlay.engine, target.size)
   } finally {
     if (outdated) await replaceBacking(overlay, fresh)
   }
@@ -73,6 +76,32 @@ function isInChain(overlay: Qcow2Image, target: BlockDevice): boolean {
   let below = overlay.engine.backing
   while (below !== undefined && below !== target) below = 'engine' in below ? (below as Qcow2Image).engine.backing : undefined
   return below !== undefined
+}
+
+/** The backing file opened once more; in place of one that cannot be, a device that says so to whoever reads it. */
+async function reopenBacking(engine: Engine, size: number): Promise<BlockDevice | undefined> {
+  try {
+    return await engine.reopenBacking?.()
+  } catch (cause) {
+    return new LostBacking(size, cause)
+  }
+}
+
+/** Stands for a backing file that a commit changed and that could not be opened since. */
+class LostBacking extends ReadOnlyDevice {
+  readonly size: number
+  readonly #cause: unknown
+
+  constructor(size: number, cause: unknown) {
+    super()
+    this.size = size
+    this.#cause = cause
+  }
+
+  protected onRead(): Promise<void> {
+    const message = 'the backing file could not be opened again after the commit, which is done; open the image again'
+    return Promise.reject(new Qcow2Error('ERR_CLOSED', message, { cause: this.#cause }))
+  }
 }
 
 /** Closes the backing file; `fresh`, if there is one, takes its place. */

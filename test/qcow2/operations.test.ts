@@ -129,6 +129,30 @@ describe('after a commit', () => {
     expect(await firstBytes(same)).toEqual([5, 2, 3])
   })
 
+  test('whose backing file cannot be opened again the commit is done, and nothing stale is read', async () => {
+    const { folder, overlay } = await chain()
+    await overlay.close()
+    const [base, top] = [`${folder}/base.qcow2`, `${folder}/top.qcow2`]
+    let opens = 0
+    const references = (): Promise<Qcow2Image> => {
+      return ++opens === 1 ? Qcow2Image.open(base, { readOnly: true }) : Promise.reject(new Error('no more descriptors'))
+    }
+    const lost = await Qcow2Image.open(top, { references })
+    expect(await firstBytes(lost)).toEqual([1, 2, 3])
+    const target = await Qcow2Image.open(base)
+    await commitImage(lost, target)
+    await target.close()
+    expect(opens).toBe(2)
+    for (const at of [0, 1 << 20, 3 << 20]) {
+      await expect(lost.read(at, 1)).rejects.toMatchObject({ code: 'ERR_CLOSED', cause: { message: 'no more descriptors' } })
+    }
+    await lost.close()
+    await using again = await Qcow2Image.open(top)
+    expect(await firstBytes(again)).toEqual([1, 2, 3])
+    for await (const { depth, present } of again.map()) expect(depth === 0 && present).toBe(false)
+    expect(await again.check()).toMatchObject(sound)
+  })
+
   test('that failed the overlay reads what it has itself, and nothing stale', async () => {
     const { folder, overlay } = await chain()
     const target = await Qcow2Image.open(`${folder}/base.qcow2`)
