@@ -20,7 +20,15 @@ export function isZero(bytes: Uint8Array, at = 0, length: number = bytes.length 
   return true
 }
 
-/** The same with a loop over eight words at a time. */
+/** How many bytes from `at` on are zero; none at `end` or behind it is looked at. */
+export function zeroLength(bytes: Uint8Array, at: number, end: number): number {
+  let next = at
+  for (let step = zeroes.length; step >= 64; step >>= 3) while (next + step <= end && isZero(bytes, next, step)) next += step
+  while (next < end && bytes[next] === 0) next++
+  return next - at
+}
+
+/** `isZero` with a loop over eight words at a time. */
 export function isZeroByWords(bytes: Uint8Array, at: number, end: number): boolean {
   while (at < end && ((bytes.byteOffset + at) & 3) !== 0) if (bytes[at++] !== 0) return false
   if (at === end) return true

@@ -3,6 +3,8 @@
  * memory follows what an image refers to and not the length it claims to have.
  */
 
+import type { RefcountLayout } from './refcount-layout.ts'
+
 const pageBits = 14
 const pageSize = 1 << pageBits
 
@@ -92,6 +94,23 @@ export class ClusterCounters {
       for (let index = Math.max(0, from - base); index < end; index++) if (page[index] !== 0) return base + index
     }
     return to
+  }
+
+  /**
+   * First cluster in `[from, to)` that is not in use, has not exactly one kind of owner, or another counter than `block` has for it; `index` is that of
+   * `from` in the block. Looks as far as it can at once, so the cluster found may be like those before.
+   */
+  nextUnlike(from: number, to: number, layout: RefcountLayout, block: Uint8Array, index: number): number {
+    const number = Math.floor(from / pageSize)
+    const [page, owners] = [this.#pages[number], this.#owners[number]]
+    if (page === undefined || owners === undefined) return from
+    const end = Math.min(to - number * pageSize, pageSize)
+    let at = from - number * pageSize
+    for (let counter = index; at < end; at++, counter++) {
+      const by = owners[at]!
+      if (page[at] === 0 || by === 0 || (by & (by - 1)) !== 0 || page[at] !== layout.get(block, counter)) break
+    }
+    return number * pageSize + at
   }
 
   /** Visits every cluster with a counter above zero, in ascending order. */

@@ -7,6 +7,7 @@ import type { CheckContext } from './check-context.ts'
 import type { StoredRefcounts } from './check-refcounts.ts'
 import { ClusterCounters } from './check-counters.ts'
 import { viewOf } from '../bytes/view.ts'
+import { zeroLength } from '../bytes/zero.ts'
 import {
   clusterKind,
   compressedFlag,
@@ -118,15 +119,19 @@ class MappingWalk {
     const { clusterSize, l2EntrySize, extendedL2 } = geometry
     const kindContext = { extendedL2, dataFile: hasDataFile }
     const view = viewOf(table)
-    const words = new Int32Array(table.buffer, table.byteOffset, table.length / 4)
-    const step = l2EntrySize / 4
     let next = 0
-    for (let word = nextEntry(words, 0, step); word < words.length; word = nextEntry(words, word + step, step)) {
-      const high = view.getUint32(word * 4)
-      const low = view.getUint32(word * 4 + 4)
-      const zero = extendedL2 ? view.getUint32(word * 4 + 8) : 0
-      const alloc = extendedL2 ? view.getUint32(word * 4 + 12) : 0
-      const at = start + word * 4
+    for (let entry = 0; entry < table.length; entry += l2EntrySize) {
+      const high = view.getUint32(entry)
+      const low = view.getUint32(entry + 4)
+      const zero = extendedL2 ? view.getUint32(entry + 8) : 0
+      const alloc = extendedL2 ? view.getUint32(entry + 12) : 0
+      if ((high | low | zero | alloc) === 0) {
+        // most entries by far are empty: the following ones are skipped at memory speed
+        const empty = zeroLength(table, entry, table.length)
+        entry += empty - (empty % l2EntrySize) - l2EntrySize
+        continue
+      }
+      const at = start + entry
       if ((high & compressedFlag) !== 0) {
         this.#compressed(at, high, low, (zero | alloc) !== 0, times, active)
         continue
@@ -197,27 +202,6 @@ class MappingWalk {
     this.#context.report.corruption({ structure, offset: at, message }, times)
     this.repairs.push({ kind: 'copied', entryOffset: at, cluster })
   }
-}
-
-/**
- * The first entry from `from` on that is not zero; an entry is `step` words, 2 or 4. Empty entries, the
- * most by far, are skipped at memory speed: a word is zero in any byte order.
- */
-function nextEntry(words: Int32Array, from: number, step: number): number {
-  let word = from
-  const end = words.length
-  while (word < end) {
-    const any = words[word]! | words[word + 1]! | (step === 4 ? words[word + 2]! | words[word + 3]! : 0)
-    if (any !== 0) return word
-    word += step
-    while (word + 8 <= end) {
-      const empty =
-        words[word]! | words[word + 1]! | words[word + 2]! | words[word + 3]! | words[word + 4]! | words[word + 5]! | words[word + 6]! | words[word + 7]!
-      if (empty !== 0) break
-      word += 8
-    }
-  }
-  return word
 }
 
 function hex(high: number, low: number): string {

@@ -4,7 +4,7 @@
  */
 import { viewOf } from '../bytes/view.ts'
 import { isZero } from '../bytes/zero.ts'
-import { describeOwners, owner } from './check-counters.ts'
+import { describeOwners, owner, type ClusterCounters } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 
 /** The counters as they are in the image. */
@@ -90,6 +90,14 @@ export class StoredRefcounts {
     return to
   }
 
+  /** First cluster in `[from, to)` that is not in use, by one kind of owner and as often as stored; it is enough that it may be so. */
+  nextUnlike(expected: ClusterCounters, from: number, to: number): number {
+    const number = Math.floor(from / this.#perBlock)
+    const block = this.#blocks[number]
+    if (block === undefined) return from
+    return expected.nextUnlike(from, Math.min(to, (number + 1) * this.#perBlock), this.#context.layout, block, from - number * this.#perBlock)
+  }
+
   /** The block that describes `cluster`, to be changed and written back; undefined if there is none. */
   block(cluster: number): Uint8Array | undefined {
     return this.#blocks[Math.floor(cluster / this.#perBlock)]
@@ -154,6 +162,13 @@ export function compareRefcounts(context: CheckContext, stored: StoredRefcounts)
   for (;;) {
     const cluster = Math.min(nextStored, nextExpected)
     if (cluster >= end) break
+    const unlike = stored.nextUnlike(expected, cluster, end)
+    if (unlike > cluster) {
+      highestCluster = unlike - 1
+      nextStored = stored.nextUsed(unlike, end)
+      nextExpected = expected.nextUsed(unlike, end)
+      continue
+    }
     const found = stored.get(cluster)
     const references = expected.get(cluster)
     if (found !== undefined) highestCluster = cluster

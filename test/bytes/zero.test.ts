@@ -1,7 +1,7 @@
 /** Zeroes are recognised wherever they lie: against a plain look at every byte. */
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { isZero, isZeroByWords } from '../../src/bytes/zero.ts'
+import { isZero, isZeroByWords, zeroLength } from '../../src/bytes/zero.ts'
 
 const implementations: [string, (bytes: Uint8Array, at: number, length: number) => boolean][] = [
   ['isZero', isZero],
@@ -37,4 +37,16 @@ test('without a range all bytes count', () => {
   expect(isZero(new Uint8Array(100))).toBe(true)
   expect(isZero(new Uint8Array(100).fill(1, 50, 51))).toBe(false)
   expect(isZero(new Uint8Array(100).fill(1, 50, 51), 51)).toBe(true)
+})
+
+test('the length of zeroes ends with the first set byte or the range', () => {
+  const range = fc.tuple(fc.nat(70), fc.oneof(fc.nat(200), fc.nat(13_000)), fc.array(fc.nat(13_300), { maxLength: 3 }))
+  fc.assert(
+    fc.property(range, ([at, length, marks]) => {
+      const bytes = new Uint8Array(13_300)
+      for (const mark of marks) bytes[mark] = 1
+      const first = bytes.subarray(at, at + length).findIndex((byte) => byte !== 0)
+      expect(zeroLength(bytes, at, at + length)).toBe(first < 0 ? length : first)
+    }),
+  )
 })

@@ -44,13 +44,25 @@ export const mapCommand = command({
 
 type Extents = AsyncIterable<Extent> | Iterable<Extent>
 
+/** Characters written at once: a line alone costs more to write than to make. */
+const batch = 64 << 10
+
 async function printJson(extents: Extents, write: (text: string) => Promise<void>): Promise<void> {
-  let before = '['
-  for await (const extent of extents) {
-    await write(before + mapJson(extent))
-    before = ',\n'
+  let text = '['
+  let before = ''
+  try {
+    for await (const extent of extents) {
+      text += before + mapJson(extent)
+      before = ',\n'
+      if (text.length < batch) continue
+      await write(text)
+      text = ''
+    }
+    text += ']\n'
+  } finally {
+    // what was found before a failure is told too
+    await write(text)
   }
-  await write(before === '[' ? '[]\n' : ']\n')
 }
 
 async function printRows(extents: Extents, opened: OpenedImage, print: (line: string) => Promise<void>): Promise<void> {
