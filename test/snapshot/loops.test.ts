@@ -7,6 +7,7 @@ import { createReadStream, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { pipeline } from 'node:stream/promises'
 import { expect, test } from 'vitest'
+import { recover } from '../../src/snapshot/revert.ts'
 import { save } from '../../src/snapshot/save-files.ts'
 import { Guest, type GuestOptions } from '../support/guest.ts'
 import { describeWithLinux, expectLinuxGoesOn } from '../support/linux.ts'
@@ -72,17 +73,21 @@ class Loop {
   /** Until a revert has got through; three reverts and recoveries are killed or cut at most. */
   async #revert(file: string): Promise<Guest> {
     let guest = await this.#destination()
-    let recover = false
+    let recovering = false
     for (let attempt = 0; ; attempt++) {
       const incoming = join(guest.folder, `incoming-${attempt}`)
-      const order = { file, recover, incoming, monitor: this.#monitor }
-      const outcome = await this.#attempt(order, attempt < 3)
+      const outcome = await this.#attempt({ file, recover: recovering, incoming, monitor: this.#monitor }, attempt < 3)
       if (outcome === 'done') return guest
-      const state = await fate(guest)
+      const state = outcome === unanswered ? 'locked' : await fate(guest)
       this.#count(`${outcome}, then ${state}`)
       if (state === 'completed') return guest
-      recover = state === 'paused'
-      if (recover) continue
+      if (state === 'locked') {
+        await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'unlocked') })
+        this.#count('recovered by the monitor from before')
+        return guest
+      }
+      recovering = state === 'paused'
+      if (recovering) continue
       await guest.kill()
       guest = await this.#destination()
     }
@@ -102,7 +107,7 @@ class Loop {
   async #attempt(order: RevertOrder, mayDie: boolean): Promise<string> {
     const cut = mayDie && Math.random() < 0.4
     const kill = mayDie && !cut
-    const process = new RevertProcess({ ...order, ...(cut && { cut: upTo(this.#bytes) }), ...(kill && { bytes: upTo(this.#bytes) }) })
+    const process = await RevertProcess.start({ ...order, ...(cut && { cut: upTo(this.#bytes) }), ...(kill && { bytes: upTo(this.#bytes) }) })
     if (kill) await process.killAfter(upTo(this.#milliseconds))
     const outcome = await process.outcome()
     if (outcome === 'done') {
@@ -110,6 +115,7 @@ class Loop {
       return 'done'
     }
     if (outcome === 'killed' && kill) return 'killed'
+    if (outcome !== 'killed' && order.recover && outcome.phase === 'before' && /no answer to/.test(outcome.why)) return unanswered
     if (outcome === 'killed' || !cut) throw new Error(`an undisturbed revert failed: ${JSON.stringify(outcome)}`)
     expect(outcome).toMatchObject({ code: 'ERR_STREAM', why: expect.stringMatching(/^revert failed while \w+: /) as string })
     return `cut while ${outcome.phase}`
@@ -120,12 +126,20 @@ class Loop {
   }
 }
 
-/** What QEMU does after its source has died. */
-async function fate(guest: Guest): Promise<'gone' | 'paused' | 'completed' | 'waiting'> {
+/** What a process says that wants to recover and gets no answer on its new monitor connection. */
+const unanswered = 'no answer on a new monitor'
+
+/**
+ * What QEMU does after its source has died. `locked`: the paused processor holds QEMU's main lock, and only out-of-band
+ * commands on a connection from before are answered.
+ */
+async function fate(guest: Guest): Promise<'gone' | 'paused' | 'completed' | 'waiting' | 'locked'> {
   for (let tries = 0; tries < 100 && guest.running; tries++) {
-    const { status } = await guest.qmp.execute('query-migrate').catch(() => ({ status: 'gone' }))
+    const { status } = await guest.qmp.execute('query-migrate', undefined, { timeout: 5_000 }).catch((error: unknown) => ({
+      status: /no answer to/.test(String(error)) ? 'locked' : 'gone',
+    }))
     if (status === 'postcopy-paused') return 'paused'
-    if (status === 'completed') return 'completed'
+    if (status === 'completed' || status === 'locked') return status
     await new Promise((wake) => setTimeout(wake, 20))
   }
   return guest.running ? 'waiting' : 'gone'
