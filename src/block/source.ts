@@ -27,6 +27,8 @@ export interface SourceOptions extends CallOptions {
   readonly syncLimit?: number
   /** Read a file even while a running QEMU writes to it: what is read may contradict itself. */
   readonly forceShare?: boolean
+  /** False: open it whoever else uses it, also for writing. */
+  readonly locking?: boolean | undefined
 }
 
 /**
@@ -64,7 +66,7 @@ async function openLocal(file: string | URL | FileHandle, readOnly: boolean, opt
     ...(syncLimit === undefined ? {} : { syncLimit }),
   })
   try {
-    if (!readOnly || options.forceShare !== true) await checkImageLocks(file, readOnly ? 'read' : 'write')
+    if (options.locking !== false && (!readOnly || options.forceShare !== true)) await checkImageLocks(file, readOnly ? 'read' : 'write')
     return pad(device)
   } catch (error) {
     await device.close()

@@ -9,6 +9,7 @@ const loaders: Readonly<Record<string, () => Promise<CommandDefinition>>> = {
   measure: async () => (await import('./commands/measure.ts')).measureCommand,
   create: async () => (await import('./commands/create.ts')).createCommand,
   convert: async () => (await import('./commands/convert.ts')).convertCommand,
+  dd: async () => (await import('./commands/dd.ts')).ddCommand,
   resize: async () => (await import('./commands/resize.ts')).resizeCommand,
   snapshot: async () => (await import('./commands/snapshot.ts')).snapshotCommand,
   bitmap: async () => (await import('./commands/bitmap.ts')).bitmapCommand,

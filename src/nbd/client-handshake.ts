@@ -15,10 +15,10 @@ export interface Handshake {
   readonly contexts: ReadonlyMap<number, string>
 }
 
-const contextNames = ['base:allocation', 'qemu:allocation-depth']
+const usualContexts = ['base:allocation', 'qemu:allocation-depth']
 
 /** Negotiates structured replies, the contexts of a map, and the export. */
-export async function shakeHands(transport: NbdTransport, reader: ByteReader, name: string): Promise<Handshake> {
+export async function shakeHands(transport: NbdTransport, reader: ByteReader, name: string, contextNames: readonly string[] = usualContexts): Promise<Handshake> {
   const { fixedNewstyle, noZeroes } = protocol.handshakeFlags
   const flags = protocol.decodeGreeting(await reader.read(protocol.sizes.greeting))
   if ((flags & fixedNewstyle) === 0) throw new UnsupportedError('the NBD server does not speak fixed newstyle', ['fixed newstyle'])

@@ -35,8 +35,11 @@ export function combine(runs: readonly StatusRun[], depths: readonly StatusRun[]
 export function toExtent(start: number, { length, flags, depth }: Status): Extent {
   const data = (flags & allocationStates.hole) === 0
   const zero = (flags & allocationStates.zero) !== 0
-  const present = depth === undefined ? data : depth > 0
-  return extent({ start, length, depth: Math.max((depth ?? 1) - 1, 0), present, zero, data, compressed: false })
+  if (depth === undefined) {
+    const present = data || zero
+    return extent({ start, length, depth: 0, present, zero, data, compressed: false, ...(present ? { offset: start } : {}) })
+  }
+  return extent({ start, length, depth: Math.max(depth - 1, 0), present: depth > 0, zero, data, compressed: false })
 }
 
 /** True if two neighbours differ in nothing but place. */

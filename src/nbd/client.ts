@@ -3,7 +3,7 @@
  * requests under way at once, the matching of replies; knows nothing of sockets.
  */
 import { anyRequest, BaseDevice, type BlockLimits, type CallOptions, type Extent, type MapOptions, type WriteOptions, type WriteZeroesOptions } from '../block/device.ts'
-import { FormatError, IoError } from '../core/errors.ts'
+import { FormatError, IoError, Qcow2Error } from '../core/errors.ts'
 import { InFlight } from '../core/in-flight.ts'
 import * as protocol from './protocol.ts'
 import { commandFlags, commands, transmissionFlags } from './protocol.ts'
@@ -17,6 +17,11 @@ import { silence, SilenceTimer, within } from './waiting.ts'
 export interface NbdClientOptions extends CallOptions {
   /** The export's name; default the empty one. */
   readonly name?: string | undefined
+  /**
+   * The metadata context that a map shows: a run's 1 is a hole, its 2 reads as zeroes. Default
+   * `base:allocation`, with the depth in the backing chain where the server tells it.
+   */
+  readonly context?: string | undefined
   /** Refuse changes even where the server allows them. */
   readonly readOnly?: boolean | undefined
   /**
@@ -44,17 +49,19 @@ export class NbdClient extends BaseDevice {
   readonly #reader: ByteReader
   readonly #handshake: Handshake
   readonly #readOnly: boolean
+  readonly #context: string
   readonly #pending = new Map<number, ClientRequest>()
   readonly #silence: SilenceTimer
   readonly #received: Promise<void>
   #nextCookie = 1
   #failure: unknown
 
-  private constructor(transport: NbdTransport, reader: ByteReader, handshake: Handshake, { readOnly = false, timeout = defaultTimeout }: NbdClientOptions) {
+  private constructor(transport: NbdTransport, reader: ByteReader, handshake: Handshake, { readOnly = false, timeout = defaultTimeout, context = 'base:allocation' }: NbdClientOptions) {
     super()
     this.#transport = transport
     this.#reader = reader
     this.#handshake = handshake
+    this.#context = context
     this.#readOnly = readOnly || this.#can('readOnly')
     this.#silence = new SilenceTimer(timeout, () => this.#pending.size > 0, () => {
       this.#fail(silence('read', timeout))
@@ -72,8 +79,11 @@ export class NbdClient extends BaseDevice {
   static async open(transport: NbdTransport, options: NbdClientOptions = {}): Promise<NbdClient> {
     const reader = new ByteReader(transport.incoming)
     try {
-      const { signal, timeout = defaultTimeout, name = '' } = options
-      const handshake = await within(shakeHands(transport, reader, name), { signal, timeout })
+      const { signal, timeout = defaultTimeout, name = '', context } = options
+      const handshake = await within(shakeHands(transport, reader, name, context === undefined ? undefined : [context]), { signal, timeout })
+      if (context !== undefined && context !== 'base:allocation' && ![...handshake.contexts.values()].includes(context)) {
+        throw new Qcow2Error('ERR_NOT_FOUND', `the NBD server has no metadata context '${context}'`)
+      }
       return new NbdClient(transport, reader, handshake, options)
     } catch (error) {
       transport.close()
@@ -133,7 +143,7 @@ export class NbdClient extends BaseDevice {
   }
 
   protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
-    const allocation = this.#contextId('base:allocation')
+    const allocation = this.#contextId(this.#context)
     if (allocation === undefined) {
       yield* super.onMap(offset, length, options)
       return

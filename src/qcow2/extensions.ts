@@ -29,7 +29,7 @@ export interface Extension {
 /**
  * Decodes the extensions in `bytes[start, end)`, which is the area from the end of the header to the
  * backing file name, or to the end of cluster 0. An area without an end marker is accepted.
- * @throws FormatError if an extension overruns the area or a type comes twice.
+ * @throws FormatError if an extension overruns the area.
  */
 export function decodeExtensions(bytes: Uint8Array, start: number, end: number): Extension[] {
   const view = viewOf(bytes)
@@ -44,12 +44,12 @@ export function decodeExtensions(bytes: Uint8Array, start: number, end: number):
     if (length > end - at - 8) {
       throw new FormatError(`length of ${location.field} is ${length}, ${end - at - 8} bytes are left`, location)
     }
-    if (extensions.some((extension) => extension.type === type)) {
-      throw new FormatError(`type ${location.field} occurs twice`, location)
-    }
     const data = new Uint8Array(length)
     data.set(bytes.subarray(at + 8, Math.min(at + 8 + length, bytes.length)))
-    extensions.push({ type, data })
+    const before = extensions.findIndex((extension) => extension.type === type)
+    // as QEMU does: the last one of a type it knows counts, of others all are kept
+    if (before >= 0 && order.includes(type)) extensions[before] = { type, data }
+    else extensions.push({ type, data })
     at += 8 + Math.ceil(length / 8) * 8
   }
   return extensions

@@ -2,12 +2,15 @@
  * Giving an overlay another backing file. Safe: what would read differently is copied into the overlay
  * first. Unsafe: only the name changes.
  */
-import type { BlockDevice, CallOptions } from '../block/device.ts'
+import type { BlockDevice, CallOptions, Extent } from '../block/device.ts'
 import { equalBytes } from '../bytes/equal.ts'
+import { isZero } from '../bytes/zero.ts'
 import { UnsupportedError } from '../core/errors.ts'
+import { assertCompressible } from './compressed.ts'
 import { extensionType, withExtension } from './extensions.ts'
 import type { Qcow2Image } from './image.ts'
 import { maxBackingFormatName } from './limits.ts'
+import { zeroActive } from './zero.ts'
 
 /** The backing file an image is to have. */
 export interface NewBacking {
@@ -19,13 +22,15 @@ export interface NewBacking {
 
 /** Options of {@link rebaseImage}. */
 export interface RebaseOptions extends CallOptions {
+  /** Store what is copied compressed, in whole clusters. Default false. */
+  readonly compressed?: boolean | undefined
   /** Bytes done, of how many. */
   readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
 }
 
-const pieceBytes = 1 << 20
-/** Differences are found and copied in grains of this many bytes. */
-const grain = 4096
+const leastPieceBytes = 1 << 20
+/** Differences are found and copied in grains of this many bytes; compressed ones in clusters. */
+const plainGrain = 4096
 
 /**
  * Changes the backing file of `image`, which reads the same before and after. `device` is the new
@@ -40,21 +45,29 @@ export async function rebaseImage(
   backing: (NewBacking & { readonly device: BlockDevice }) | undefined,
   options: RebaseOptions = {},
 ): Promise<void> {
-  const { signal, onProgress } = options
+  const { compressed = false, signal, onProgress } = options
+  const { clusterSize } = image.engine.geometry
+  if (compressed) assertCompressible(image.engine)
+  const pieceBytes = Math.max(leastPieceBytes, clusterSize)
   const [old, next] = [new Uint8Array(pieceBytes), new Uint8Array(pieceBytes)]
+  const copy: Copy = { image, compressed, grain: compressed ? clusterSize : plainGrain, signal }
+  let covered = 0
   for await (const extent of image.map({ signal })) {
     // what the overlay has itself hides any backing file
     if (extent.depth === 0 && extent.present) continue
-    const end = extent.start + extent.length
-    for (let at = extent.start; at < end; at += pieceBytes) {
-      const length = Math.min(pieceBytes, end - at)
+    const [start, end] = compressed ? wholeClusters(extent, clusterSize, image.size) : [extent.start, extent.start + extent.length]
+    for (let at = Math.max(start, covered); at < end; ) {
+      // pieces end at multiples of their size, so that no cluster is in two of them
+      const length = Math.min(end, (Math.floor(at / pieceBytes) + 1) * pieceBytes) - at
       const [was, becomes] = [old.subarray(0, length), next.subarray(0, length)]
-      if (extent.zero) was.fill(0)
+      if (extent.zero && !compressed) was.fill(0)
       else await image.readInto(at, was, { signal })
       await readPadded(backing?.device, at, becomes, signal)
-      await copyDifferences(image, at, was, becomes, signal)
-      onProgress?.({ done: at + length, total: image.size })
+      await copyDifferences(copy, at, was, becomes)
+      at += length
+      onProgress?.({ done: at, total: image.size })
     }
+    covered = Math.max(covered, end)
   }
   await image.flush({ signal })
   await setBackingFile(image, backing)
@@ -75,7 +88,7 @@ export async function setBackingFile(image: Qcow2Image, backing: NewBacking | un
   }
   const extensions = withExtension(engine.content.extensions, extensionType.backingFormat, format)
   await engine.requests.exclusive(async () => {
-    if (engine.untouched) await engine.touch()
+    if (engine.unchanged) await engine.change()
     await engine.writeHeader({}, { extensions, backingFile: backing === undefined ? undefined : text.encode(backing.file) })
   })
 }
@@ -86,14 +99,45 @@ async function readPadded(device: BlockDevice | undefined, at: number, target: U
   if (device !== undefined && present > 0) await device.readInto(at, target.subarray(0, present), { signal })
 }
 
+/** The clusters an extent touches. */
+function wholeClusters({ start, length }: Extent, clusterSize: number, size: number): [start: number, end: number] {
+  return [Math.floor(start / clusterSize) * clusterSize, Math.min(size, Math.ceil((start + length) / clusterSize) * clusterSize)]
+}
+
+interface Copy extends CallOptions {
+  readonly image: Qcow2Image
+  readonly compressed: boolean
+  readonly grain: number
+}
+
 /** Writes the runs of grains in which `was` and `becomes` differ. */
-async function copyDifferences(image: Qcow2Image, at: number, was: Uint8Array, becomes: Uint8Array, signal: AbortSignal | undefined): Promise<void> {
-  const same = (from: number): boolean => equalBytes(was, becomes, from, Math.min(grain, was.length - from))
-  for (let from = 0; from < was.length; from += grain) {
-    if (same(from)) continue
-    let to = from + grain
-    while (to < was.length && !same(to)) to += grain
-    await image.write(at + from, was.subarray(from, Math.min(to, was.length)), { signal })
-    from = to - grain
+async function copyDifferences(copy: Copy, at: number, was: Uint8Array, becomes: Uint8Array): Promise<void> {
+  const { image, compressed, grain, signal } = copy
+  const kind = (from: number): 'same' | 'zero' | 'data' => {
+    const length = Math.min(grain, was.length - from)
+    if (equalBytes(was, becomes, from, length)) return 'same'
+    return isZero(was, from, length) ? 'zero' : 'data'
   }
+  for (let from = 0; from < was.length; ) {
+    const what = kind(from)
+    let to = from + grain
+    while (to < was.length && kind(to) === what) to += grain
+    const bytes = was.subarray(from, to)
+    if (what === 'zero') await coverWithZeroes(copy, at + from, bytes)
+    else if (what === 'data' && compressed) await image.writeCompressed(at + from, bytes, { signal })
+    else if (what === 'data') await image.write(at + from, bytes, { signal })
+    from = to
+  }
+}
+
+/** Zeroes that hide what the new backing file has there: whole clusters say so, the rest is stored. */
+async function coverWithZeroes({ image, signal }: Copy, at: number, zeroes: Uint8Array): Promise<void> {
+  const { engine } = image
+  const { clusterSize } = engine.geometry
+  const end = at + zeroes.length
+  const first = Math.min(end, Math.ceil(at / clusterSize) * clusterSize)
+  const last = end === image.size ? end : Math.max(first, Math.floor(end / clusterSize) * clusterSize)
+  if (at < first) await image.write(at, zeroes.subarray(0, first - at), { signal })
+  if (first < last) await engine.requests.run(() => zeroActive(engine, first, last - first, 'cover', signal))
+  if (last < end) await image.write(last, zeroes.subarray(last - at), { signal })
 }

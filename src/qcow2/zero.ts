@@ -21,6 +21,8 @@ export type ZeroMode =
   | 'unmap'
   /** As `unmap`; partial clusters are left alone. */
   | 'discard'
+  /** They are marked as zeroes even where nothing is below them yet: a backing file is to come. Partial clusters are left alone. */
+  | 'cover'
   /** They become unallocated: the backing file shows through. Partial clusters are left alone. */
   | 'forget'
 
@@ -90,6 +92,7 @@ function isDone(engine: Engine, run: Run, at: number, mode: ZeroMode): boolean {
   if (mode === 'forget') return run.kind === 'unallocated'
   if (engine.rawDataFile) return run.kind === 'zero'
   if (run.kind === 'zero') return true
+  if (mode === 'cover') return false
   return engine.backing === undefined || at >= engine.backing.size
 }
 
@@ -104,7 +107,7 @@ async function zeroInData(engine: Engine, from: number, to: number, mode: ZeroMo
     await engine.data.writeZeroes(from, Math.min(to, engine.header.size) - from)
     return false
   }
-  const hidesBacking = engine.backing !== undefined && from < engine.backing.size
+  const hidesBacking = mode === 'cover' || (engine.backing !== undefined && from < engine.backing.size)
   if (engine.header.version === 2 && hidesBacking) {
     if (mode !== 'discard') await writeLocked(engine, from, engine.host.allocate(to - from).fill(0))
     return true

@@ -167,7 +167,7 @@ export const scenarios: readonly Scenario[] = [
       'convert -O qcow2 disk raw.img out17', 'convert -t none -T none -O qcow2 disk out18', 'convert -c -o compression_type=zstd -O qcow2 disk out19',
       'convert -O qcow2 missing bad', 'convert -O bogus disk bad', 'convert disk', 'convert -c -O raw disk bad', 'convert -o cluster_size=3 -O qcow2 disk bad',
       'convert -n -O qcow2 disk missing', 'convert -l nope -O qcow2 disk bad', 'convert -m 99 -O qcow2 disk bad', 'convert -B missing -F qcow2 -O qcow2 disk bad',
-      'convert -S bogus -O qcow2 disk bad', 'convert --target-image-opts disk driver=raw,file.filename=bad', 'convert -t bogus disk bad',
+      'convert -S bogus -O qcow2 disk bad', 'convert --salvage -O qcow2 disk out20', 'convert --salvage -O raw disk out21', 'convert --salvage -C -O raw disk bad', 'convert --target-image-opts disk driver=raw,file.filename=bad', 'convert -t bogus disk bad',
     ],
   },
   {
@@ -179,16 +179,39 @@ export const scenarios: readonly Scenario[] = [
     ],
   },
   {
+    name: 'dd',
+    setup: [...chain, 'img create -f raw raw.img 2M', "io -f raw -c 'write -P 9 64k 100k' raw.img"],
+    lines: [
+      'dd if=disk of=dd1', 'dd -f qcow2 -O qcow2 if=disk of=dd2', 'dd -O qcow2 bs=64k count=3 if=disk of=dd3', 'dd -f raw -O raw bs=1000 skip=7 if=raw.img of=dd4',
+      'dd -f qcow2 if=top of=dd5 bs=1M skip=4', 'dd -U -O qcow2 if=disk of=dd6 bs=2M', 'dd if=disk of=dd7 bs=512 skip=1000000', 'dd if=disk of=dd8 count=0',
+      'dd --image-opts if=driver=qcow2,file.filename=disk of=dd9', 'dd if=raw.img of=dd10 bs=512 bs=1k count=1', 'dd if=disk', 'dd of=bad', 'dd', 'dd if=disk of=bad bs=0', 'dd if=disk of=bad bs=x',
+      'dd if=disk of=bad bs=3G', 'dd if=disk of=bad count=-1', 'dd if=disk of=bad count=1k', 'dd if=disk of=bad skip=x', 'dd if=disk of=bad wrong=1', 'dd if=disk of=bad extra',
+      'dd -O bogus if=disk of=bad', 'dd -f bogus if=disk of=bad', 'dd if=missing of=bad', 'dd if=disk of=nodir/bad', 'info dd2',
+    ],
+  },
+  {
+    name: 'options of names',
+    sameLayout: true,
+    setup: [...disk, 'img create -f raw raw.img 4M', "io -f raw -c 'write -P 9 1M 1M' raw.img", 'img create -f qcow2 -o data_file=d.raw,data_file_raw=on data 1M', "io -c 'write 0 64k' data"],
+    lines: [
+      'convert --image-opts driver=raw,offset=1M,size=1M,file.driver=file,file.filename=raw.img part1', 'convert --image-opts -O qcow2 driver=raw,offset=1536k,file.filename=raw.img part2',
+      'compare --image-opts driver=raw,size=1M,file.filename=raw.img driver=null-co,size=1M,read-zeroes=on', 'map data', 'map --output=json data', 'check --image-opts driver=qcow2,file.filename=disk,file.locking=off',
+      'info --image-opts driver=raw,offset=1M,size=8M,file.filename=raw.img', 'convert --image-opts driver=raw,offset=1M,size=8M,file.filename=raw.img bad', 'convert --image-opts driver=null-co,size=64k,read-zeroes=on part3',
+      'map --image-opts driver=qcow2,file.filename=disk,bogus=1', 'create -f qcow2 -o extended_l2=yes words 1M', 'create -f qcow2 -o lazy_refcounts=false words2 1M', 'create -f qcow2 -o lazy_refcounts=1 bad 1M',
+    ],
+  },
+  {
     name: 'commit',
     setup: chain,
     lines: ['commit top', 'map --output=json top', 'commit -d mid', 'commit disk', 'commit -q mid', 'commit missing', 'commit -b nope top', 'commit -b disk top', 'commit'],
   },
   {
     name: 'rebase',
-    setup: [...chain, 'img convert -O qcow2 disk copy', 'img create -f qcow2 other 8M', 'img create -f qcow2 -b disk -F qcow2 third', "io -c 'write -P 7 1M 1M' third"],
+    setup: [...chain, 'img convert -O qcow2 disk copy', 'img create -f qcow2 other 8M', 'img create -f qcow2 -b disk -F qcow2 third', "io -c 'write -P 7 1M 1M' third", 'img create -f raw plain.raw 1M', 'img create -f qcow2 -b disk -F qcow2 squeezed', "io -c 'write -P 6 2M 1M' squeezed", 'img create -f qcow2 alone 8M', "io -c 'write -P 1 0 1M' alone", "io -c 'write -P 9 512k 3M' other"],
     lines: [
       'rebase -b other -F qcow2 third', 'info --output=json third', 'rebase -b disk -F qcow2 top', 'rebase -u -b copy -F qcow2 mid', 'rebase -b "" third', 'info --output=json third',
       'rebase -u -b "" mid', 'rebase -u -b nowhere -F qcow2 third', 'info --output=json third', 'rebase -u -b foo third', 'rebase -b missing -F qcow2 top', 'rebase missing', 'rebase', 'rebase -b "" disk',
+      'rebase -b other -F qcow2 alone', 'map --output=json alone', 'rebase -c -b other -F qcow2 squeezed', 'rebase -c -b "" squeezed', 'rebase -c -f raw -b "" plain.raw',
     ],
   },
   {

@@ -71,6 +71,11 @@ describe('options', () => {
     expect(parseImageOpts('driver=nbd,server.type=unix,server.path=/s,export=e')).toMatchObject({
       place: { kind: 'nbd', address: { path: '/s' }, name: 'e' },
     })
+    expect(parseImageOpts('driver=nbd,server.type=unix,server.path=/s,x-dirty-bitmap=qemu:dirty-bitmap:b').place).toMatchObject({ context: 'qemu:dirty-bitmap:b' })
+    expect(parseImageOpts('driver=raw,offset=1M,size=64k,file.filename=x,file.locking=off')).toEqual({
+      shown: 'x', format: 'raw', place: { kind: 'file', path: 'x', locking: false }, part: { offset: 1 << 20, size: 65536 },
+    })
+    expect(parseImageOpts('driver=null-co,size=2M,read-zeroes=on').place).toEqual({ kind: 'null', size: 2 << 20 })
     expect(parseImageOpts('driver=qcow2,file.filename=x,encrypt.key-secret=s,data-file.filename=d')).toMatchObject({
       keySecret: 's',
       dataFile: { kind: 'file', path: 'd' },
@@ -78,7 +83,7 @@ describe('options', () => {
     expect(parseName('json:{"driver":"qcow2","file":{"driver":"file","filename":"x"},"backing":null}', undefined)).toMatchObject({ backing: null })
   })
 
-  test.each(['driver=bogus,file.filename=x', 'driver=qcow2', 'driver=qcow2,file.filename=x,nonsense=1', 'driver=file'])('%s is refused', (text) => {
+  test.each(['driver=bogus,file.filename=x', 'driver=qcow2', 'driver=qcow2,file.filename=x,nonsense=1', 'driver=file', 'driver=qcow2,offset=1M,file.filename=x', 'driver=raw,size=x,file.filename=x'])('%s is refused', (text) => {
     expect(() => parseImageOpts(text)).toThrow(UsageError)
   })
 })

@@ -329,9 +329,14 @@ describe('header', () => {
 })
 
 describe('extensions', () => {
-  test('an extension that overruns its area or comes twice is refused', () => {
+  test('an extension that overruns its area is refused', () => {
     expect(codeOf(() => decodeExtensions(hex('00000001 00000009 0102030405060708'), 0, 16))).toBe('ERR_FORMAT')
-    expect(codeOf(() => decodeExtensions(hex('00000001 00000000 00000001 00000000'), 0, 16))).toBe('ERR_FORMAT')
+  })
+
+  test('of a known type the last one counts, of others all are kept', () => {
+    const format = (name: string): string => `e2792aca 00000003 ${Buffer.from(name).toString('hex')}0000000000`
+    const found = decodeExtensions(hex(`${format('raw')} 00000001 00000000 ${format('foo')} 00000001 00000000`), 0, 48)
+    expect(found.map(({ type, data }) => [type, Buffer.from(data).toString()])).toEqual([[0xe2792aca, 'foo'], [1, ''], [1, '']])
   })
 
   test('feature names, bitmaps and encryption pointers survive', () => {

@@ -168,14 +168,14 @@ describe('after a commit', () => {
 
 test('rebase: the image reads the same over its new backing file, or over none', async () => {
   await fc.assert(
-    fc.asyncProperty(size, changes, changes, changes, size, fc.boolean(), fc.constantFrom(512, 4096, 65536), async (length, oldChanges, newChanges, list, newLength, flatten, clusterSize) => {
-      const [oldBase, newBase] = [diskOf(length, oldChanges), diskOf(newLength, newChanges)]
+    fc.asyncProperty(size, changes, changes, changes, size, fc.record({ flatten: fc.boolean(), alone: fc.boolean(), compressed: fc.boolean(), version: fc.constantFrom(2 as const, 3 as const) }), fc.constantFrom(512, 4096, 65536), async (length, oldChanges, newChanges, list, newLength, { flatten, alone, compressed, version }, clusterSize) => {
+      const [oldBase, newBase] = [alone ? new Uint8Array(length) : diskOf(length, oldChanges), diskOf(newLength, newChanges)]
       const host = new MemoryDevice(0, { growable: true })
       const references = (): MemoryDevice => new MemoryDevice(oldBase, { readOnly: true })
-      const overlay = await Qcow2Image.create(host, { size: length, clusterSize, backing: { file: 'old', format: 'raw' }, references })
+      const overlay = await Qcow2Image.create(host, { size: length, clusterSize, version, ...(alone ? {} : { backing: { file: 'old', format: 'raw' }, references }) })
       const model = oldBase.slice()
       await apply(overlay, model, list)
-      await rebaseImage(overlay, flatten ? undefined : { file: 'new', format: 'raw', device: new MemoryDevice(newBase) })
+      await rebaseImage(overlay, flatten ? undefined : { file: 'new', format: 'raw', device: new MemoryDevice(newBase) }, { compressed })
       await overlay.flush()
       expect(await readImageInfo(host)).toMatchObject({ backingFile: flatten ? undefined : 'new', backingFormat: flatten ? undefined : 'raw' })
       expect(Buffer.compare(await contentOf(host, flatten ? undefined : newBase), model)).toBe(0)

@@ -2,7 +2,7 @@ import { amendImage } from '../../qcow2/amend.ts'
 import { setBackingFile } from '../../qcow2/rebase.ts'
 import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { asksForHelp, createHelp, isAmendable, parseCreateOptions, versionOf, type CreateValues } from '../image/create-options.ts'
+import { asksForHelp, createHelp, isAmendable, parseCreateOptions, switchOf, versionOf, type CreateValues } from '../image/create-options.ts'
 import { reasonOf } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
 
@@ -76,13 +76,12 @@ async function amendThroughEngine<O extends OptionDefinitions>(context: Context<
 function changes(values: CreateValues): Parameters<typeof amendImage>[1] {
   const compat = values.get('compat')
   const refcountBits = values.get('refcount_bits')
-  const lazy = values.get('lazy_refcounts')
-  const raw = values.get('data_file_raw')
-  if (raw === 'on') throw new ExitError(1, 'data-file-raw cannot be set on existing images')
+  const raw = switchOf(values, 'data_file_raw')
+  if (raw === true) throw new ExitError(1, 'data-file-raw cannot be set on existing images')
   return {
     version: compat === undefined ? undefined : versionOf(compat),
     refcountBits: refcountBits === undefined ? undefined : Number(refcountBits),
-    lazyRefcounts: lazy === undefined ? undefined : lazy === 'on',
+    lazyRefcounts: switchOf(values, 'lazy_refcounts'),
     dataFile: values.get('data_file'),
     dataFileRaw: raw === undefined ? undefined : false,
   }

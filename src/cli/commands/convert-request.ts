@@ -28,6 +28,7 @@ export const convertOptions = {
   'sparse-size': { short: 'S', value: 'SIZE', help: 'runs of zeroes of at least this size take no space; default 4k; 0 writes everything' },
   bitmaps: { help: 'copy the dirty bitmaps too' },
   'skip-broken-bitmaps': { help: 'with --bitmaps: leave out bitmaps that must not be trusted' },
+  salvage: { help: 'what cannot be read is told and becomes zeroes, instead of ending the copy' },
   parallel: { short: 'm', value: 'COUNT', help: 'threads that compress, 1 to 16' },
   'oob-writes': { short: 'W', help: 'accepted for compatibility' },
   'copy-range-offloading': { short: 'C', help: 'accepted for compatibility' },
@@ -68,6 +69,7 @@ export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' 
   if (options.bitmaps && format !== 'qcow2' && !noCreate) throw new ExitError(1, `Format driver '${format}' does not support bitmaps`)
   if (options['source-snapshot'] !== undefined && args.length > 2) throw new UsageError('No support for concatenating multiple snapshot')
   if (options.backing !== undefined && args.length > 2) throw new UsageError('Having a backing file for the target makes no sense when concatenating multiple input images')
+  if (options.salvage && options['copy-range-offloading']) throw new UsageError('Cannot use copy offloading in salvaging mode')
   isDirect(options['source-cache'])
   isDirect(options['target-cache'])
   if (options.compress && format !== 'qcow2') throw new ExitError(1, 'Compression not supported for this file format')

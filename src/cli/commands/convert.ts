@@ -6,11 +6,12 @@ import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { concatenated } from '../image/concatenated.ts'
 import { asksForHelp, createHelp, layoutOf } from '../image/create-options.ts'
-import { makeImage } from '../image/new-image.ts'
+import { makeImage, refuseSelf } from '../image/new-image.ts'
 import type { OpenedImage } from '../image/open.ts'
 import { isDirect, openerFor } from '../image/options.ts'
 import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
-import { parseImageOpts, parseName, parsePlace } from '../image/spec.ts'
+import { salvaged } from '../image/salvage.ts'
+import { parseImageOpts, parsePlace } from '../image/spec.ts'
 import { contentOf, writeStream } from '../output.ts'
 import { copyFromPipe, readsPipe, sendImage } from './convert-pipe.ts'
 import { aboutTarget, checkBacking, checkRequest, convertOptions, createFile, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
@@ -49,6 +50,7 @@ export const convertCommand = command({
     try {
       for (const name of args.slice(0, -1).map((name) => (name === '-' ? context.terminal.stdinFile! : name))) sources.push(await openSource(context, name))
       refuseSelf(sources, request.target)
+      if (options.bitmaps) await refuseBroken(context, sources[0]!)
       await copy(context, sources, request)
       return 0
     } finally {
@@ -65,21 +67,10 @@ async function openSource(context: ConvertContext, name: string): Promise<Opened
   return openSnapshot(opened, snapshotParameter(options['source-snapshot']))
 }
 
-function refuseSelf(sources: readonly OpenedImage[], target: string): void {
-  const place = target === '-' ? undefined : parseName(target, undefined).place
-  if (place?.kind !== 'file') return
-  for (let source of sources as readonly (OpenedImage | undefined)[]) {
-    for (; source !== undefined; source = source.backing) {
-      if (source.place.kind === 'file' && resolve(source.place.path) === resolve(place.path)) {
-        throw new ExitError(1, `Could not open '${target}': it is what is to be copied`)
-      }
-    }
-  }
-}
-
 async function copy(context: ConvertContext, sources: readonly OpenedImage[], request: Request): Promise<void> {
   const { signal, options } = context
-  const source = concatenated(sources.map(({ device }) => device))
+  const disk = concatenated(sources.map(({ device }) => device))
+  const source = options.salvage ? salvaged(disk, context.warn) : disk
   const progress = context.progress()
   const { target } = request
   if (target === '-') {
@@ -137,13 +128,17 @@ async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, reque
   await convertToQcow2(source, file, { ...shapeOf(layout), compressed: options.compress, workers, sparseSize, signal, onProgress })
 }
 
+/** Bitmaps that cannot be copied are found before the target is made. */
+async function refuseBroken({ options, terminal }: ConvertContext, { image, format }: OpenedImage): Promise<void> {
+  if (image === undefined) throw new ExitError(1, `Format driver '${format}' does not support bitmaps`)
+  const broken = (await image.bitmaps.list()).find(({ inUse }) => inUse)
+  if (broken === undefined || options['skip-broken-bitmaps']) return
+  throw new ExitError(1, `Cannot copy inconsistent bitmap '${broken.name}'\nTry --skip-broken-bitmaps, or use '${terminal.program} bitmap --remove' to delete it`)
+}
+
 async function copyBitmaps(context: ConvertContext, source: OpenedImage, target: string): Promise<void> {
-  if (source.image === undefined) throw new ExitError(1, `Format driver '${source.format}' does not support bitmaps`)
+  if (source.image === undefined) return
   const bitmaps = await source.image.bitmaps.list()
-  const broken = bitmaps.filter(({ inUse }) => inUse)
-  if (broken.length > 0 && !context.options['skip-broken-bitmaps']) {
-    throw new ExitError(1, `Cannot copy inconsistent bitmap '${broken[0]!.name}': try --skip-broken-bitmaps, or remove it`)
-  }
   await using image = await Qcow2Image.open(parsePlace(target).kind === 'file' ? resolve(target) : target, { references: 'any' })
   for (const { name, granularity, inUse, auto } of bitmaps) {
     if (inUse) {

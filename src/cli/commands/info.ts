@@ -72,7 +72,7 @@ async function rawEntry(file: ImageFile): Promise<ImageEntry> {
   return {
     filename: file.filename,
     format: 'raw',
-    'virtual-size': sectors(file.host.size),
+    'virtual-size': sectors(file.size),
     ...(taken === undefined ? {} : { 'actual-size': taken }),
     children: [fileChild(file, taken)],
     'dirty-flag': false,

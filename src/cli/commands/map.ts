@@ -66,7 +66,7 @@ async function printJson(extents: Extents, write: (text: string) => Promise<void
 }
 
 async function printRows(extents: Extents, opened: OpenedImage, print: (line: string) => Promise<void>): Promise<void> {
-  const files = chainOf(opened).map(({ filename }) => filename)
+  const files = chainOf(opened).map(({ filename, dataFilename }) => dataFilename ?? filename)
   await print(mapHeading)
   for await (const extent of extents) {
     if (!extent.data || extent.zero) continue

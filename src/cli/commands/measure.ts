@@ -41,7 +41,7 @@ export const measureCommand = command({
     const values = parseCreateOptions(format, options.options)
     if (options.size !== undefined) values.set('size', String(imageSize(options.size)))
     const result = args.length === 0 ? measureSize(format, values) : await measureImage()
-    const entry = { required: result.required, 'fully-allocated': result.fullyAllocated, ...(result.bitmaps === undefined ? {} : { bitmaps: result.bitmaps }) }
+    const entry = { ...(result.bitmaps === undefined ? {} : { bitmaps: result.bitmaps }), required: result.required, 'fully-allocated': result.fullyAllocated }
     if (options.output === 'json') await print(prettyJson(entry))
     else for (const line of measureText(entry)) await print(line)
     return 0
@@ -69,7 +69,8 @@ function measureSize(format: 'qcow2' | 'raw', values: CreateValues): Result {
 async function measureTo({ device, image, snapshot }: OpenedImage, values: CreateValues, signal: AbortSignal): Promise<Result> {
   const bitmaps = snapshot === undefined ? await image?.bitmaps.list() : []
   const result = await measureConversion(device, { ...measureOptions(values), bitmaps, signal })
-  return image === undefined || image.engine.header.version === 2 ? { required: result.required, fullyAllocated: result.fullyAllocated } : result
+  const without = image === undefined || image.engine.header.version === 2 || layoutOf(values).version === 2
+  return without ? { required: result.required, fullyAllocated: result.fullyAllocated } : result
 }
 
 function measureOptions(values: CreateValues): MeasureOptions {

@@ -15,7 +15,7 @@ export const rebaseCommand = command({
     backing: { short: 'b', value: 'FILENAME', file: true, help: 'the new backing file; empty for none' },
     'backing-format': { short: 'F', value: 'FMT', help: 'format of the new backing file' },
     'backing-unsafe': { short: 'u', help: 'change only the name; nothing is read' },
-    compress: { short: 'c', help: 'accepted for compatibility; what is copied is not compressed' },
+    compress: { short: 'c', help: 'store what is copied compressed' },
     cache: { short: 't', value: 'MODE', help: "'none' goes past the page cache" },
     'backing-cache': { short: 'T', value: 'MODE', help: 'the same for the backing files' },
     ...formatOption,
@@ -33,7 +33,7 @@ export const rebaseCommand = command({
   ],
   async run(context) {
     const { options, signal } = context
-    const unsafe = options['backing-unsafe']
+    const { 'backing-unsafe': unsafe, compress: compressed } = options
     if (options.backing === undefined && !unsafe) throw new UsageError('Must specify backing file (-b) or use unsafe mode (-u)')
     isDirect(options['backing-cache'])
     const opened = await openArgument(context, { readOnly: false, withoutBacking: unsafe, direct: isDirect(options.cache) })
@@ -42,7 +42,7 @@ export const rebaseCommand = command({
       if (image === undefined) throw new ExitError(1, 'Image format driver does not support rebase')
       const name = options.backing ?? ''
       if (name === '') {
-        await (unsafe ? setBackingFile(image, undefined) : rebaseImage(image, undefined, { signal }))
+        await (unsafe ? setBackingFile(image, undefined) : rebaseImage(image, undefined, { compressed, signal }))
         return 0
       }
       const format = options['backing-format']
@@ -61,7 +61,7 @@ export const rebaseCommand = command({
         context.leaves(`${opened.filename} keeps its old backing file and reads as before`)
         const progress = context.progress()
         const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
-        await rebaseImage(image, { file: name, format: backing.format, device: backing.device }, { signal, onProgress })
+        await rebaseImage(image, { file: name, format: backing.format, device: backing.device }, { compressed, signal, onProgress })
         progress.finish()
       } finally {
         await backing.close()

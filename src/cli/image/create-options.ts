@@ -82,7 +82,7 @@ export function createHelp(format: 'qcow2' | 'raw', amend = false): string {
 }
 
 /**
- * Parses `-o` texts. Values come out as qemu-img shows them: sizes in bytes, switches as on and off.
+ * Parses `-o` texts. Values come out as qemu-img shows them: sizes in bytes, switches in the words given.
  * @throws UsageError for a name or a value that cannot be
  */
 export function parseCreateOptions(format: 'qcow2' | 'raw', texts: readonly string[]): CreateValues {
@@ -101,6 +101,14 @@ export function parseCreateOptions(format: 'qcow2' | 'raw', texts: readonly stri
   return values
 }
 
+const switchWords = { on: ['on', 'yes', 'true', 'y'], off: ['off', 'no', 'false', 'n'] }
+
+/** What a switch was set to; `undefined` where it was not. */
+export function switchOf(values: CreateValues, name: string): boolean | undefined {
+  const value = values.get(name)
+  return value === undefined ? undefined : switchWords.on.includes(value)
+}
+
 /** True if `amend` can change the option. */
 export function isAmendable(name: string): boolean {
   return qcow2Options[name]?.amend === true
@@ -111,7 +119,7 @@ function shownValue(name: string, kind: Kind, value: string): string {
     case 'size':
       return String(optionSize(name, value))
     case 'switch':
-      if (value === 'on' || value === 'off') return value
+      if (switchWords.on.includes(value) || switchWords.off.includes(value)) return value
       throw new UsageError(`Parameter '${name}' expects 'on' or 'off'`)
     case 'number':
       if (/^\d+$/.test(value)) return String(Number(value))
@@ -146,7 +154,7 @@ export function preallocationOf(values: CreateValues): Preallocation {
  * @throws ExitError in qemu-img's words where options exclude each other or a value is out of range
  */
 export function layoutOf(values: CreateValues): CreateOptions & { size: number } {
-  const flag = (name: string): boolean => values.get(name) === 'on'
+  const flag = (name: string): boolean => switchOf(values, name) === true
   const clusterSize = Number(values.get('cluster_size') ?? 65536)
   const version = versionOf(values.get('compat') ?? '1.1')
   const refcountBits = Number(values.get('refcount_bits') ?? 16)

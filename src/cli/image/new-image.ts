@@ -1,4 +1,5 @@
 /** Making image files, for `create` and `convert`. Owns the files beside them; the layout is the engine's. */
+import { resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
 import { openFile } from '../../block/file.ts'
 import { MemoryDevice } from '../../block/memory.ts'
@@ -6,10 +7,10 @@ import { Qcow2Error } from '../../core/errors.ts'
 import { Qcow2Image, type CreateOptions } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import { ExitError } from '../errors.ts'
-import { layoutOf, preallocationOf, type CreateValues } from './create-options.ts'
-import { reasonOf } from './open.ts'
+import { layoutOf, preallocationOf, switchOf, type CreateValues } from './create-options.ts'
+import { reasonOf, type OpenedImage } from './open.ts'
 import type { Secrets } from './secrets.ts'
-import { parsePlace } from './spec.ts'
+import { parseName, parsePlace } from './spec.ts'
 
 /**
  * Makes an image and closes it. An existing file is replaced.
@@ -35,7 +36,7 @@ export async function makeImage(name: string, format: 'qcow2' | 'raw', values: C
 
 /** How the image is to be encrypted. */
 function encryptionOf(values: CreateValues, secrets: Secrets | undefined): Pick<CreateOptions, 'encryption'> {
-  const format = values.get('encrypt.format') ?? (values.get('encryption') === 'on' ? 'aes' : undefined)
+  const format = values.get('encrypt.format') ?? (switchOf(values, 'encryption') === true ? 'aes' : undefined)
   if (format === undefined) return {}
   if (format !== 'luks' && format !== 'aes') throw new ExitError(1, `Parameter 'encrypt.format' does not accept value '${format}'`)
   const id = values.get('encrypt.key-secret')
@@ -75,4 +76,20 @@ function pathOf(name: string): string {
   const place = parsePlace(name)
   if (place.kind !== 'file') throw new ExitError(1, `Could not create '${name}': images are made in files only; convert -n writes to what exists`)
   return place.path
+}
+
+/**
+ * Refuses a target that is one of the sources or below one.
+ * @throws ExitError
+ */
+export function refuseSelf(sources: readonly OpenedImage[], target: string): void {
+  const place = target === '-' ? undefined : parseName(target, undefined).place
+  if (place?.kind !== 'file') return
+  for (let source of sources as readonly (OpenedImage | undefined)[]) {
+    for (; source !== undefined; source = source.backing) {
+      if (source.place.kind === 'file' && resolve(source.place.path) === resolve(place.path)) {
+        throw new ExitError(1, `Could not open '${target}': it is what is to be copied`)
+      }
+    }
+  }
 }

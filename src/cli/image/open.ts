@@ -7,8 +7,10 @@ import { existsSync } from 'node:fs'
 import { dirname, isAbsolute, resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
 import { MemoryDevice } from '../../block/memory.ts'
+import { NullDevice } from '../../block/null.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
+import { slice } from '../../block/slice.ts'
 import { Qcow2Error } from '../../core/errors.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
@@ -32,6 +34,8 @@ export interface OpenedImage {
   readonly snapshot: SnapshotDevice | undefined
   /** The backing file, opened read-only; it belongs to the image. */
   readonly backing: OpenedImage | undefined
+  /** The external data file, as the image or the user names it. */
+  readonly dataFilename?: string | undefined
   close(): Promise<void>
 }
 
@@ -41,6 +45,8 @@ export interface ImageFile {
   readonly place: Place
   readonly format: 'qcow2' | 'raw'
   readonly host: BlockDevice
+  /** Bytes of the image: of the part of the file that the options leave. */
+  readonly size: number
 }
 
 /** What all images of a command are opened with. */
@@ -112,7 +118,8 @@ export class Opener {
         await host.close()
         throw new Qcow2Error('ERR_FORMAT', 'Image is not in qcow2 format')
       }
-      return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' || !isImage ? 'raw' : 'qcow2', host }
+      const { size } = partOf(host, spec.part)
+      return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' || !isImage ? 'raw' : 'qcow2', host, size }
     } catch (error) {
       throw couldNotOpen(spec.shown, error)
     }
@@ -126,10 +133,12 @@ export class Opener {
     if (place.kind === 'nbd') {
       // loaded where it is used: most runs open files only
       const { connectNbd } = await import('../../nbd/socket.ts')
-      return pad(await connectNbd(place.address, { name: place.name, readOnly }))
+      return pad(await connectNbd(place.address, { name: place.name, readOnly, context: place.context ?? 'base:allocation' }))
     }
+    if (place.kind === 'null') return new NullDevice(place.size)
+    const locking = place.kind === 'file' ? place.locking : undefined
     const source = place.kind === 'file' ? place.path : place.url
-    const device = await openSource(source, { readOnly, signal, forceShare: forceShare ?? false, ...(direct === true ? { direct } : { syncLimit }) })
+    const device = await openSource(source, { readOnly, signal, locking, forceShare: forceShare ?? false, ...(direct === true ? { direct } : { syncLimit }) })
     return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : place.url.href)
   }
 
@@ -157,7 +166,7 @@ export class Opener {
     const host = await this.bytes(spec.place, { ...how, readOnly })
     try {
       const format = spec.format ?? (await probe(host))
-      if (format === 'raw') return openedRaw(spec, rawImage(host))
+      if (format === 'raw') return openedRaw(spec, rawImage(partOf(host, spec.part)))
       return await this.#openQcow2(spec, host, { ...how, readOnly }, [...above, identity])
     } catch (error) {
       await host.close()
@@ -167,15 +176,20 @@ export class Opener {
 
   async #openQcow2(spec: ImageSpec, host: BlockDevice, how: OpenHow, chain: readonly string[]): Promise<OpenedImage> {
     let backing: OpenedImage | undefined
+    let dataFilename: string | undefined
     const { signal } = this.settings
     const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
-      if (reference.kind === 'data file') return this.#dataFile(spec, reference, how)
+      if (reference.kind === 'data file') {
+        const place = spec.dataFile ?? parsePlace(reference.name)
+        dataFilename = place.kind === 'file' ? place.path : reference.name
+        return this.bytes(place, how)
+      }
       backing = await this.#backing(spec, reference, how, chain)
       // what nobody may look at reads as zeroes
       return backing?.device ?? new MemoryDevice(0)
     }
     const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, ...this.#passphrase(spec) })
-    return { filename: spec.shown, format: 'qcow2', place: spec.place, device: image, host, image, snapshot: undefined, backing, close: () => image.close() }
+    return { filename: spec.shown, format: 'qcow2', place: spec.place, device: image, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
   }
 
   async #backing(spec: ImageSpec, reference: Reference, how: OpenHow, chain: readonly string[]): Promise<OpenedImage | undefined> {
@@ -192,10 +206,6 @@ export class Opener {
     }
   }
 
-  #dataFile(spec: ImageSpec, reference: Reference, how: OpenHow): Promise<BlockDevice> {
-    return this.bytes(spec.dataFile ?? parsePlace(reference.name), how)
-  }
-
   #passphrase(spec: ImageSpec): object {
     if (spec.keySecret === undefined) return {}
     const secret = this.settings.secrets?.get(spec.keySecret)
@@ -206,6 +216,14 @@ export class Opener {
 
 function refuseUnknownFormat(format: string | undefined): void {
   if (format !== undefined && format !== 'raw' && format !== 'qcow2') throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${format}'`)
+}
+
+/** What `offset` and `size` leave of the bytes. */
+function partOf(host: BlockDevice, part: ImageSpec['part']): BlockDevice {
+  if (part === undefined) return host
+  const { offset, size = Math.max(0, host.size - offset) } = part
+  if (offset + size > host.size) throw new Qcow2Error('ERR_RANGE', `offset ${offset} and size ${size} reach past the ${host.size} bytes of the file`)
+  return slice(host, offset, size)
 }
 
 function openedRaw(spec: ImageSpec, device: BlockDevice): OpenedImage {
@@ -260,7 +278,21 @@ export function reasonOf(error: unknown): string {
   if (cause === 'ENOENT') return 'No such file or directory'
   if (cause === 'EACCES' || cause === 'EPERM') return 'Permission denied'
   if (cause === 'EISDIR') return 'Is a directory'
+  if (cause === 'EIO') return 'Input/output error'
+  if (cause === 'ENOSPC') return 'No space left on device'
+  const features = unknownFeatures(error)
+  if (features !== undefined) return `Unsupported qcow2 feature(s): ${features}`
   return error instanceof Error ? error.message : String(error)
+}
+
+/** Incompatible features as QEMU lists them: the names the image has for them, then the other bits as one number. */
+function unknownFeatures(error: unknown): string | undefined {
+  if (!Qcow2Error.is(error, 'ERR_UNSUPPORTED') || !error.message.startsWith('header: unsupported incompatible features')) return undefined
+  const { features } = error as unknown as { readonly features: readonly string[] }
+  const bits = features.map((feature) => /^incompatible feature bit (\d+)$/.exec(feature)?.[1])
+  const named = features.filter((_, at) => bits[at] === undefined)
+  const mask = bits.reduce((sum, bit) => (bit === undefined ? sum : sum | (1n << BigInt(bit))), 0n)
+  return [...named, ...(mask === 0n ? [] : [`Unknown incompatible feature: ${mask.toString(16)}`])].join(', ')
 }
 
 /** The images of a chain, the top first. */

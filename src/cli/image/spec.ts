@@ -4,13 +4,27 @@
  */
 import type { NbdAddress } from '../../nbd/socket.ts'
 import { UsageError } from '../errors.ts'
+import { optionSize } from '../size.ts'
 import { jsonTree, optionTree, type OptionTree } from './key-values.ts'
 
 /** Where the bytes are. */
 export type Place =
-  | { readonly kind: 'file'; readonly path: string }
-  | { readonly kind: 'nbd'; readonly address: NbdAddress; readonly name: string }
+  | {
+      readonly kind: 'file'
+      readonly path: string
+      /** False: opened whoever else uses it. */
+      readonly locking?: boolean
+    }
+  | {
+      readonly kind: 'nbd'
+      readonly address: NbdAddress
+      readonly name: string
+      /** The metadata context that a map shows, instead of `base:allocation`. */
+      readonly context?: string
+    }
   | { readonly kind: 'http'; readonly url: URL }
+  /** Zeroes that take anything: QEMU's `null-co`. */
+  | { readonly kind: 'null'; readonly size: number }
   /** A format within a format: the outer one's bytes are the inner one's guest view. */
   | { readonly kind: 'image'; readonly spec: ImageSpec }
 
@@ -28,6 +42,8 @@ export interface ImageSpec {
   /** The id of the secret for an encrypted image. */
   readonly keySecret?: string
   readonly readOnly?: boolean
+  /** With format raw: the image is only this part of the bytes; `size` without a value reaches to their end. */
+  readonly part?: { readonly offset: number; readonly size: number | undefined }
 }
 
 /** Options that tune QEMU's own machinery and change no result. */
@@ -117,6 +133,7 @@ function formatSpec(format: string | undefined, options: Options, text: string):
   const below = options.tree('file')
   if (filename === undefined && below === undefined) throw new UsageError(`${text}: a 'file' is needed`)
   const place = below === undefined ? parsePlace(filename!) : nestedPlace(below)
+  const part = format === 'raw' ? partOf(options) : undefined
   const keySecret = options.tree('encrypt')?.['key-secret']
   const backing = options.either('backing')
   const data = options.tree('data-file')
@@ -124,10 +141,17 @@ function formatSpec(format: string | undefined, options: Options, text: string):
     shown: shownPlace(place, text),
     format,
     place,
+    ...(part === undefined ? {} : { part }),
     ...(typeof keySecret === 'string' ? { keySecret } : {}),
     ...(backing === undefined ? {} : { backing: backing === '' ? null : fromTree(requireTree(backing, 'backing'), 'backing', undefined) }),
     ...(data === undefined ? {} : { dataFile: nestedPlace(data) }),
   }
+}
+
+function partOf(options: Options): ImageSpec['part'] {
+  const [offset, size] = [options.text('offset'), options.text('size')]
+  if (offset === undefined && size === undefined) return undefined
+  return { offset: offset === undefined ? 0 : optionSize('offset', offset), size: size === undefined ? undefined : optionSize('size', size) }
 }
 
 function nestedPlace(tree: OptionTree): Place {
@@ -145,8 +169,14 @@ function placeOf(driver: string, options: Options): Place {
     case 'host_device': {
       const path = options.text('filename')
       if (path === undefined) throw new UsageError(`The '${driver}' block driver requires a file name`)
-      return parsePlace(path)
+      const place = parsePlace(path)
+      const locking = options.text('locking')
+      return place.kind === 'file' && locking === 'off' ? { ...place, locking: false } : place
     }
+    case 'null-co':
+    case 'null-aio':
+      for (const ignored of ['latency-ns', 'read-zeroes', 'filename']) options.text(ignored)
+      return { kind: 'null', size: optionSize('size', options.text('size') ?? '1G') }
     case 'nbd':
       return nbdPlace(options)
     case 'http':
@@ -164,12 +194,14 @@ function nbdPlace(options: Options): Place {
   const server = options.tree('server') ?? {}
   const field = (name: string): string | undefined => (typeof server[name] === 'string' ? server[name] : options.text(name))
   const name = options.text('export') ?? ''
+  const context = options.text('x-dirty-bitmap')
+  const common = { kind: 'nbd', name, ...(context === undefined ? {} : { context }) } as const
   options.text('type')
   const path = field('path')
-  if (path !== undefined) return { kind: 'nbd', address: { path }, name }
+  if (path !== undefined) return { ...common, address: { path } }
   const host = field('host')
   if (host === undefined) throw new UsageError("The 'nbd' block driver requires server.path or server.host")
-  return { kind: 'nbd', address: { host, port: Number(field('port') ?? 10809) }, name }
+  return { ...common, address: { host, port: Number(field('port') ?? 10809) } }
 }
 
 function requireTree(value: string | OptionTree, name: string): OptionTree {

@@ -1,0 +1,190 @@
+/** What scripts written for qemu-img ask for beyond ordinary images: damaged ones, parts, bitmaps over NBD. */
+import { readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { describe, expect, test } from 'vitest'
+import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { listen } from '../../src/nbd/socket.ts'
+import { NbdServer } from '../../src/nbd/server.ts'
+import { MemoryDevice } from '../../src/block/memory.ts'
+import { describeWithQemu } from '../support/qemu.ts'
+import { tempFolder } from '../support/temp.ts'
+import { run } from './run.ts'
+
+const KiB = 1024
+
+/** An image of 256 KiB, each cluster of 64 KiB filled with its number from 1; the host offsets of the clusters. */
+async function numbered(path: string, compressed: boolean): Promise<void> {
+  await using image = await Qcow2Image.create(path, { size: 256 * KiB })
+  for (let i = 0; i < 4; i++) {
+    const bytes = new Uint8Array(64 * KiB).fill(i + 1)
+    await (compressed ? image.writeCompressed(i * 64 * KiB, bytes) : image.write(i * 64 * KiB, bytes))
+  }
+}
+
+describe('convert --salvage', () => {
+  /** The image with a compressed cluster whose bytes are no deflate stream. */
+  async function damaged(): Promise<{ folder: string; path: string }> {
+    const folder = tempFolder()
+    const path = join(folder, 'disk')
+    await numbered(path, true)
+    const bytes = readFileSync(path)
+    const l2 = Number(bytes.readBigUInt64BE(Number(bytes.readBigUInt64BE(40))) & 0x00ff_ffff_ffff_fe00n)
+    const second = Number(bytes.readBigUInt64BE(l2 + 8) & 0x3fff_ffff_ffffn)
+    bytes.fill(0xff, second, second + 16)
+    writeFileSync(path, bytes)
+    return { folder, path }
+  }
+
+  test.each(['raw', 'qcow2'])('what cannot be read becomes zeroes in %s, and is told once', async (format) => {
+    const { folder, path } = await damaged()
+    const target = join(folder, 'saved')
+    const plain = await run(['convert', '-O', format, path, target])
+    expect(plain.code).toBe(1)
+    const { code, stderr } = await run(['convert', '--salvage', '-O', format, path, target])
+    expect(code).toBe(0)
+    expect(stderr.match(/warning: error while reading offset 65536: /g)).toHaveLength(1)
+    expect(stderr.trim().split('\n')).toHaveLength(1)
+    const raw = join(folder, 'raw')
+    expect((await run(['convert', '-f', format, '-O', 'raw', target, raw])).code).toBe(0)
+    const saved = readFileSync(raw)
+    expect([0, 1, 2, 3].map((i) => new Set(saved.subarray(i * 64 * KiB, (i + 1) * 64 * KiB)))).toEqual([new Set([1]), new Set([0]), new Set([3]), new Set([4])])
+  })
+
+  test('a map that cannot be read is read around', async () => {
+    const folder = tempFolder()
+    const path = join(folder, 'disk')
+    await numbered(path, false)
+    const bytes = readFileSync(path)
+    const l2 = Number(bytes.readBigUInt64BE(Number(bytes.readBigUInt64BE(40))) & 0x00ff_ffff_ffff_fe00n)
+    bytes[l2 + 15] = 1 << 6 // a reserved bit: the offset of the second cluster breaks the format
+    bytes[l2 + 14] = 2 | bytes[l2 + 14]!
+    writeFileSync(path, bytes)
+    const target = join(folder, 'saved')
+    expect((await run(['convert', '-O', 'raw', path, target])).code).toBe(1)
+    const { code, stderr } = await run(['convert', '--salvage', '-O', 'raw', path, target])
+    expect(code).toBe(0)
+    expect(stderr).toMatch(/error while reading (block status at )?offset 65536/)
+    const saved = readFileSync(target)
+    expect([0, 1, 2, 3].map((i) => saved[i * 64 * KiB])).toEqual([1, 0, 3, 4])
+  })
+})
+
+test('dd copies as many blocks as count says, from where skip says; zeroes take no space', async () => {
+  const folder = tempFolder()
+  const [path, part] = [join(folder, 'disk'), join(folder, 'part')]
+  writeFileSync(path, Buffer.concat([1, 2, 0, 4, 5].map((value) => Buffer.alloc(64 * KiB, value))))
+  expect(await run(['dd', '-f', 'raw', '-O', 'qcow2', 'bs=64k', 'skip=1', 'count=3', `if=${path}`, `of=${part}`])).toMatchObject({ code: 0, stdout: '', stderr: '' })
+  await using image = await Qcow2Image.open(part, { readOnly: true })
+  expect(image.size).toBe(192 * KiB)
+  expect(await Promise.all([0, 1, 2].map(async (i) => (await image.read(i * 64 * KiB, 1))[0]))).toEqual([2, 0, 4])
+  const extents = []
+  for await (const { start, data } of image.map()) extents.push([start, data])
+  expect(extents).toEqual([[0, true], [64 * KiB, false], [128 * KiB, true]])
+  expect(await run(['dd', `if=${path}`, `of=${path}`])).toMatchObject({ code: 1 })
+  expect(readFileSync(path)).toHaveLength(320 * KiB)
+})
+
+describe('names with options', () => {
+  test('a part of a file, read and written', async () => {
+    const folder = tempFolder()
+    const file = join(folder, 'container')
+    writeFileSync(file, Buffer.concat([Buffer.alloc(4096, 1), Buffer.alloc(4096, 2), Buffer.alloc(4096, 3)]))
+    const part = `driver=raw,offset=4k,size=4k,file.filename=${file}`
+    const copy = join(folder, 'copy')
+    expect((await run(['convert', '--image-opts', part, copy])).code).toBe(0)
+    expect(readFileSync(copy).equals(Buffer.alloc(4096, 2))).toBe(true)
+    writeFileSync(copy, Buffer.alloc(4096, 9))
+    expect((await run(['convert', '-n', '--target-image-opts', '-f', 'raw', copy, part])).code).toBe(0)
+    expect(readFileSync(file).equals(Buffer.concat([Buffer.alloc(4096, 1), Buffer.alloc(4096, 9), Buffer.alloc(4096, 3)]))).toBe(true)
+    const past = await run(['convert', '--image-opts', `driver=raw,offset=4k,size=64k,file.filename=${file}`, join(folder, 'bad')])
+    expect(past).toMatchObject({ code: 1 })
+    expect(past.stderr).toContain('reach past the 12288 bytes of the file')
+  })
+
+  test('an image inside a file of fixed size says when it is full, and stays sound', async () => {
+    const folder = tempFolder()
+    const container = join(folder, 'container')
+    const image = join(folder, 'image')
+    expect((await run(['create', '-q', '-f', 'qcow2', image, '4M'])).code).toBe(0)
+    writeFileSync(container, Buffer.concat([readFileSync(image), Buffer.alloc(1 << 20)]))
+    const full = join(folder, 'full')
+    writeFileSync(full, Buffer.alloc(4 << 20, 7))
+    const inside = `driver=qcow2,file.driver=raw,file.size=1M,file.file.filename=${container}`
+    const { code, stderr } = await run(['convert', '-n', '--target-image-opts', '-f', 'raw', full, inside])
+    expect(code).toBe(1)
+    expect(stderr).toMatch(/No space left|ERR_NO_SPACE|fixed size|no space/i)
+    expect((await run(['check', '-q', '--image-opts', inside])).code % 3).toBe(0)
+  })
+})
+
+test('incompatible features are named as QEMU names them', async () => {
+  const path = join(tempFolder(), 'disk')
+  await numbered(path, false)
+  const bytes = readFileSync(path)
+  bytes[72] = 0xe0
+  writeFileSync(path, bytes)
+  expect((await run(['info', path])).stderr).toBe(`qcow2: Could not open '${path}': Unsupported qcow2 feature(s): Unknown incompatible feature: e000000000000000\n`)
+})
+
+test('the unsafe rebase leaves bitmaps valid', async () => {
+  const folder = tempFolder()
+  const path = join(folder, 'disk')
+  await numbered(path, false)
+  for (const line of [['bitmap', '--add', path, 'b'], ['rebase', '-u', '-F', 'raw', '-b', 'any', path]]) expect((await run(line)).code).toBe(0)
+  expect((await run(['info', '--output=json', path])).stdout).not.toContain('in-use')
+})
+
+test('convert --bitmaps finds a broken one before the target exists', async () => {
+  const folder = tempFolder()
+  const [path, target] = [join(folder, 'disk'), join(folder, 'copy')]
+  await numbered(path, false)
+  await run(['bitmap', '--add', path, 'b'])
+  {
+    await using image = await Qcow2Image.open(path)
+    await image.write(0, new Uint8Array(512))
+  }
+  const { code, stderr } = await run(['convert', '--bitmaps', '-O', 'qcow2', path, target], { program: 'qemu-img' })
+  expect([code, stderr]).toEqual([1, "qemu-img: Cannot copy inconsistent bitmap 'b'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it\n"])
+  expect((await run(['info', target])).stderr).toContain('No such file or directory')
+  expect(await run(['convert', '--bitmaps', '--skip-broken-bitmaps', '-O', 'qcow2', path, target])).toMatchObject({ code: 0, stderr: "qcow2: warning: Skipping inconsistent bitmap 'b'\n" })
+})
+
+test('map of an NBD export has offsets', async () => {
+  const socket = join(tempFolder(), 'nbd')
+  await using _listener = await listen(new NbdServer([{ name: '', device: new MemoryDevice(new Uint8Array(65536)) }]), { path: socket })
+  const { stdout } = await run(['map', '--output=json', `nbd+unix:///?socket=${socket}`])
+  expect(JSON.parse(stdout)).toEqual([{ start: 0, length: 65536, depth: 0, present: true, zero: false, data: true, compressed: false, offset: 0 }])
+})
+
+describeWithQemu('bitmaps over NBD', (qemu) => {
+  test('x-dirty-bitmap shows a bitmap as qemu-img shows it', async () => {
+    const folder = tempFolder()
+    const [path, socket] = [join(folder, 'disk'), join(folder, 'nbd')]
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', path, '1M')
+    await qemu.imgOk('bitmap', '--add', path, 'b')
+    expect(await qemu.io('-c', 'write 128k 64k', '-c', 'write 512k 1', path)).toMatchObject({ code: 0 })
+    await using image = await Qcow2Image.open(path, { readOnly: true })
+    const ranges = []
+    for await (const { offset, length } of image.bitmaps.read('b')) ranges.push({ offset, length })
+    expect(ranges).not.toEqual([])
+    const stop = new AbortController()
+    const ended = run(['serve', '--read-only', '-B', 'b', '--socket', socket, path], { signal: stop.signal })
+    const opts = (context: string): string => `driver=nbd,server.type=unix,server.path=${socket},x-dirty-bitmap=${context}`
+    try {
+      let theirs = await qemu.img('map', '--output=json', '--image-opts', opts('qemu:dirty-bitmap:b'))
+      for (let i = 0; i < 200 && theirs.code !== 0; i++) {
+        await new Promise((resolve) => setTimeout(resolve, 10))
+        theirs = await qemu.img('map', '--output=json', '--image-opts', opts('qemu:dirty-bitmap:b'))
+      }
+      const ours = await run(['map', '--output=json', '--image-opts', opts('qemu:dirty-bitmap:b')])
+      // versions before 8.2 do not say what is compressed
+      const expected = (JSON.parse(theirs.stdout) as object[]).map((entry) => ({ compressed: false, ...entry }))
+      expect(JSON.parse(ours.stdout)).toEqual(expected)
+      const none = await run(['map', '--image-opts', opts('qemu:dirty-bitmap:none')])
+      expect(none).toMatchObject({ code: 1 })
+    } finally {
+      stop.abort()
+      await ended
+    }
+  })
+})
