@@ -14,6 +14,7 @@ export { migrationStream, type MigrationStreamOptions } from './snapshot/eager.t
 export { parseFaultOrder, type FaultOrder } from './snapshot/fault-order.ts'
 export * from './snapshot/host-doctor.ts'
 export { differences, machineOf, makeManifest, parseManifest, ramBlocksOf, type Manifest, type Needs, type RunningRamBlock } from './snapshot/manifest.ts'
+export * from './snapshot/memory-target.ts'
 export * from './snapshot/open-saved.ts'
 export type { PageServerOptions, PageServerReport } from './snapshot/page-server.ts'
 export type { PageSource, SavedRamBlock } from './snapshot/page-source.ts'

@@ -1,5 +1,6 @@
-/** Small files beside a saved VM: its manifest and its fault order. */
-import { open, readFile, rename, unlink } from 'node:fs/promises'
+/** Files of a saved VM as wholes: small ones are written and read, any is replaced or removed. */
+import { open, readFile, realpath, rename, stat, unlink } from 'node:fs/promises'
+import { dirname, resolve } from 'node:path'
 
 /** Writes a text file whole or not at all: a crash leaves the old one. */
 export async function writeTextFile(path: string, text: string): Promise<void> {
@@ -11,7 +12,43 @@ export async function writeTextFile(path: string, text: string): Promise<void> {
   } finally {
     await file.close()
   }
+  await replaceFile(fresh, path)
+}
+
+/** Gives the file `fresh`, whose content is durable, the name `path`: a crash leaves the old file or the new one. */
+export async function replaceFile(fresh: string, path: string): Promise<void> {
   await rename(fresh, path)
+  const folder = await open(dirname(path))
+  try {
+    await folder.sync()
+  } finally {
+    await folder.close()
+  }
+}
+
+/** The path of the file itself, links followed; of one that is not there, the path as given. */
+export async function ownPath(path: string): Promise<string> {
+  try {
+    return await realpath(path)
+  } catch (error) {
+    if (isMissing(error)) return resolve(path)
+    throw error
+  }
+}
+
+/** `name` as seen from the folder of `file`. */
+export function pathBeside(file: string, name: string): string {
+  return resolve(dirname(file), name)
+}
+
+/** What is at `path`: a regular file, something else such as a device, or nothing. */
+export async function fileAt(path: string): Promise<'regular' | 'special' | undefined> {
+  try {
+    return (await stat(path)).isFile() ? 'regular' : 'special'
+  } catch (error) {
+    if (isMissing(error)) return undefined
+    throw error
+  }
 }
 
 /** The text of a file; undefined if there is none. */
@@ -19,7 +56,7 @@ export async function readTextFile(path: string): Promise<string | undefined> {
   try {
     return await readFile(path, 'utf8')
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined
+    if (isMissing(error)) return undefined
     throw error
   }
 }
@@ -27,6 +64,10 @@ export async function readTextFile(path: string): Promise<string | undefined> {
 /** Removes a file; one that is not there is fine. */
 export async function removeFile(path: string): Promise<void> {
   await unlink(path).catch((error: unknown) => {
-    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error
+    if (!isMissing(error)) throw error
   })
+}
+
+function isMissing(error: unknown): boolean {
+  return (error as NodeJS.ErrnoException).code === 'ENOENT'
 }

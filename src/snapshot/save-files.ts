@@ -2,37 +2,20 @@
  * Saves a running VM into files, and reverts from them with what was learned: the manifest beside the memory tells
  * what the VM needs, the fault order beside it what the guest touches first. Owns the file names.
  */
-import { openFile } from '../block/file.ts'
-import { Qcow2Image } from '../qcow2/image.ts'
 import type { Qmp } from '../qmp/client.ts'
 import { parseFaultOrder } from './fault-order.ts'
 import { readTextFile, removeFile, writeTextFile } from './host-files.ts'
 import { parseManifest, type Manifest } from './manifest.ts'
-import { RamImageWriter, type NewRamImageOptions } from './ram-image-writer.ts'
+import { openMemoryTarget, type MemoryTarget, type MemoryTargetOptions } from './memory-target.ts'
 import { revert, type RevertOptions } from './revert.ts'
 import type { RevertReport } from './postcopy-source.ts'
-import { deviceStreamSink, type SaveSink } from './save-sink.ts'
 import { saveTo, type SaveReport, type SaveToOptions } from './save.ts'
-import { snapshotSink } from './vm-state-snapshot.ts'
-
-/** Where the memory of a VM is saved. */
-export type MemoryTarget =
-  /** Path of a RAM image to make: guest memory as the disk of a qcow2 image. */
-  | string
-  /** The same, on top of an earlier RAM image: only what changed since is stored. */
-  | { readonly ramImage: string; readonly backing: string }
-  /** Path of a stream file to make. */
-  | { readonly stream: string }
-  /** An internal snapshot for QEMU's `loadvm`, in an image that no QEMU has open. */
-  | { readonly image: string | Qcow2Image; readonly snapshot: string }
 
 /** Options of {@link save}. */
-export interface SaveOptions extends Omit<SaveToOptions, 'memory'> {
+export interface SaveOptions extends Omit<SaveToOptions, 'memory'>, Omit<MemoryTargetOptions, 'signal'> {
   readonly memory: MemoryTarget
   /** Where the manifest goes; default beside the memory, see {@link manifestPath}; `false`: nowhere. */
   readonly manifest?: string | false | undefined
-  /** A RAM image or stream file past the page cache: less work for the host, but the first revert reads from the disk. Default false. */
-  readonly direct?: boolean | undefined
 }
 
 /** Path of the manifest beside a saved memory: `warm.qcow2` has `warm.qcow2.json`. */
@@ -54,11 +37,11 @@ export function faultOrderPath(memory: string): string {
  * ```
  *
  * Succeeds only if the whole state arrived, is stored durably and agrees with what QEMU counts; see {@link saveTo}
- * for what a failure leaves: a VM as it was, and no saved VM.
+ * for what a failure leaves: a VM as it was, and no saved VM but the one that had the name before, if there was one.
  */
 export async function save(qmp: Qmp, options: SaveOptions): Promise<SaveReport> {
   const { memory, manifest: where, ...rest } = options
-  const target = await openTarget(memory, options)
+  const target = await openMemoryTarget(memory, options)
   try {
     const report = await saveTo(qmp, target.sink, { ...rest, memory: target.described })
     const path = where === false ? undefined : (where ?? (target.path === undefined ? undefined : manifestPath(target.path)))
@@ -89,39 +72,4 @@ export async function revertFile(memory: string, options: RevertOptions): Promis
   })
   await writeTextFile(faultOrderPath(memory), `${JSON.stringify(report.faultOrder)}\n`)
   return report
-}
-
-interface Target {
-  readonly sink: SaveSink
-  readonly described: Manifest['memory']
-  readonly path: string | undefined
-  close(): Promise<void>
-}
-
-const nothing = (): Promise<void> => Promise.resolve()
-
-async function openTarget(memory: MemoryTarget, options: SaveOptions): Promise<Target> {
-  const { signal, direct = false } = options
-  if (typeof memory === 'string' || 'ramImage' in memory) {
-    const path = typeof memory === 'string' ? memory : memory.ramImage
-    const backing: NewRamImageOptions = typeof memory === 'string' ? {} : { backing: { file: memory.backing, format: 'qcow2' } }
-    const sink = RamImageWriter.to(path, { signal, direct, ...backing })
-    return { sink, described: { kind: 'RAM image', file: path }, path, close: nothing }
-  }
-  if ('stream' in memory) {
-    const device = await openFile(memory.stream, { create: 'w', direct, ...(signal !== undefined && { signal }) })
-    const described = { kind: 'stream', file: memory.stream }
-    return { sink: deviceStreamSink(device, { signal }), described, path: memory.stream, close: () => device.close() }
-  }
-  const given = memory.image instanceof Qcow2Image
-  const image = given ? memory.image : await Qcow2Image.open(memory.image)
-  try {
-    const sink = await snapshotSink(image, { name: memory.snapshot, signal })
-    const file = given ? undefined : (memory.image)
-    const described = { kind: 'snapshot', snapshot: memory.snapshot, ...(file !== undefined && { file }) }
-    return { sink, described, path: file, close: given ? nothing : () => image.close() }
-  } catch (error) {
-    if (!given) await image.close()
-    throw error
-  }
 }

@@ -1,11 +1,12 @@
 /** Saving into files and reverting from them, with the manifest and the fault order beside the memory. */
-import { existsSync } from 'node:fs'
-import { join } from 'node:path'
+import { existsSync, lstatSync, readdirSync, symlinkSync } from 'node:fs'
+import { dirname, join } from 'node:path'
 import { expect, test } from 'vitest'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { faultsOf, parseFaultOrder } from '../../src/snapshot/fault-order.ts'
 import { readTextFile } from '../../src/snapshot/host-files.ts'
-import { faultOrderPath, manifestPath, readManifest, revertFile, save, type MemoryTarget } from '../../src/snapshot/save-files.ts'
+import type { MemoryTarget } from '../../src/snapshot/memory-target.ts'
+import { faultOrderPath, manifestPath, readManifest, revertFile, save } from '../../src/snapshot/save-files.ts'
 import { Guest } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { memoryOf } from '../support/saves.ts'
@@ -72,7 +73,50 @@ describeWithQemu('files', (qemu) => {
     const saving = save(guest.qmp, { memory: file, signal: abort.signal, onProgress: () => abort.abort(new Error('enough')) })
     await expect(saving).rejects.toThrow('enough')
     expect(existsSync(manifestPath(file))).toBe(false)
-    await expect(memoryOf(file)).rejects.toThrow()
+    expect(readdirSync(dirname(file))).toEqual([])
     await guest.run(3)
+  })
+
+  test.each<[string, (file: string) => MemoryTarget]>([
+    ['RAM image', (file) => file],
+    ['stream', (file) => ({ stream: file })],
+  ])('a save in the place of an earlier %s: a failed one leaves it, a successful one replaces it', async (_kind, target) => {
+    const file = join(tempFolder(), 'warm')
+    const link = `${file}-link`
+    symlinkSync(file, link)
+    const guest = await Guest.boot(qemu)
+    await save(guest.qmp, { memory: target(file) })
+    const { tick } = await memoryOf(file)
+    const abort = new AbortController()
+    const failing = save(guest.qmp, { memory: target(link), signal: abort.signal, onProgress: () => abort.abort(new Error('enough')) })
+    await expect(failing).rejects.toThrow('enough')
+    expect((await memoryOf(file)).tick).toBe(tick)
+    await guest.run(3)
+    await save(guest.qmp, { memory: target(link) })
+    expect((await memoryOf(file)).tick).toBeGreaterThan(tick)
+    expect(lstatSync(link).isSymbolicLink()).toBe(true)
+    expect(readdirSync(dirname(file)).sort()).toEqual(['warm', 'warm-link', 'warm-link.json', 'warm.json'])
+  })
+
+  test('a file below the new RAM image is not replaced by it', async () => {
+    const folder = tempFolder()
+    const [base, top] = [join(folder, 'base.qcow2'), join(folder, 'top.qcow2')]
+    const guest = await Guest.boot(qemu)
+    await save(guest.qmp, { memory: base })
+    await save(guest.qmp, { memory: { ramImage: top, backing: 'base.qcow2' } })
+    for (const [ramImage, backing] of [[base, 'base.qcow2'], [top, 'top.qcow2'], [base, top]] as const) {
+      await expect(save(guest.qmp, { memory: { ramImage, backing } })).rejects.toMatchObject({ code: 'ERR_BUSY' })
+    }
+    await guest.run(3)
+    await memoryOf(base)
+    await memoryOf(top)
+  })
+
+  test('a disk of a running QEMU is not replaced by its memory', async () => {
+    const disk = join(tempFolder(), 'disk.qcow2')
+    await (await Qcow2Image.create(disk, { size: 1 << 20 })).close()
+    const guest = await Guest.boot(qemu, { args: ['-blockdev', `driver=qcow2,node-name=d0,file.driver=file,file.filename=${disk}`] })
+    await expect(save(guest.qmp, { memory: disk })).rejects.toMatchObject({ code: 'ERR_BUSY' })
+    expect(await qemu.imgOk('info', '-U', disk)).toContain('virtual size: 1 MiB')
   })
 })

@@ -1,12 +1,8 @@
 import { openFile } from '../../block/file.ts'
 import type { ByteSource } from '../../migration/byte-source.ts'
-import { Qcow2Image } from '../../qcow2/image.ts'
 import { capture } from '../../snapshot/capture.ts'
-import { RamImageWriter } from '../../snapshot/ram-image-writer.ts'
-import { deviceStreamSink, type SaveSink } from '../../snapshot/save-sink.ts'
+import { openMemoryTarget } from '../../snapshot/memory-target.ts'
 import { MigrationListener } from '../../snapshot/socket.ts'
-import { snapshotSink } from '../../snapshot/vm-state-snapshot.ts'
-import type { MemoryTarget } from '../../snapshot/save-files.ts'
 import { command } from '../command.ts'
 import { memoryTarget, memoryTargetOptions } from '../image/memory-target.ts'
 import { outputOption, progressOption, quietOption } from '../image/options.ts'
@@ -33,12 +29,12 @@ export const captureCommand = command({
   async run(context) {
     const { options, args, print, signal } = context
     const [source, file] = args as [string, string]
-    const target = await openTarget(memoryTarget(file, options), signal)
-    const closers: (() => Promise<void>)[] = [target.close]
+    const target = await openMemoryTarget(memoryTarget(file, options), { signal, references: 'any' })
+    const closers: (() => Promise<void>)[] = [() => target.close()]
     try {
       const stream = await openSource()
       const progress = context.progress()
-      context.leaves(`${file} holds no saved VM`)
+      context.leaves(`${file} is as it was`)
       const summary = await capture(stream, target.sink, { signal, onProgress: ({ done }) => progress.update(done, Math.max(done, 1)) })
       progress.finish()
       const { length, machine, blocks, pages, devices } = summary
@@ -63,21 +59,3 @@ export const captureCommand = command({
     }
   },
 })
-
-async function openTarget(memory: MemoryTarget, signal: AbortSignal): Promise<{ sink: SaveSink; close: () => Promise<void> }> {
-  if (typeof memory === 'string') return { sink: RamImageWriter.to(memory, { signal }), close: nothing }
-  if ('ramImage' in memory) return { sink: RamImageWriter.to(memory.ramImage, { signal, backing: { file: memory.backing, format: 'qcow2' } }), close: nothing }
-  if ('stream' in memory) {
-    const device = await openFile(memory.stream, { create: 'w' })
-    return { sink: deviceStreamSink(device, { signal }), close: () => device.close() }
-  }
-  const image = memory.image instanceof Qcow2Image ? memory.image : await Qcow2Image.open(memory.image, { references: 'any', signal })
-  try {
-    return { sink: await snapshotSink(image, { name: memory.snapshot, signal }), close: () => image.close() }
-  } catch (error) {
-    await image.close()
-    throw error
-  }
-}
-
-const nothing = (): Promise<void> => Promise.resolve()

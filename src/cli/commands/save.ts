@@ -42,13 +42,14 @@ export const saveCommand = command({
     const disks = [...options.disk.map(overlayOf), ...options['disk-snapshot'].map(internalOf)]
     await using qmp = await QmpClient.connect(parseAddress(monitor), { signal })
     const progress = context.progress()
-    context.leaves('the VM is as it was; overlay files of --disk may remain, unused')
+    context.leaves('the VM and FILE are as they were; overlay files of --disk may remain, unused')
     const report = await save(qmp, {
       memory,
       disks,
       mode: options.mode as SaveMode | undefined,
       fallback: options.fallback as 'stop' | 'precopy' | undefined,
       signal,
+      references: 'any',
       // how much will come is not known beforehand
       onProgress: ({ done }) => progress.update(done, Math.max(done, 1)),
     })

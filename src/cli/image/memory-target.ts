@@ -1,5 +1,5 @@
 /** Where saved memory goes, by the options `--as`, `--name` and `--backing`. */
-import type { MemoryTarget } from '../../snapshot/save-files.ts'
+import type { MemoryTarget } from '../../snapshot/memory-target.ts'
 import { UsageError } from '../errors.ts'
 
 /** The options. */
