@@ -10,6 +10,7 @@ import type { BigIntStats } from 'node:fs'
 import { readFile, stat } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 import { Qcow2Error } from '../core/errors.ts'
+import type { BlockDevice } from './device.ts'
 
 /** What a QEMU may hold or withhold, by QEMU's names; the order is that of the lock bytes. */
 export const lockPermissions = ['consistent read', 'write', 'write unchanged', 'resize'] as const
@@ -42,18 +43,30 @@ export async function readImageLocks(file: string | URL | FileHandle): Promise<I
 const written = new Set<string>()
 
 /**
- * Marks `file` as one that an image of this process writes to, until the function returned is called.
- * @throws Qcow2Error `ERR_BUSY` if another does.
+ * Marks the file that `device` stands on as one that an image of this process writes to, until the function returned
+ * is called. Filters are looked through; a device on no file, or on a part of one, is nobody else's concern.
+ * @throws Qcow2Error `ERR_BUSY` if another image does.
  */
-export async function holdImageFile(file: string | URL | FileHandle): Promise<() => void> {
-  const key = await identityOf(file)
-  if (written.has(key)) throw writtenHere(file)
-  written.add(key)
-  return () => written.delete(key)
+export function holdImageFile(device: BlockDevice): () => void {
+  const file = fileBeneath(device)
+  if (file === undefined) return () => undefined
+  const { identity } = file
+  if (written.has(identity)) throw writtenHere(file.path ?? 'file')
+  written.add(identity)
+  return () => written.delete(identity)
 }
 
-async function identityOf(file: string | URL | FileHandle): Promise<string> {
-  const { dev, ino } = await statOf(file)
+/** By what they have: devices of the ESM and of the CommonJS build have different classes. */
+function fileBeneath(
+  device: BlockDevice & { readonly identity?: string; readonly path?: string | undefined; readonly inner?: BlockDevice },
+): { readonly identity: string; readonly path: string | undefined } | undefined {
+  const { identity, path, inner } = device
+  if (identity !== undefined) return { identity, path }
+  return inner === undefined || inner.size !== device.size ? undefined : fileBeneath(inner)
+}
+
+/** Names a file, whatever path leads to it. */
+export function fileIdentity({ dev, ino }: BigIntStats): string {
   return `${dev}:${ino}`
 }
 
@@ -65,8 +78,8 @@ function nameOf(file: string | URL | FileHandle): string {
   return typeof file === 'string' || file instanceof URL ? String(file) : 'file'
 }
 
-function writtenHere(file: string | URL | FileHandle): Qcow2Error {
-  return new Qcow2Error('ERR_BUSY', `${nameOf(file)}: an image of this process has this file open for writing; use that one, or close it first`)
+function writtenHere(name: string): Qcow2Error {
+  return new Qcow2Error('ERR_BUSY', `${name}: an image of this process has this file open for writing; use that one, or close it first`)
 }
 
 /**
@@ -76,9 +89,9 @@ function writtenHere(file: string | URL | FileHandle): Qcow2Error {
  * @throws Qcow2Error `ERR_BUSY`
  */
 export async function checkImageLocks(file: string | URL | FileHandle, access: 'read' | 'write'): Promise<void> {
-  if (access === 'write' && written.has(await identityOf(file))) throw writtenHere(file)
-  const { held, unshared } = await readImageLocks(file)
   const name = nameOf(file)
+  if (access === 'write' && written.has(fileIdentity(await statOf(file)))) throw writtenHere(name)
+  const { held, unshared } = await readImageLocks(file)
   if (held.has('write')) {
     const advice = access === 'read' ? 'forceShare (--force-share) reads it nevertheless' : 'end it, or ask it for the change'
     throw new Qcow2Error('ERR_BUSY', `${name}: a running QEMU writes to this file; ${advice}`)

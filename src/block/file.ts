@@ -11,6 +11,7 @@ import { fileURLToPath } from 'node:url'
 import { Qcow2Error, UnsupportedError, type IoOperation } from '../core/errors.ts'
 import { BaseDevice, type BlockLimits, type CallOptions, type WriteZeroesOptions } from './device.ts'
 import { fileError, openError } from './file-error.ts'
+import { fileIdentity } from './file-lock.ts'
 import { probeAlignment, type DirectAlignment } from './file-direct.ts'
 import { allocateAligned } from './slab.ts'
 
@@ -59,6 +60,8 @@ export function openFile(file: string | URL | FileHandle, options: FileOptions =
 export class FileDevice extends BaseDevice {
   /** Path as it was opened; undefined for a `FileHandle`. */
   readonly path: string | undefined
+  /** Device and inode: the same for every device on the same file, whatever path it was opened by. */
+  readonly identity: string
   readonly readOnly: boolean
   readonly limits: BlockLimits
   readonly #fd: number
@@ -79,6 +82,7 @@ export class FileDevice extends BaseDevice {
   private constructor(opened: OpenedFile, options: FileOptions) {
     super()
     this.path = opened.path
+    this.identity = opened.identity
     this.#fd = opened.fd
     this.#handle = opened.handle
     this.#size = opened.size
@@ -100,9 +104,9 @@ export class FileDevice extends BaseDevice {
     options.signal?.throwIfAborted()
     const { descriptor, path, handle } = await openDescriptor(file, options)
     try {
-      const { size, isBlockDevice } = measure(descriptor, path)
+      const { size, isBlockDevice, identity } = measure(descriptor, path)
       const alignment = options.direct === true ? await probeAlignment(descriptor, size, path ?? 'FileHandle') : { request: 1, memory: 1 }
-      return new FileDevice({ fd: descriptor, path, handle, size, isBlockDevice, alignment }, options)
+      return new FileDevice({ fd: descriptor, path, handle, size, isBlockDevice, identity, alignment }, options)
     } catch (error) {
       await (handle === undefined ? closeDescriptor(descriptor) : handle.close())
       throw error
@@ -299,6 +303,7 @@ interface OpenedFile {
   readonly handle: FileHandle | undefined
   readonly size: number
   readonly isBlockDevice: boolean
+  readonly identity: string
   readonly alignment: DirectAlignment
 }
 
@@ -337,12 +342,13 @@ function openFlags(options: FileOptions): number {
   return options.direct === true ? flags | (direct ?? 0) : flags
 }
 
-function measure(fd: number, path: string | undefined): { size: number; isBlockDevice: boolean } {
-  const stat = fs.fstatSync(fd)
-  if (stat.isFile()) return { size: stat.size, isBlockDevice: false }
+function measure(fd: number, path: string | undefined): { size: number; isBlockDevice: boolean; identity: string } {
+  const stat = fs.fstatSync(fd, { bigint: true })
+  const identity = fileIdentity(stat)
+  if (stat.isFile()) return { size: Number(stat.size), isBlockDevice: false, identity }
   const name = path ?? 'FileHandle'
   if (!stat.isBlockDevice()) throw new UnsupportedError(`${name}: neither a regular file nor a block device`)
-  return { size: hostDeviceSize(stat.rdev, name), isBlockDevice: true }
+  return { size: hostDeviceSize(Number(stat.rdev), name), isBlockDevice: true, identity }
 }
 
 /** Linux shows the size of a block device in /sys, in sectors of 512 bytes; `stat` says 0. */

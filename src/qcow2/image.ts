@@ -104,7 +104,7 @@ export class Qcow2Image extends BaseDevice {
     const device = await openSource(source, { ...defined(options), readOnly })
     let release: (() => void) | undefined
     try {
-      if (!device.readOnly) release = await hold(source)
+      if (!device.readOnly) release = holdImageFile(device)
       const context = await rootContext(pathOf(source), options, openNested)
       return new Qcow2Image(
         await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options) }),
@@ -264,7 +264,7 @@ async function createImage(target: Source, options: CreateOptions & LayoutOption
   const host = hostFile(device)
   let release: (() => void) | undefined
   try {
-    release = await hold(target)
+    release = holdImageFile(device)
     if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
     await writeLayout(host, layout)
     const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
@@ -308,14 +308,6 @@ function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'si
 function defined(options: OpenOptions): { direct?: boolean; syncLimit?: number; forceShare?: boolean; signal?: AbortSignal } {
   const { direct, syncLimit, forceShare, signal } = options
   return Object.fromEntries(Object.entries({ direct, syncLimit, forceShare, signal }).filter(([, value]) => value !== undefined))
-}
-
-/** Holds the file of an image that is opened for writing, where the source tells which it is. */
-async function hold(source: Source): Promise<(() => void) | undefined> {
-  if (source instanceof URL && source.protocol !== 'file:') return undefined
-  if (typeof source === 'string' || source instanceof URL) return holdImageFile(source)
-  if ('fd' in source && 'stat' in source) return holdImageFile(source)
-  return 'path' in source && typeof source.path === 'string' ? holdImageFile(source.path) : undefined
 }
 
 function isReadOnly(source: Source): boolean {

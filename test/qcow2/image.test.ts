@@ -1,11 +1,15 @@
 /** Rules of the engine that an operation sequence does not show: policies, states, damage, concurrency. */
 import { mkdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
-import { readFile } from 'node:fs/promises'
+import { open, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { describe, expect, test } from 'vitest'
 import type { BlockDevice } from '../../src/block/device.ts'
+import { fault } from '../../src/block/fault.ts'
 import { openFile } from '../../src/block/file.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
+import { slice } from '../../src/block/slice.ts'
+import type { Source } from '../../src/block/source.ts'
 import { trace, type TracedRequest } from '../../src/block/trace.ts'
 import { allocateAligned } from '../../src/block/slab.ts'
 import { Qcow2Error } from '../../src/core/errors.ts'
@@ -307,12 +311,34 @@ describe('one file', () => {
     symlinkSync(path, other)
     expect(await codeOf(Qcow2Image.open(other))).toBe('ERR_BUSY')
     expect(await codeOf(Qcow2Image.create(path, { size: MiB }))).toBe('ERR_BUSY')
-    expect(await codeOf(Qcow2Image.open(await openFile(path)))).toBe('ERR_BUSY')
+    const sources: Exclude<Source, string>[] = [
+      pathToFileURL(path),
+      await open(path, 'r+'),
+      await openFile(path),
+      await openFile(await open(path, 'r+')),
+      trace(fault(await openFile(other, { direct: true }).catch(() => openFile(other)), () => undefined), []),
+    ]
+    for (const [index, source] of sources.entries()) {
+      expect([index, await codeOf(Qcow2Image.open(source))]).toEqual([index, 'ERR_BUSY'])
+      if ('readInto' in source) expect([index, await codeOf(Qcow2Image.create(source, { size: MiB }))]).toEqual([index, 'ERR_BUSY'])
+      if ('readInto' in source) await source.close()
+    }
     await (await Qcow2Image.open(other, { readOnly: true })).close()
     await image.write(0, new Uint8Array(10).fill(1))
     await image.close()
     await using reopened = await Qcow2Image.open(path)
     expect((await reopened.read(0, 1))[0]).toBe(1)
+  })
+
+  test('holds an image in each of its parts', async () => {
+    const file = await openFile(join(tempFolder(), 'parts'), { create: 'w' })
+    await file.resize(2 * MiB)
+    const parts = [0, MiB].map((offset) => slice(file, offset, MiB, { keepOpen: true }))
+    const images = await Promise.all(parts.map((part) => Qcow2Image.create(part, { size: 128 * KiB })))
+    for (const [index, image] of images.entries()) await image.write(0, new Uint8Array(10).fill(1 + index))
+    for (const [index, image] of images.entries()) expect((await image.read(0, 1))[0]).toBe(1 + index)
+    for (const image of images) await image.close()
+    await file.close()
   })
 
   test('is free again after opening or closing it failed', async () => {
