@@ -26,6 +26,7 @@ import { acceleratorOf, makeManifest, type Manifest } from './manifest.ts'
 import { notWithBackgroundSnapshot, withMigrationSettings, type MigrationSettings } from './migration-settings.ts'
 import type { SaveSink } from './save-sink.ts'
 import { MigrationListener } from './socket.ts'
+import { StopClock } from './stop-clock.ts'
 import type { StreamSummary } from './stream-check.ts'
 
 /**
@@ -122,6 +123,10 @@ async function busy(sink: SaveSink, why: string): Promise<Qcow2Error> {
   return error
 }
 
+function failed({ status, 'error-desc': reason = 'no reason given' }: MigrationInfo): Qcow2Error {
+  return new Qcow2Error('ERR_QMP', `migrate: QEMU reports ${String(status)}: ${reason}`)
+}
+
 /** No migration is under way. */
 function isOver(status: MigrationInfo['status']): boolean {
   return status === undefined || ['completed', 'failed', 'cancelled', 'none'].includes(status)
@@ -195,10 +200,8 @@ class Attempt {
       this.#stopped = running && (mode === 'stop' || (mode === 'background' && this.#diskSnapshots.length > 0))
       if (this.#stopped) await this.#qmp.execute('stop')
       if (mode !== 'precopy') this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
-      await this.#qmp.execute('migrate', { uri: receiver.uri })
-      this.started = true
       // a background snapshot has to be read to its end, see #undo: without its connection it could not be
-      stream = await receiver.accept(mode === 'background' ? {} : { signal: this.#options.signal })
+      stream = await this.#connection(receiver, mode === 'background' ? undefined : this.#options.signal)
       // A QEMU that hangs says nothing on either connection.
       reader = new ChunkReader(stream, { after: 2_000, ask: () => this.#qmp.execute('query-status') })
       const switching = mode === 'precopy' && this.#diskSnapshots.length > 0 ? this.#freezeAtSwitchover(events) : undefined
@@ -214,6 +217,36 @@ class Attempt {
       await events.return?.()
       await own?.close()
     }
+  }
+
+  /** Has QEMU connect, and gives the connection; or the reason, as soon as QEMU tells it or has gone. */
+  async #connection(receiver: MigrationReceiver, signal: AbortSignal | undefined): Promise<DuplexStream> {
+    const events = this.#qmp.events('MIGRATION')
+    const over = new AbortController()
+    const onAbort = (): void => over.abort(signal?.reason)
+    signal?.addEventListener('abort', onAbort, { once: true })
+    try {
+      signal?.throwIfAborted()
+      await this.#qmp.execute('migrate', { uri: receiver.uri })
+      this.started = true
+      const failing = this.#failure(events)
+      failing.catch(() => undefined) // reported if it comes first, like the other
+      const accepting = receiver.accept({ signal: over.signal })
+      accepting.catch(() => undefined)
+      return await Promise.race([accepting, failing])
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
+      over.abort()
+      await events.return?.()
+    }
+  }
+
+  /** Never resolves; rejects when QEMU says that the migration has failed. */
+  async #failure(events: ReturnType<Qmp['events']>): Promise<never> {
+    for await (const { data } of events) {
+      if (data?.['status'] === 'failed' || data?.['status'] === 'cancelled') throw failed(await this.#qmp.execute('query-migrate'))
+    }
+    return new Promise(() => undefined)
   }
 
   async #receive(mode: SaveMode, running: boolean, reader: ChunkReader): Promise<StreamSummary> {
@@ -232,9 +265,7 @@ class Attempt {
   /** QEMU must say the same as the stream. */
   async #confirm(summary: StreamSummary): Promise<void> {
     const info = await this.#ended(this.#options.timeout ?? 30_000)
-    if (info.status !== 'completed') {
-      throw new Qcow2Error('ERR_QMP', `migrate: QEMU reports ${String(info.status)}: ${info['error-desc'] ?? 'no reason given'}`)
-    }
+    if (info.status !== 'completed') throw failed(info)
     const counted = (info.ram?.normal ?? 0) + (info.ram?.duplicate ?? 0)
     const arrived = summary.pages.data + summary.pages.zero
     if (counted === arrived) return
@@ -296,45 +327,6 @@ class Attempt {
     const words = failures.map((failure) => (failure instanceof Error ? failure.message : String(failure))).join('; ')
     const first = cause instanceof Error ? cause.message : String(cause)
     throw new Qcow2Error('ERR_QMP', `save failed (${first}), and the VM could not be set back: ${words}`, { cause })
-  }
-}
-
-/** Adds up the times between STOP and RESUME. */
-class StopClock {
-  readonly #events: ReturnType<Qmp['events']>
-  readonly #collecting: Promise<void>
-  #stopped: number | undefined
-  #total = 0
-  #wake: (() => void) | undefined
-
-  constructor(qmp: Qmp) {
-    this.#events = qmp.events('STOP', 'RESUME')
-    this.#collecting = this.#collect().catch(() => undefined)
-  }
-
-  /** Milliseconds so far; waits a moment for a RESUME that is still under way. */
-  async stoppedFor(running: boolean): Promise<number> {
-    if (!running) return 0
-    if (this.#stopped !== undefined) await Promise.race([pause(1000), new Promise<void>((wake) => (this.#wake = wake))])
-    return this.#total
-  }
-
-  async close(): Promise<void> {
-    await this.#events.return?.()
-    await this.#collecting
-  }
-
-  async #collect(): Promise<void> {
-    for await (const { event, timestamp } of this.#events) {
-      const at = (timestamp?.seconds ?? 0) * 1000 + (timestamp?.microseconds ?? 0) / 1000
-      if (event === 'STOP') {
-        this.#stopped ??= at
-      } else if (this.#stopped !== undefined) {
-        this.#total += at - this.#stopped
-        this.#stopped = undefined
-        this.#wake?.()
-      }
-    }
   }
 }
 

@@ -1,5 +1,5 @@
 /** Saves that go wrong in the middle, with real QEMUs: what is said, what is left of the VM, and that nothing is a saved VM. */
-import { existsSync } from 'node:fs'
+import { existsSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import type { CallOptions } from '../../src/block/device.ts'
@@ -16,6 +16,7 @@ import { MigrationListener } from '../../src/snapshot/socket.ts'
 import { Guest } from '../support/guest.ts'
 import { describeWithQemu, type Qemu } from '../support/qemu.ts'
 import { memoryOf } from '../support/saves.ts'
+import { smallDisk } from '../support/small-disk.ts'
 import { tempFolder } from '../support/temp.ts'
 
 /** MiB: enough that a save is never over before something happens to it. */
@@ -51,6 +52,11 @@ async function expectUnharmed(guest: Guest, disk?: string): Promise<void> {
   const file = join(tempFolder(), 'afterwards.qcow2')
   await save(guest.qmp, { memory: file })
   expect((await memoryOf(file)).consistent).toBe(true)
+}
+
+/** No connection ever comes. */
+function never(options?: CallOptions): Promise<never> {
+  return new Promise((_resolve, reject) => options?.signal?.addEventListener('abort', () => reject(options.signal?.reason as Error)))
 }
 
 async function guestWithDisk(qemu: Qemu): Promise<{ guest: Guest; disk: string; overlay: string }> {
@@ -120,7 +126,50 @@ describeWithQemu('a save in whose middle', (qemu) => {
     await expectUnharmed(guest, disk)
   })
 
-  test('the disk gets full', async () => {
+  test('QEMU cannot connect: it ends at once, and says why', async () => {
+    const { guest, disk, overlay } = await guestWithDisk(qemu)
+    const file = join(tempFolder(), 'saved')
+    const receiver: MigrationReceiver = { uri: `unix:${join(guest.folder, 'nobody')}`, accept: never }
+    for (const disks of [[], [{ node: 'd0', overlay }]]) {
+      const saving = save(guest.qmp, { memory: file, receiver, disks })
+      await expect(saving).rejects.toMatchObject({ code: 'ERR_QMP', message: expect.stringMatching(/migrate: QEMU reports failed: .*connect/) as string })
+    }
+    await expectNothingSaved(file)
+    await expectUnharmed(guest, disk)
+  })
+
+  test('QEMU dies before it has connected: it ends at once', async () => {
+    const guest = await Guest.boot(qemu, { memory })
+    await guest.run(2)
+    const file = join(tempFolder(), 'saved')
+    await using listener = await MigrationListener.open()
+    const accept: MigrationReceiver['accept'] = (options) => {
+      guest.process.kill('SIGKILL')
+      return never(options)
+    }
+    const saving = save(guest.qmp, { memory: file, receiver: { uri: listener.uri, accept } })
+    await expect(saving).rejects.toMatchObject({ code: 'ERR_QMP', message: expect.stringMatching(/closed the monitor connection|connection failed/) as string })
+    await expectNothingSaved(file)
+  })
+
+  test('the file system gets full', async ({ skip }) => {
+    const folder = smallDisk(8 << 20, skip)
+    const { guest, disk, overlay } = await guestWithDisk(qemu)
+    const image = join(folder, 'image.qcow2')
+    await qemu.imgOk('create', '-f', 'qcow2', image, '1M')
+    for (const target of [...targets.map(([, at]) => at(join(folder, 'saved'))), { image, snapshot: 'saved' }]) {
+      const saving = save(guest.qmp, { memory: target, disks: [{ node: 'd0', overlay }] })
+      await expect(saving).rejects.toMatchObject({ code: 'ERR_NO_SPACE', message: expect.stringContaining(folder) as string })
+      await expectNothingSaved(join(folder, 'saved'))
+      await guest.run(1)
+      rmSync(overlay)
+    }
+    expect(await qemu.imgOk('snapshot', '-l', image)).not.toContain('saved')
+    expect(await qemu.img('check', image)).toMatchObject({ code: expect.toSatisfy((code) => code === 0 || code === 3) as number }) // 3: leaks
+    await expectUnharmed(guest, disk)
+  })
+
+  test('a device gets full', async () => {
     const { guest, disk, overlay } = await guestWithDisk(qemu)
     const target = new MemoryDevice(0, { growable: true })
     const saving = saveTo(guest.qmp, RamImageWriter.to(new SmallDisk(target)), { disks: [{ node: 'd0', overlay }] })
