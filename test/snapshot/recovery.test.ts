@@ -4,6 +4,7 @@ import { createHash } from 'node:crypto'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { expect, onTestFinished, test } from 'vitest'
+import { QmpClient } from '../../src/qmp/client.ts'
 import { connectSocket } from '../../src/qmp/socket.ts'
 import { openSaved } from '../../src/snapshot/open-saved.ts'
 import { recover, revert } from '../../src/snapshot/revert.ts'
@@ -11,6 +12,7 @@ import { Guest, mainMemory } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { makeSave } from '../support/saves.ts'
 import { SlowSource } from '../support/slow-source.ts'
+import { tempFolder } from '../support/temp.ts'
 
 const hash = (file: string): string => createHash('sha256').update(readFileSync(file)).digest('hex')
 
@@ -66,6 +68,29 @@ describeWithQemu('recovery', (qemu) => {
       await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'once-more') })
       await guest.expectGoesOn(memory.tick)
     }
+  })
+
+  test('while its main lock is held, by a monitor connected before: a new one gets no answer', async () => {
+    const { file, memory } = await makeSave(qemu, 'RAM image')
+    const second = join(tempFolder(), 'second')
+    const args = ['-chardev', `socket,id=second,path=${second},server=on,wait=off`, '-mon', 'chardev=second,mode=control']
+    const guest = await Guest.boot(qemu, { incoming: 'defer', args })
+    await using saved = await openSaved(file)
+    const abort = new AbortController()
+    const cut = revert(new SlowSource(saved, 1 << 20).source, {
+      qmp: guest.qmp,
+      incoming: join(guest.folder, 'incoming'),
+      signal: abort.signal,
+      onProgress: ({ phase }) => phase === 'running' && abort.abort(new Error('cut')),
+    })
+    await expect(cut).rejects.toThrow('cut')
+    await expect.poll(async () => (await guest.qmp.execute('query-migrate')).status, { interval: 10, timeout: 10_000 }).toBe('postcopy-paused')
+    // QEMU's main thread waits for a page now, as it does when a device has to read the guest's memory.
+    const reading = guest.qmp.execute('human-monitor-command', { 'command-line': `xp /1wx ${(4 << 20) - 0x20000}` })
+    await expect(QmpClient.connect(second, { timeout: 500 })).rejects.toThrow('no answer to')
+    await recover(file, { qmp: guest.qmp, incoming: join(guest.folder, 'again') })
+    expect(await reading).toMatch(/0x[0-9a-f]{8}/)
+    await guest.expectGoesOn(memory.tick)
   })
 
   test('pages sent before the guest started count as received', async () => {
