@@ -186,13 +186,18 @@ void Qcow2Image.create('a', { size: 'large' })
   expect(stdout).toBe('')
 })
 
-test('the quick starts of the README and the guide, followed to the letter', { timeout: 120_000 }, async () => {
-  const pages = ['README.md', 'docs/quick-start.md'].map((page) => readFileSync(join(project, page), 'utf8'))
-  const programs = pages.flatMap((page) => [...page.matchAll(/^```ts\n(.*?)^```$/gms)].map((match) => match[1]!)).filter((code) => code.startsWith('import '))
-  expect(programs.length).toBeGreaterThanOrEqual(8)
-  for (const [n, code] of programs.entries()) {
-    const file = write(`program-${n}.mts`, code)
-    // tsx only takes away what this Node does not know yet; the package comes from the tarball
-    await run(process.execPath, [join(project, 'node_modules/tsx/dist/cli.mjs'), file], { cwd: consumer })
-  }
+/** The programs and commands of a page, one after another; commands that need a VM, or QEMU, left out. */
+function stepsOf(page: string): string[][] {
+  const bin = join(consumer, 'node_modules/qcow2', manifest.bin['qcow2']!)
+  const steps = [...readFileSync(join(project, page), 'utf8').matchAll(/^```ts\n(import .*?)^```$|^npx qcow2 (?!save|revert|doctor)([^\n]*)$/gms)]
+  return steps.map(([, code, command], n) => (code === undefined ? [bin, ...command!.split(' ')] : [write(`program-${n}.mjs`, code)]))
+}
+
+test.each([
+  ['README.md', 6],
+  ['docs/quick-start.md', 7],
+])('the quick start of %s, followed to the letter', { timeout: 120_000 }, async (page, count) => {
+  const steps = stepsOf(page)
+  expect(steps).toHaveLength(count)
+  for (const step of steps) await run(process.execPath, step, { cwd: consumer })
 })

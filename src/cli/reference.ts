@@ -15,7 +15,7 @@ export function reference(commands: readonly CommandDefinition[]): string {
     'Sizes take the suffixes `b K M G T P E` (powers of 1024). Errors are one line on stderr; set `QCOW2_DEBUG=1` to see where they come from.',
     '`IMAGE@SNAPSHOT` is the disk of an internal snapshot wherever an image is only read. `NO_COLOR` turns colours off.',
     '',
-    ...all.map(({ path, definition }) => `- [${path}](#${path.replaceAll(' ', '-')}): ${definition.summary.toLowerCase()}`),
+    ...all.map(({ path, definition }) => `- [${path}](#${path.replaceAll(' ', '-')}): ${definition.summary.charAt(0).toLowerCase()}${definition.summary.slice(1)}`),
     ...all.flatMap(({ path, definition }) => section(path, definition)),
     ...differences,
   ]
