@@ -9,6 +9,8 @@
 const width = 480
 const fontSize = 14
 const line = 20
+/** From the top of a panel, with its label, to its plot. */
+const labelSpace = 30
 
 /** Which of the fixed colours a mark takes. */
 export type Tone = 'old' | 'new' | 'peer' | 'plain'
@@ -67,24 +69,23 @@ export interface DepthPanel {
 /** A bar for each value, from zero, one under the other. */
 export function barChart(chart: BarChart): string {
   const top = 2 * line + 14
-  const rowHeight = 46
+  const rowHeight = 56
   const longest = Math.max(...chart.bars.flatMap((bar) => [bar.value, ...(bar.runs ?? [])]), Number.MIN_VALUE)
   const textSpace = Math.max(...chart.bars.map((bar) => bar.text.length)) * 8 + 12
   const scale = (width - textSpace - 2) / longest
   const rows = chart.bars.map((bar, n) => {
     const y = top + n * rowHeight
-    const dots = (bar.runs ?? []).map((run) => `<circle class="dot" cx="${px(run * scale)}" cy="${y + 29}" r="2.2"/>`)
+    const dots = (bar.runs ?? []).map((run) => `<circle class="dot" cx="${px(run * scale)}" cy="${y + 30}" r="2.2"/>`)
     const end = Math.max(bar.value, ...(bar.runs ?? [])) * scale
     return [
       `<text class="label" x="0" y="${y + 12}">${escape(bar.label)}</text>`,
-      `<rect class="${bar.tone}" x="0" y="${y + 18}" width="${px(Math.max(bar.value * scale, 1))}" height="22"/>`,
+      `<rect class="${bar.tone}" x="0" y="${y + 19}" width="${px(Math.max(bar.value * scale, 1))}" height="22"/>`,
       ...dots,
-      `<text class="value" x="${px(end + 7)}" y="${y + 34}">${escape(bar.text)}</text>`,
+      `<text class="value" x="${px(end + 7)}" y="${y + 35}">${escape(bar.text)}</text>`,
     ].join('')
   })
-  const axis = `<line class="axis" x1="0" x2="0" y1="${top + 14}" y2="${top + chart.bars.length * rowHeight}"/>`
-  const height = top + chart.bars.length * rowHeight + 4
-  return svg(chart.title, height, [heading(chart.title, chart.axis), axis, ...rows])
+  const height = top + chart.bars.length * rowHeight - 8
+  return svg(chart.title, height, [heading(chart.title, chart.axis), ...rows])
 }
 
 /** Offset over time, each request a tick of its length, as in a block trace. */
@@ -98,7 +99,7 @@ export function traceChart(chart: TraceChart): string {
   const parts = [heading(chart.title, 'offset (MB) over time (ms); each stroke is one request, first byte to last')]
   let top = 2 * line + 14
   for (const panel of shown) {
-    const bottom = top + 24 + plotHeight
+    const bottom = top + labelSpace + plotHeight
     const y = (offset: number): number => bottom - (offset / reach) * plotHeight
     parts.push(`<text class="label" x="0" y="${top + 14}">${escape(panel.label)}</text>`)
     parts.push(axes({ left, bottom, plotWidth, plotHeight, span: chart.span, top: reach / 1e6, unit: (value) => round(value) }))
@@ -106,7 +107,7 @@ export function traceChart(chart: TraceChart): string {
     parts.push(`<clipPath id="${clip}"><rect x="${left}" y="${bottom - plotHeight - 3}" width="${plotWidth}" height="${plotHeight + 6}"/></clipPath>`)
     const marks = panel.ticks.map((tick, n) => tickMark(tick, `${panel.tone}${n % 2 === 0 ? '' : ' pale'}`, x, y))
     parts.push(`<g clip-path="url(#${clip})">${marks.join('')}</g>`)
-    top = bottom + 34
+    top = bottom + 36
   }
   if (shown.some((panel) => panel.ticks.some(isMark))) parts.push(legend(top))
   return svg(chart.title, top + 18, parts)
@@ -122,7 +123,7 @@ export function depthChart(chart: { title: string; panels: readonly DepthPanel[]
   const parts = [heading(chart.title, 'requests in the disk’s queue over time (ms)')]
   let top = 2 * line + 14
   for (const panel of chart.panels) {
-    const bottom = top + 24 + plotHeight
+    const bottom = top + labelSpace + plotHeight
     const y = (depth: number): number => bottom - (depth / deepest) * plotHeight
     parts.push(`<text class="label" x="0" y="${top + 14}">${escape(panel.label)}</text>`)
     const steps = panel.steps.filter(([time]) => time < chart.span)
@@ -130,7 +131,7 @@ export function depthChart(chart: { title: string; panels: readonly DepthPanel[]
     for (const [time, depth] of steps) path += `H${px(x(time))}V${px(y(depth))}`
     parts.push(`<path class="area ${panel.tone}" d="${path}H${px(x(chart.span))}V${px(y(0))}Z"/>`)
     parts.push(axes({ left, bottom, plotWidth, plotHeight, span: chart.span, top: deepest, unit: (value) => String(value), whole: true }))
-    top = bottom + 34
+    top = bottom + 36
   }
   return svg(chart.title, top - 6, parts)
 }

@@ -96,9 +96,15 @@ function reportSection(report: Report): string {
   return `<section id="${escape(report.name)}"><h2>${escape(report.title)}</h2>${quick}<p>${escape(report.about)}</p>
 ${goals(report)}
 ${report.figures.map((figure) => `<figure>${figure.svg}</figure>`).join('\n')}
-${report.groups.map(groupSection).join('\n')}
+${measurements(report)}
 ${report.notes.map((note) => `<p class="note">${escape(note)}</p>`).join('')}
-${machineTable(report)}</section>`
+${machineLine(report)}</section>`
+}
+
+/** Every table; folded where goals or drawings say the same at a glance. */
+function measurements(report: Report): string {
+  const glance = report.figures.length > 0 || goals(report) !== ''
+  return `<details${glance ? '' : ' open'}><summary>all measurements</summary>${report.groups.map(groupSection).join('\n')}</details>`
 }
 
 function goals(report: Report): string {
@@ -111,7 +117,7 @@ function goals(report: Report): string {
     const verdict = met ? '<span class="good">✓ met</span>' : '<span class="bad">✗ missed</span>'
     return `<tr><td>${escape(group.title)}<br><small>${escape(what)}</small></td><td class="number"><b>${median}</b><br><small>${quartiles}</small></td><td class="number">${ratio.goal}x<br><small>${verdict}</small></td></tr>`
   })
-  return `<div class="scroll"><table><thead><tr><th>Ratio (median of the rounds)</th><th>measured</th><th>goal</th></tr></thead><tbody>${cells.join('')}</tbody></table></div>`
+  return `<div class="scroll"><table><thead>${headRow(['ratio (median of the rounds)', 'measured', 'goal'])}</thead><tbody>${cells.join('')}</tbody></table></div>`
 }
 
 function groupSection(group: GroupResult): string {
@@ -147,24 +153,22 @@ function htmlRow(cells: readonly string[], kind = 'number'): string {
   return `<tr>${cells.map((cell, n) => `<td${n === 0 || kind === '' ? '' : ` class="${kind}"`}>${escape(cell)}</td>`).join('')}</tr>`
 }
 
-function machineTable(report: Report): string {
+function machineLine(report: Report): string {
   const { machine } = report
-  const facts: [string, string][] = [
-    ['Measured', `${report.date}, ${report.rounds} rounds, seed ${report.seed}, ${digits(report.seconds)} s in all`],
-    ['Machine', `${machine.cpu}, ${machine.cores} cores, ${digits(machine.memory / 2 ** 30)} GiB, ${machine.kernel}, ${machine.filesystem}`],
-    ['Versions', Object.entries(machine.versions).map(([name, version]) => `${name} ${version}`).join(', ')],
-  ]
-  return `<dl>${facts.map(([name, text]) => `<dt>${name}</dt><dd>${escape(text)}</dd>`).join('')}</dl>`
+  const when = `${report.date.slice(0, 16).replace('T', ' ')} UTC, ${report.rounds} ${report.rounds === 1 ? 'round' : 'rounds'}, seed ${report.seed}, ${digits(report.seconds)} s in all`
+  const where = `${machine.cpu}, ${machine.cores} cores, ${digits(machine.memory / 2 ** 30)} GiB, ${machine.kernel}, ${machine.filesystem}`
+  const versions = Object.entries(machine.versions).map(([name, version]) => (version.startsWith(name) ? version : `${name} ${version}`))
+  return `<p class="note">Measured ${[when, where, versions.join(', ')].map(escape).join('. ')}.</p>`
 }
 
 const pageStyle = `
 :root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--ground:#fff;--panel:#f6f8fa;--link:#0969da;--good:#116329;--bad:#a40e26}
 @media (prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9da7b3;--line:#3d444d;--ground:#0d1117;--panel:#151b23;--link:#58a6ff;--good:#56d364;--bad:#ff7b72}}
 *{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:46rem;margin:0 auto;padding:1.25rem 1rem 4rem}h1{font-size:1.6rem;line-height:1.2;margin:.2rem 0 1rem}h2{font-size:1.3rem;margin:2.5rem 0 .5rem;border-top:1px solid var(--line);padding-top:1.5rem}
-h3{font-size:1.05rem;margin:2rem 0 .25rem}small{color:var(--soft);font-weight:400}a{color:var(--link)}nav{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem}
-figure{margin:1.5rem 0;max-width:38rem}.chart{display:block;width:100%;height:auto}.note{color:var(--soft);margin:.25rem 0 .75rem;font-size:.92rem}
+main{max-width:40rem;margin:0 auto;padding:1.25rem 1rem 4rem}h1{font-size:1.6rem;line-height:1.2;margin:.2rem 0 1rem}h2{font-size:1.3rem;line-height:1.3;margin:0 0 .5rem}section+section{margin-top:3rem;border-top:1px solid var(--line);padding-top:1.75rem}nav+section{margin-top:1.75rem}
+h3{font-size:1.05rem;margin:1.5rem 0 .25rem}small{color:var(--soft);font-weight:400}a{color:var(--link)}nav{display:grid;gap:.3rem}
+figure{margin:1.75rem 0}.chart{display:block;width:100%;height:auto}.note{color:var(--soft);margin:.25rem 0 .75rem;font-size:.92rem}
 .warning{background:var(--panel);border-left:4px solid var(--bad);padding:.6rem .9rem}.scroll{overflow-x:auto;margin:.5rem 0}
 table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:500;vertical-align:bottom}td:first-child{min-width:9rem}
-.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.number:last-child,th.number:last-child{padding-right:0}.good{color:var(--good)}.bad{color:var(--bad)}
-details{margin:.25rem 0 1rem;color:var(--soft)}summary{cursor:pointer;padding:.4rem 0}dl{font-size:.88rem;color:var(--soft);margin-top:2rem}dt{font-weight:600}dd{margin:0 0 .4rem}`
+.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td:last-child,th:last-child{padding-right:0}.good{color:var(--good)}.bad{color:var(--bad)}
+details{margin:.25rem 0 1rem}summary{cursor:pointer;padding:.4rem 0;color:var(--soft)}`

@@ -26,6 +26,6 @@ export const scenario: Scenario = {
   about:
     'A VM state is a stream of page records of 4104 bytes. QEMU 7.2 and 10.0 write it in pieces of 131,328 bytes at odd offsets, one after another, ' +
     'and read it back in pieces of 28,728: nearly no request begins or ends at a sector. The write queue collects the same pieces into aligned slabs of 1 MiB and keeps four on their way; ' +
-    'the prefetcher reads 2 MiB slabs ahead. The stream is a real one with its memory enlarged; the old requests are replayed as recorded from both versions of QEMU.',
+    'the prefetcher reads chunks of 1 MiB ahead. The stream is a real one with its memory enlarged; the old requests are replayed as recorded from both versions of QEMU.',
   run,
 }

@@ -53,7 +53,7 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
   const group = await measure(
     {
       id: 'driver-overhead',
-      title: `${count} reads of 4 KiB at depth ${depth}, no medium`,
+      title: `${count.toLocaleString('en')} reads of 4 KiB at depth ${depth}, no medium`,
       note: `rates are of bytes: 8192 MB/s are 2 million requests a second`,
       bytes: count * requestSize,
       variants: [

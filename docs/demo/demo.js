@@ -39,51 +39,54 @@ async function show(source, name) {
     const device = await openSource(source, { readOnly: true })
     const magic = await device.read(0, Math.min(4, device.size))
     const isImage = magic.join() === '81,70,73,251'
-    parts.push(...(isImage ? await imageParts(device, name) : await streamParts(device, name)))
+    if (isImage) await imageParts(device, name, parts)
+    else parts.push(...(await vmParts(device, `VM state in ${name}`)))
   } catch (error) {
-    parts.push(element('p', Qcow2Error.is(error) ? `${name}: ${error.message}` : `${name}: ${String(error)}`, 'error'))
+    const text = Qcow2Error.is(error) ? error.message : String(error)
+    const neither = Qcow2Error.is(error, 'ERR_STREAM') && error.offset === 0
+    parts.push(element('p', neither ? `${name}: this is neither a qcow2 image nor a migration stream (${text})` : `${name}: ${text}`, 'error'))
   }
   if (mine !== turn) return
   result.replaceChildren(...parts)
   result.dataset.state = 'done'
 }
 
-async function imageParts(device, name) {
+/** Adds to `parts` as it goes: what was read before an error is shown above it. */
+async function imageParts(device, name, parts) {
   const info = await readImageInfo(device)
   const facts = {
-    file: name,
     'file length': size(device.size),
     'virtual size': size(info.virtualSize),
     version: `${info.version} (compat ${info.version === 2 ? '0.10' : '1.1'})`,
     'cluster size': size(info.clusterSize),
     'refcount bits': info.refcountBits,
     compression: info.compressionType,
-    encryption: info.encryption,
-    'backing file': info.backingFile ?? 'none',
-    'data file': info.dataFile ?? 'none',
-    flags: [['extended L2', info.extendedL2], ['lazy refcounts', info.lazyRefcounts], ['dirty', info.dirty], ['corrupt', info.corrupt]].filter(([, on]) => on).map(([text]) => text).join(', ') || 'none',
+    ...(info.encryption === 'none' ? {} : { encryption: info.encryption }),
+    ...(info.backingFile === undefined ? {} : { 'backing file': info.backingFile }),
+    ...(info.dataFile === undefined ? {} : { 'data file': info.dataFile }),
   }
-  const parts = [element('h2', 'Header'), definitionList(facts)]
+  const flags = [['extended L2', info.extendedL2], ['lazy refcounts', info.lazyRefcounts], ['dirty', info.dirty], ['corrupt', info.corrupt]].filter(([, on]) => on)
+  if (flags.length > 0) facts.flags = flags.map(([text]) => text).join(', ')
+  parts.push(element('h2', name), definitionList(facts))
   if (info.bitmaps.length > 0) parts.push(element('h2', 'Bitmaps'), table(['name', 'granularity#', 'state'], info.bitmaps.map(({ name, granularity, inUse, auto }) => [name, size(granularity), inUse ? 'in use' : auto ? 'enabled' : 'disabled'])))
-  if (info.encryption !== 'none') return [...parts, element('p', 'The content is encrypted: it needs Node to be read.', 'error')]
+  if (info.encryption !== 'none') {
+    parts.push(element('p', 'The content is encrypted: it needs Node to be read.', 'error'))
+    return
+  }
   // what a backing file would give cannot be read here; it shows as unallocated
   const image = await Qcow2Image.open(device, { readOnly: true, references: () => emptyDevice() })
   parts.push(element('h2', 'Allocation'), ...(await allocation(image, info.clusterSize)))
+  if (info.backingFile !== undefined) parts.push(element('p', 'What is unallocated here comes from the backing file.'))
   parts.push(element('h2', 'Snapshots'))
   const snapshots = [...image.snapshots]
   if (snapshots.length === 0) parts.push(element('p', 'There are none.'))
-  else parts.push(table(['id', 'name', 'date', 'disk#', 'VM state#'], snapshots.map(({ id, name, date, diskSize, vmStateSize }) => [id, name, date.toLocaleString(), size(diskSize), vmStateSize === 0 ? '' : size(vmStateSize)])))
+  else parts.push(table(['id', 'name', 'date', 'disk#', 'VM state#'], snapshots.map(({ id, name, date, diskSize, vmStateSize }) => [id, name, date.toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'short' }), size(diskSize), vmStateSize === 0 ? '' : size(vmStateSize)])))
   for (const snapshot of snapshots) {
     if (snapshot.vmStateSize === 0) continue
     const opened = await image.snapshots.open(snapshot.id)
-    parts.push(...(await vmParts(opened.vmState, `VM state of ${snapshot.name}`)))
+    parts.push(...(await vmParts(opened.vmState, `VM state of “${snapshot.name}”`)))
     await opened.close()
   }
-  return parts
-}
-
-async function streamParts(device, name) {
-  return vmParts(device, `VM state in ${name}`)
 }
 
 async function vmParts(device, title) {
@@ -93,9 +96,14 @@ async function vmParts(device, title) {
     for (let offset = 0; offset < block.length; offset += vm.ram.pageSize) counts[vm.ram.pageKind(block.index, offset)]++
     return [block.name, size(block.length), counts.data, counts.zero, counts.absent]
   })
-  const facts = { machine: vm.machine ?? 'not recorded', 'page size': size(vm.ram.pageSize), stream: size(vm.streamLength), devices: vm.devices.length, capabilities: vm.capabilities.join(', ') || 'none' }
-  const parts = [element('h2', title), definitionList(facts), table(['RAM block', 'size#', 'data pages#', 'zero pages#', 'absent#'], blocks)]
-  parts.push(element('p', `Devices: ${vm.devices.map(({ name }) => name).join(', ')}`))
+  const headings = ['RAM block', 'size#', 'data pages#', 'zero pages#', 'absent#']
+  // pages are absent only where the memory is in another file
+  if (blocks.every((cells) => cells.at(-1) === 0)) for (const cells of [headings, ...blocks]) cells.pop()
+  const facts = { machine: vm.machine ?? 'not recorded', 'page size': size(vm.ram.pageSize), stream: size(vm.streamLength), devices: vm.devices.length, ...(vm.capabilities.length === 0 ? {} : { capabilities: vm.capabilities.join(', ') }) }
+  const parts = [element('h2', title), definitionList(facts), table(headings, blocks)]
+  const devices = new Map()
+  for (const { name } of vm.devices) devices.set(name, (devices.get(name) ?? 0) + 1)
+  parts.push(element('p', `Devices: ${[...devices].map(([name, count]) => (count === 1 ? name : `${name} ×${count}`)).join(', ')}`))
   return parts
 }
 
@@ -103,8 +111,8 @@ const kinds = { data: 'data', compressed: 'compressed', zero: 'zeroes', unalloca
 
 /** The disk from left to right, top to bottom, in at most a thousand squares of whole clusters. */
 async function allocation(image, clusterSize) {
-  const columns = 64
-  const perCell = Math.max(1, Math.ceil(image.size / (columns * 16) / clusterSize)) * clusterSize
+  const columns = innerWidth < 600 ? 32 : 64
+  const perCell = Math.max(1, Math.ceil(image.size / 1024 / clusterSize)) * clusterSize
   const cells = Math.ceil(image.size / perCell)
   const rows = Math.max(1, Math.ceil(cells / columns))
   const weight = { data: new Float64Array(cells), compressed: new Float64Array(cells), zero: new Float64Array(cells), unallocated: new Float64Array(cells) }

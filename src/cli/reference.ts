@@ -7,6 +7,7 @@ import { spelling } from './parse.ts'
 export function reference(commands: readonly CommandDefinition[]): string {
   const all = commands.flatMap((definition) => withNested(definition))
   const lines = [
+    '---\ntitle: Command line\n---\n',
     '# Command line',
     '',
     '<!-- Made from the definitions in src/cli/commands by `npx tsx src/cli/write-reference.ts`; do not edit. -->',

@@ -124,7 +124,8 @@ export async function createDataFile(name: string, size: number, context: Refere
 function describe(kind: Reference['kind'], name: string, format: string | undefined, context: ReferenceContext): Reference {
   const absolute = name.startsWith('/')
   const plain = isPath(name) && (absolute || context.path !== undefined)
-  return { kind, name, format, from: context.path, path: plain ? resolveReference(context.path ?? '', name) : undefined }
+  const path = context.path === undefined ? name : resolveReference(context.path, name)
+  return { kind, name, format, from: context.path, path: plain ? path : undefined }
 }
 
 /** False for `json:` and for names with a protocol: a colon before the first slash. */

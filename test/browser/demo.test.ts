@@ -28,6 +28,7 @@ beforeAll(async () => {
   files.set('/vm.qcow2', capture('qemu100-savevm.qcow2'))
   files.set('/vm.stream', capture('qemu100-precopy.mig'))
   files.set('/mixed.qcow2', await mixedImage())
+  files.set('/overlay.qcow2', await overlay())
   files.set('/junk', new Uint8Array(5000).fill(7))
   server = createServer((request, response) => {
     const path = new URL(request.url!, 'http://x').pathname
@@ -69,6 +70,16 @@ async function mixedImage(): Promise<Uint8Array> {
   await image.writeZeroes(48 << 20, 4 << 20)
   await image.snapshots.create({ name: 'second' })
   await image.flush()
+  return host.bytes.slice()
+}
+
+/** An overlay of a file that is not there, with one cluster of its own. */
+async function overlay(): Promise<Uint8Array> {
+  const host = new MemoryDevice(0, { growable: true })
+  const references = (): MemoryDevice => new MemoryDevice(1 << 20)
+  const image = await Qcow2Image.create(host, { size: 1 << 20, backing: { file: '/images/base.raw', format: 'raw' }, references })
+  await image.write(0, new Uint8Array(65536).fill(1))
+  await image.close()
   return host.bytes.slice()
 }
 
@@ -122,6 +133,13 @@ describe.skipIf(chromiumPath === undefined)('in Chromium', () => {
     const label = String(await page.evaluate('document.querySelector("#map").getAttribute("aria-label")'))
     expect(label).toBe('Allocation of the disk: data 9 MiB, compressed 4 MiB, zeroes 4 MiB, unallocated 47 MiB')
     expect(await page.evaluate('document.querySelectorAll("#map rect").length')).toBe(1024)
+  })
+
+  test('an overlay: its backing file is named, and not needed', async () => {
+    const shown = await text(await opened('/overlay.qcow2'))
+    expect(shown).toContain('/images/base.raw')
+    expect(shown).toMatch(/data 64 KiB[\s\S]*comes from the backing file/)
+    expect(shown).toContain('There are none.')
   })
 
   test('a migration stream', async () => {
