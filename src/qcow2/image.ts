@@ -54,6 +54,8 @@ export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<Referen
   readonly size?: number | undefined
   /** Direct I/O for paths: past the page cache. Default false. */
   readonly direct?: boolean | undefined
+  /** Requests of at most this many bytes to the new file are made synchronously; see `openFile`. Default 0. */
+  readonly syncLimit?: number | undefined
   /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
   readonly exclusive?: boolean | undefined
   /** Encrypt guest data. Default: not. */
@@ -283,7 +285,8 @@ async function createImage(target: Source, options: CreateOptions & LayoutOption
 /** A fresh file for a path; anything else as it is. A file that a running QEMU uses is left alone. */
 async function createTarget(target: Source, options: CreateOptions): Promise<BlockDevice> {
   if (typeof target !== 'string' && !(target instanceof URL)) return openSource(target)
-  const flags = options.direct === undefined ? {} : { direct: options.direct }
+  const { direct, syncLimit } = options
+  const flags = { ...(direct === undefined ? {} : { direct }), ...(syncLimit === undefined ? {} : { syncLimit }) }
   try {
     return await openFile(target, { ...flags, create: 'wx' })
   } catch (error) {

@@ -25,7 +25,10 @@ interface Run {
   clusters: number
 }
 
-/** Bytes allocated ahead, so that guest writes in between do not scatter the area. */
+/**
+ * Bytes allocated ahead at most, so that guest writes in between do not scatter the area. Never more than the area
+ * has already: what is not used in the end stays behind as a hole in the file.
+ */
 const reserveBytes = 16 << 20
 
 export class VmStateArea implements WriteSink {
@@ -71,7 +74,7 @@ export class VmStateArea implements WriteSink {
     while (this.#placed < end) {
       const reserve = this.#reserve
       if (reserve.clusters === 0) {
-        const wanted = Math.max(end - this.#placed, Math.ceil(reserveBytes / clusterSize))
+        const wanted = Math.max(end - this.#placed, Math.min(this.#placed, Math.ceil(reserveBytes / clusterSize)))
         const { offset, clusters } = await this.#engine.allocator.allocate(wanted)
         this.#reserve = { offset, clusters }
         continue

@@ -43,3 +43,20 @@ class AbsentFilter extends FilterDevice {
     return found
   }
 }
+
+/**
+ * The runs of pages of a block that did not come.
+ * @param seen One bit for each page of the disk: it came.
+ * @param position Where the block begins in the disk.
+ */
+export function absentRanges(seen: Uint8Array, position: number, length: number, pageSize: number): AbsentRange[] {
+  const ranges: [number, number][] = []
+  for (let offset = 0; offset < length; offset += pageSize) {
+    const page = (position + offset) / pageSize
+    if ((seen[page >>> 3]! & (1 << (page & 7))) !== 0) continue
+    const last = ranges.at(-1)
+    if (last !== undefined && last[0] + last[1] === offset) last[1] += pageSize
+    else ranges.push([offset, pageSize])
+  }
+  return ranges
+}

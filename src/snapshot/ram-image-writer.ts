@@ -1,27 +1,29 @@
 /**
- * Writes a RAM image from a migration stream as it comes in. Owns what is written for a gathered area:
- * whole clusters of pages, nothing for zeroes, only changes over a backing file; and the order in which
- * the image becomes a saved VM.
+ * Writes a RAM image from a migration stream as it comes in. Owns where each RAM block goes, which pages came, and
+ * the order in which the image becomes a saved VM; gathering pages and storing areas are next door.
  */
 import type { CallOptions } from '../block/device.ts'
 import type { Source } from '../block/source.ts'
 import { UnsupportedError } from '../core/errors.ts'
-import { RangeLock } from '../core/lock.ts'
 import { inflatePage } from '../migration/compressed-page.ts'
 import { ramFlag } from '../migration/format.ts'
 import type { MigrationRecord, RamBlock, RamPagesRecord } from '../migration/records.ts'
 import { StreamRest } from '../migration/stream-rest.ts'
 import { encodeRecord } from '../migration/writer.ts'
-import { equalBytes } from '../bytes/equal.ts'
-import { isZero } from '../bytes/zero.ts'
 import { Qcow2Image, type CreateOptions } from '../qcow2/image.ts'
 import type { SnapshotInfo } from '../qcow2/snapshot-info.ts'
-import { alignBlock, encodeLayout, type AbsentRange, type RamImageBlock } from './ram-image-layout.ts'
-import { PageGatherer, pageState, type PageArea } from './ram-image-pages.ts'
+import { absentRanges } from './ram-image-absent.ts'
+import { alignBlock, encodeLayout, type RamImageBlock, type RamImageLayout } from './ram-image-layout.ts'
+import { PageGatherer } from './ram-image-pages.ts'
+import { AreaStore, type RamImageStatistics } from './ram-image-store.ts'
 import type { SaveSink } from './save-sink.ts'
+
+export type { RamImageStatistics }
 
 /** Most RAM, in bytes (4 TiB): bounds the bit map of pages. */
 const maxMemory = 2 ** 42
+/** Single pages go through the page cache at once: handing each to another thread takes several times as long. */
+const singlePages = 64 << 10
 
 /** Options of {@link RamImageWriter}. */
 export interface RamImageWriterOptions extends CallOptions {
@@ -49,14 +51,6 @@ export interface NewRamImageOptions extends Omit<RamImageWriterOptions, 'unit' |
   readonly references?: CreateOptions['references']
 }
 
-/** What was stored. All in bytes. */
-export interface RamImageStatistics {
-  /** Written to the disk of the image. */
-  written: number
-  /** Pages with content that the backing file has already. */
-  unchanged: number
-}
-
 /**
  * Takes the records of a stream ({@link SaveSink}); pages may come in any order and more than once.
  * `create` is called with the size of the disk as soon as the RAM blocks are known.
@@ -70,37 +64,24 @@ export class RamImageWriter implements SaveSink {
   readonly statistics: RamImageStatistics = { written: 0, unchanged: 0 }
   readonly #create: (size: number) => Promise<Qcow2Image>
   readonly #options: RamImageWriterOptions
-  /** Bytes of the disk that are written together; at least a page. */
-  #unit: number
   readonly #limit: number
   readonly #filter = new StreamRest()
   readonly #rest: Uint8Array[] = []
-  readonly #locks = new RangeLock()
-  readonly #blocks: RamImageBlock[] = []
-  readonly #positions: number[] = []
-  readonly #waiting: PageArea[] = []
-  readonly #writing = new Set<Promise<void>>()
+  readonly #blocks: Omit<RamImageBlock, 'absent'>[] = []
   #restLength = 0
   #pagesAt: number | undefined
   #size = 0
   #pageSize = 4096
-  #gatherer: PageGatherer | undefined
+  #memory: { readonly gatherer: PageGatherer; readonly store: AreaStore } | undefined
   /** One bit a page of the disk: it came. */
   #seen: Uint8Array = new Uint8Array(0)
-  /** One byte a unit of the disk: it was written. */
-  #written: Uint8Array = new Uint8Array(0)
-  #image: Qcow2Image | undefined
-  #bytesInFlight = 0
-  #failure: { error: unknown } | undefined
+  #image: Promise<Qcow2Image> | undefined
   #scratch: Uint8Array | undefined
-  /** For what the backing file holds; used again. */
-  readonly #spareBases: Uint8Array[] = []
   #snapshot: SnapshotInfo | undefined
 
   constructor(create: (size: number) => Promise<Qcow2Image>, options: RamImageWriterOptions = {}) {
     this.#create = create
     this.#options = options
-    this.#unit = options.unit ?? 65_536
     this.#limit = options.inFlight ?? 8 << 20
   }
 
@@ -110,8 +91,9 @@ export class RamImageWriter implements SaveSink {
     const incremental = backing !== undefined
     const extendedL2 = options.extendedL2 ?? incremental
     const clusterSize = options.clusterSize ?? (extendedL2 ? 131_072 : 65_536)
+    const syncLimit = incremental && direct !== true ? singlePages : 0
     const create = (size: number): Promise<Qcow2Image> =>
-      Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct, references, signal })
+      Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct, references, syncLimit, signal })
     return new RamImageWriter(create, { ...options, unit: extendedL2 ? clusterSize / 32 : clusterSize, incremental })
   }
 
@@ -137,16 +119,15 @@ export class RamImageWriter implements SaveSink {
 
   /** Waits until little enough is being written, if anything is to be waited for. */
   settle(): Promise<void> | undefined {
-    if (this.#failure === undefined && this.#waiting.length === 0 && this.#bytesInFlight <= this.#limit) return undefined
-    return this.#drain(this.#limit)
+    return this.#memory?.store.needsDrain(this.#limit) === true ? this.#drain(this.#limit) : undefined
   }
 
   /** Makes the image durable and a saved VM; the image is closed. */
   async finish(): Promise<void> {
-    if (this.#gatherer === undefined) this.#begin()
-    this.#gatherer!.flush()
+    this.#memory ??= this.#begin()
+    this.#memory.gatherer.flush()
     await this.#drain(0)
-    const image = this.#image!
+    const image = await this.#image!
     await image.flush()
     const writer = await image.snapshots.begin({ name: this.#options.name ?? 'ram', signal: this.#options.signal })
     try {
@@ -160,41 +141,36 @@ export class RamImageWriter implements SaveSink {
   }
 
   /** Gives up: no snapshot, so the image is no saved VM. */
-  async abort(_reason?: unknown): Promise<void> {
-    this.#failure ??= { error: new Error('the RAM image was given up') }
-    await Promise.allSettled(this.#writing)
-    await this.#image?.close()
+  async abort(reason: unknown = new Error('the RAM image was given up')): Promise<void> {
+    await this.#memory?.store.stop(reason)
+    const image = await this.#image?.catch(() => undefined) // whoever asked for it got the error
+    await image?.close()
   }
 
-  #addBlock(block: RamBlock): void {
+  #addBlock({ name, length, gpa }: RamBlock): void {
     const position = alignBlock(this.#size)
-    this.#blocks.push({ name: block.name, length: block.length, position, ...(block.gpa !== undefined && { gpa: block.gpa }), absent: [] })
-    this.#positions[block.index] = position
-    this.#size = position + block.length
+    this.#blocks.push({ name, length, position, ...(gpa !== undefined && { gpa }) })
+    this.#size = position + length
   }
 
   /** The list of blocks is complete. */
-  #begin(): PageGatherer {
+  #begin(): { readonly gatherer: PageGatherer; readonly store: AreaStore } {
     const size = alignBlock(this.#size)
     if (size > maxMemory) throw new UnsupportedError(`the stream lists ${size} bytes of RAM; a RAM image holds up to ${maxMemory}`, ['RAM size'])
-    this.#unit = Math.max(this.#unit, this.#pageSize)
-    this.#seen = new Uint8Array(Math.ceil(size / this.#pageSize / 8))
-    this.#written = new Uint8Array(Math.ceil(size / this.#unit))
-    return (this.#gatherer = new PageGatherer({
-      pageSize: this.#pageSize,
-      clusterSize: this.#unit,
-      emit: (area) => {
-        this.#bytesInFlight += area.bytes.length
-        if (this.#image === undefined || this.#waiting.length > 0) this.#waiting.push(area)
-        else this.#store(area)
-      },
-    }))
+    const pageSize = this.#pageSize
+    const { unit: wanted = 65_536, incremental = false } = this.#options
+    const unit = Math.max(wanted, pageSize)
+    this.#seen = new Uint8Array(Math.ceil(size / pageSize / 8))
+    const gatherer: PageGatherer = new PageGatherer({ pageSize, clusterSize: unit, emit: (area) => store.add(area) })
+    const { statistics } = this
+    const store = new AreaStore({ pageSize, unit, size, incremental, statistics, recycle: (area) => gatherer.recycle(area) })
+    return { gatherer, store }
   }
 
   #pages(record: RamPagesRecord): void {
     this.#pageSize = record.pageSize
-    const gatherer = this.#gatherer ?? this.#begin()
-    const base = this.#positions[record.block.index]!
+    const { gatherer } = (this.#memory ??= this.#begin())
+    const base = this.#blocks[record.block.index]!.position
     const { count, flags, pageOffsets, positions, bytes, pageSize } = record
     const seen = this.#seen
     for (let i = 0; i < count; i++) {
@@ -220,155 +196,15 @@ export class RamImageWriter implements SaveSink {
   }
 
   async #drain(limit: number): Promise<void> {
-    const { signal } = this.#options
-    for (;;) {
-      signal?.throwIfAborted()
-      if (this.#failure !== undefined) throw this.#failure.error
-      this.#image ??= await this.#create(alignBlock(this.#size))
-      for (const area of this.#waiting.splice(0)) this.#store(area)
-      if (this.#bytesInFlight <= limit || this.#writing.size === 0) return
-      await Promise.race(this.#writing)
-    }
+    const { store } = this.#memory!
+    store.open(await (this.#image ??= this.#create(alignBlock(this.#size))))
+    await store.drain(limit, this.#options.signal)
   }
 
-  #store(area: PageArea): void {
-    const task = this.#storeLocked(area)
-      .catch((error: unknown) => {
-        this.#failure ??= { error }
-      })
-      .finally(() => {
-        this.#writing.delete(task)
-        this.#bytesInFlight -= area.bytes.length
-        this.#gatherer!.recycle(area)
-      })
-    this.#writing.add(task)
-  }
-
-  /** A page that comes again may be in two areas: they are stored one after the other. */
-  async #storeLocked(area: PageArea): Promise<void> {
-    const release = this.#locks.tryAcquire(area.base, area.base + area.bytes.length) ?? (await this.#locks.acquire(area.base, area.base + area.bytes.length))
-    try {
-      if (this.#options.incremental === true) await this.#completeFromBase(area)
-      await this.#writeRuns(area)
-    } finally {
-      release()
-    }
-  }
-
-  /** Over a backing file, units are completed with what they hold; those that would not change are left out. */
-  async #completeFromBase(area: PageArea): Promise<void> {
-    const { length } = area.bytes
-    const buffer = this.#spareBases.pop() ?? new Uint8Array(Math.max(1 << 20, this.#unit))
-    const base = buffer.subarray(0, length)
-    const inside = Math.min(length, this.#image!.size - area.base)
-    await this.#image!.readInto(area.base, base.subarray(0, inside))
-    base.fill(0, inside)
-    this.#keepChanged(area, base)
-    this.#spareBases.push(buffer)
-  }
-
-  /** Units that differ from what the backing file has become data as a whole, the others missing. */
-  #keepChanged(area: PageArea, base: Uint8Array): void {
+  #layout(): RamImageLayout {
     const pageSize = this.#pageSize
-    const unitPages = this.#unit / pageSize
-    for (let first = 0; first < area.pages.length; first += unitPages) {
-      let changed = false
-      let present = 0
-      for (let page = first; page < first + unitPages; page++) {
-        const at = page * pageSize
-        const state = area.pages[page]!
-        if (state === pageState.missing) {
-          area.bytes.set(base.subarray(at, at + pageSize), at)
-          continue
-        }
-        present++
-        if (state === pageState.zero) area.bytes.fill(0, at, at + pageSize)
-        changed ||= !equalBytes(area.bytes, base, at, pageSize)
-      }
-      if (!changed) this.statistics.unchanged += present * pageSize
-      area.pages.fill(changed ? pageState.data : pageState.missing, first, first + unitPages)
-    }
+    const restLength = this.#restLength
+    const blocks = this.#blocks.map((block) => ({ ...block, absent: absentRanges(this.#seen, block.position, block.length, pageSize) }))
+    return { pageSize, restLength, pagesAt: this.#pagesAt ?? restLength, blocks }
   }
-
-  /** Writes what has to be written of an area, neighbours in one request. */
-  async #writeRuns(area: PageArea): Promise<void> {
-    const image = this.#image!
-    const writes: Promise<void>[] = []
-    for (const { start, end, zero } of this.#runs(area)) {
-      if (zero) writes.push(image.writeZeroes(area.base + start, end - start))
-      else writes.push(image.write(area.base + start, area.bytes.subarray(start, end)))
-      this.statistics.written += zero ? 0 : end - start
-    }
-    await Promise.all(writes)
-  }
-
-  #runs(area: PageArea): Run[] {
-    const runs: Run[] = []
-    const add = (start: number, length: number, zero: boolean): void => {
-      const last = runs.at(-1)
-      if (last?.end === start && last.zero === zero) last.end += length
-      else runs.push({ start, end: start + length, zero })
-    }
-    for (let at = 0; at < area.bytes.length; at += this.#unit) {
-      const unit = (area.base + at) / this.#unit
-      if (this.#written[unit] !== 0) this.#addPages(area, at, add)
-      else if (this.#prepareUnit(area, at)) {
-        const zero = isZero(area.bytes, at, this.#unit)
-        if (zero && this.#options.incremental !== true) continue
-        this.#written[unit] = 1
-        add(at, this.#unit, zero)
-      }
-    }
-    return runs
-  }
-
-  /** In a unit that was written before: only the pages that came now, zeroes too. */
-  #addPages(area: PageArea, at: number, add: (start: number, length: number, zero: boolean) => void): void {
-    const pageSize = this.#pageSize
-    for (let page = at / pageSize; page < (at + this.#unit) / pageSize; page++) {
-      const state = area.pages[page]
-      if (state === pageState.missing) continue
-      if (state === pageState.zero) area.bytes.fill(0, page * pageSize, (page + 1) * pageSize)
-      add(page * pageSize, pageSize, false)
-    }
-  }
-
-  /** Fills what is no data in a fresh unit with zeroes; false if there is no data: it stays unallocated. */
-  #prepareUnit(area: PageArea, at: number): boolean {
-    const pageSize = this.#pageSize
-    const first = at / pageSize
-    const last = first + this.#unit / pageSize
-    let data = false
-    for (let page = first; page < last; page++) data ||= area.pages[page] === pageState.data
-    if (!data) return false
-    for (let page = first; page < last; page++) {
-      if (area.pages[page] !== pageState.data) area.bytes.fill(0, page * pageSize, (page + 1) * pageSize)
-    }
-    return true
-  }
-
-  #layout(): { pageSize: number; restLength: number; pagesAt: number; blocks: RamImageBlock[] } {
-    const blocks = this.#blocks.map((block) => ({ ...block, absent: this.#absent(block) }))
-    return { pageSize: this.#pageSize, restLength: this.#restLength, pagesAt: this.#pagesAt ?? this.#restLength, blocks }
-  }
-
-  #absent({ position, length }: RamImageBlock): AbsentRange[] {
-    const ranges: [number, number][] = []
-    for (let offset = 0; offset < length; offset += this.#pageSize) {
-      const page = (position + offset) / this.#pageSize
-      if ((this.#seen[page >>> 3]! & (1 << (page & 7))) !== 0) continue
-      const last = ranges.at(-1)
-      if (last !== undefined && last[0] + last[1] === offset) last[1] += this.#pageSize
-      else ranges.push([offset, this.#pageSize])
-    }
-    return ranges
-  }
-}
-
-/** Bytes of an area to be written. */
-interface Run {
-  readonly start: number
-  end: number
-  /** All of it is zero. */
-  readonly zero: boolean
 }

@@ -2,6 +2,7 @@ import { join } from 'node:path'
 import { statSync, writeFileSync } from 'node:fs'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
+import { FilterDevice } from '../../src/block/filter.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { ramFlag } from '../../src/migration/format.ts'
 import { MigrationParser } from '../../src/migration/parser.ts'
@@ -35,6 +36,26 @@ async function store(stream: Uint8Array, target: MemoryDevice | string, options:
 
 function memoryImage(): MemoryDevice {
   return new MemoryDevice(0, { growable: true })
+}
+
+/** Of the writes of two clusters, fails the first at once, ends the others late, and looks whether their bytes stay as they were. */
+class LateWrites extends FilterDevice {
+  failed = false
+  running = 0
+  changed = false
+
+  protected override async onWrite(offset: number, source: Uint8Array): Promise<void> {
+    if (source.length !== 131_072) return this.inner.write(offset, source)
+    if (!this.failed) {
+      this.failed = true
+      throw new Error('the medium failed')
+    }
+    this.running++
+    const before = sha256(source)
+    await new Promise((wake) => setTimeout(wake, 50))
+    this.changed ||= sha256(source) !== before
+    this.running--
+  }
 }
 
 /** The bytes of a device that the image closed. */
@@ -81,6 +102,19 @@ describe('captures', () => {
       for (let at = 0; at < length; at += 65_536) clusters += Number(content.subarray(at, at + 65_536).some((byte) => byte !== 0))
     }
     expect(writer.statistics.written).toBe(clusters * 65_536)
+    expect(device.size).toBeLessThan(clusters * 65_536 + (1 << 20))
+  })
+
+  test('while a write is late, nothing else changes its bytes, also when another one failed', async () => {
+    const device = new LateWrites(memoryImage())
+    const writer = RamImageWriter.to(device, { inFlight: 0 })
+    const data = Array.from({ length: 1024 }, (_, page): [number, number] => [page, page % 64 < 32 ? 1 : 0])
+    feed(writer, 4096 * 4096, data)
+    await expect(writer.settle()).rejects.toThrow('the medium failed')
+    feedPages(writer, { index: 0, name: 'ram', length: 4096 * 4096 }, data.map(([page]) => [page + 1024, 2]))
+    await writer.abort()
+    expect(device.running).toBe(0)
+    expect(device.changed).toBe(false)
   })
 
   test('XBZRLE deltas are refused', async () => {
@@ -118,6 +152,12 @@ function feed(writer: RamImageWriter, blockLength: number, pages: readonly (read
   const total = (blockLength + 4).toString(16).padStart(16, '0')
   frame(`5145564d00000003 01 00000001 03 72616d 00000000 00000004 ${total} 03 72616d ${blockLength.toString(16).padStart(16, '0')} 0000000000000010 7e00000001`.replaceAll(' ', ''))
   frame('0200000001')
+  feedPages(writer, block, pages)
+  frame('0000000000000010 7e00000001 03 00000001 0000000000000010 7e00000001 00'.replaceAll(' ', ''))
+  parser.end()
+}
+
+function feedPages(writer: RamImageWriter, block: RamBlock, pages: readonly (readonly [page: number, fill: number])[]): void {
   for (let first = 0; first < pages.length; first += 7) {
     const some = pages.slice(first, first + 7)
     const bytes = new Uint8Array(some.length * 4096)
@@ -132,8 +172,6 @@ function feed(writer: RamImageWriter, blockLength: number, pages: readonly (read
     }
     writer.record(record)
   }
-  frame('0000000000000010 7e00000001 03 00000001 0000000000000010 7e00000001 00'.replaceAll(' ', ''))
-  parser.end()
 }
 
 describe('against a plain model', () => {
@@ -219,7 +257,12 @@ describeWithQemu('real QEMU', (qemu) => {
     const folder = tempFolder()
     await store(capture('qemu100-bgsnap.mig'), join(folder, 'a.qcow2'))
     await store(capture('qemu100-savevm.vmstate'), join(folder, 'b.qcow2'), { backing: { file: 'a.qcow2', format: 'qcow2' } })
-    for (const name of ['a.qcow2', 'b.qcow2']) await qemu.imgOk('check', join(folder, name))
+    for (const name of ['a.qcow2', 'b.qcow2']) {
+      const file = join(folder, name)
+      const check = JSON.parse(await qemu.imgOk('check', '--output=json', file)) as { 'image-end-offset': number }
+      expect(statSync(file).size, 'the file ends with its last cluster').toBe(check['image-end-offset'])
+      expect(statSync(file).size, 'and there is no hole before it').toBeLessThan(5 << 20)
+    }
     await using ram = await RamImage.open(join(folder, 'b.qcow2'))
     expect(guestProblems(await ram.read('pc.ram', 0, 4 << 20))).toEqual([])
     await qemu.imgOk('convert', '-O', 'raw', join(folder, 'b.qcow2'), join(folder, 'b.raw'))
