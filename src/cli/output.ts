@@ -2,8 +2,10 @@
 import { unlink } from 'node:fs/promises'
 import type { BlockDevice } from '../block/device.ts'
 import { openFile } from '../block/file.ts'
+import { isZero } from '../bytes/zero.ts'
 import { AlignedWriteQueue } from '../block/write-queue.ts'
 import type { Context, OptionDefinitions } from './command.ts'
+import { syncLimit } from './image/open.ts'
 import type { Progress } from './progress.ts'
 
 /** Writes a stream of bytes. A file that could not be written whole is removed. */
@@ -40,6 +42,36 @@ export async function writeStream<O extends OptionDefinitions>(
   return done
 }
 
+/**
+ * Writes a stream of bytes to a file, leaving holes for runs of zeroes of at least `grain` bytes (0: none), which
+ * begin at multiples of it. A file that could not be written whole is removed.
+ */
+export async function writeSparse<O extends OptionDefinitions>(context: Context<O>, path: string, chunks: AsyncIterable<Uint8Array>, grain: number): Promise<void> {
+  const { signal } = context
+  await intoFile(path, async (file) => {
+    let end = 0
+    for await (const chunk of chunks) {
+      signal.throwIfAborted()
+      for (let from = 0; from < chunk.length; ) {
+        const to = grain === 0 ? chunk.length : runEnd(chunk, from, end, grain)
+        if (grain === 0 || !isZero(chunk, from, to - from)) await file.write(end + from, chunk.subarray(from, to), { signal })
+        from = to
+      }
+      end += chunk.length
+    }
+    await file.resize(end)
+  })
+}
+
+/** Where the run of grains that are all zero, or all not, ends that begins at `from` of a chunk at `offset` of the file. */
+function runEnd(chunk: Uint8Array, from: number, offset: number, grain: number): number {
+  const grainEnd = (at: number): number => Math.min(chunk.length, (Math.floor((offset + at) / grain) + 1) * grain - offset)
+  let end = grainEnd(from)
+  const zero = isZero(chunk, from, end - from)
+  while (end < chunk.length && isZero(chunk, end, grainEnd(end) - end) === zero) end = grainEnd(end)
+  return end
+}
+
 /** Copies a device's bytes, leaving holes in a file where it is known to be zero. */
 export async function writeDevice<O extends OptionDefinitions>(context: Context<O>, path: string, device: BlockDevice, progress: Progress): Promise<void> {
   const { signal } = context
@@ -68,7 +100,7 @@ export async function* contentOf(device: BlockDevice, signal: AbortSignal): Asyn
 }
 
 async function intoFile(path: string, task: (file: BlockDevice) => Promise<void>): Promise<void> {
-  const file = await openFile(path, { create: 'w' })
+  const file = await openFile(path, { create: 'w', syncLimit })
   try {
     await task(file)
     await file.flush()

@@ -40,8 +40,8 @@ const differences = [
   '| `-o extent_size_hint`, `nocow`; `encrypt.*` with `amend` | unknown options |',
   '| `-o help` | the same names and types, in other words |',
   '| sizes of 2^53 bytes and more | refused |',
-  '| `check` | findings are worded otherwise, and one fault that shows in two places counts twice |',
-  '| `snapshot -a` | the VM state stays in the snapshot and does not appear in the active image |',
+  '| `check` | lost and leaked counters and COPIED flags are told in the words of qemu-img, other findings in our own; a repair tells what it set right, not how: there is no `Rebuilding refcount structure` |',
+  '| `snapshot -a`, `snapshot -c` | VM state stays in the snapshot it was saved with: it neither appears in the active image nor passes into a new snapshot |',
   '| `commit -b` | a relative name of an image in a chain below another folder may not be found |',
   '| `-C`, `-W`, `-r RATE` | accepted, without effect |',
 ]

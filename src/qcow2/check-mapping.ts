@@ -90,7 +90,7 @@ class MappingWalk {
         this.#all.add(offset / geometry.clusterSize, 1)
         if (table.active) this.#active.add(offset / geometry.clusterSize, 1)
       }
-      if (table.active && offset > 0) this.#copied('L1 entry', at, high, low, Math.floor(offset / geometry.clusterSize), 1)
+      if (table.active && offset > 0) this.#copied({ structure: 'L1 entry', at, name: `L1 entry ${index}: ` }, high, low, Math.floor(offset / geometry.clusterSize), 1)
     }
   }
 
@@ -161,7 +161,7 @@ class MappingWalk {
       }
       if (!hasDataFile) {
         this.#context.reference(offset, clusterSize, owner.data, times)
-        if (active > 0 && start > 0) this.#copied('L2 entry', at, high, low, Math.floor(offset / clusterSize), active)
+        if (active > 0 && start > 0) this.#copied({ structure: 'L2 entry', at, name: '' }, high, low, Math.floor(offset / clusterSize), active)
       } else if (active > 0 && !isCopied(high)) {
         const message = `COPIED is not set, though the data file's clusters have one owner: ${hex(high, low)}`
         report.corruption({ structure: 'L2 entry', offset: at, message }, active)
@@ -194,12 +194,12 @@ class MappingWalk {
   }
 
   /** In the active layer COPIED must be set exactly where the stored refcount is 1. */
-  #copied(structure: 'L1 entry' | 'L2 entry', at: number, high: number, low: number, cluster: number, times: number): void {
+  #copied({ structure, at, name }: { structure: 'L1 entry' | 'L2 entry'; at: number; name: string }, high: number, low: number, cluster: number, times: number): void {
     const refcount = this.#stored.get(cluster)
     if (refcount === undefined || isCopied(high) === (refcount === 1)) return
     const flag = isCopied(high) ? 'set' : 'not set'
-    const message = `COPIED is ${flag}, but the refcount of cluster ${cluster} is ${refcount}: ${hex(high, low)}`
-    this.#context.report.corruption({ structure, offset: at, message }, times)
+    const message = `${name}COPIED is ${flag}, but the refcount of cluster ${cluster} is ${refcount}: ${hex(high, low)}`
+    this.#context.report.corruption({ structure, offset: at, message, found: refcount }, times)
     this.repairs.push({ kind: 'copied', entryOffset: at, cluster })
   }
 }

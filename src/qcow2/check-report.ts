@@ -42,6 +42,8 @@ export interface CheckReport {
   readonly overlaps: number
   /** What is wrong, in file order, at most {@link CheckOptions.maxFindings}; the counts are complete. */
   readonly findings: readonly CheckFinding[]
+  /** After a repair: of what the first check listed, what is no longer wrong. */
+  readonly repaired?: readonly CheckFinding[]
 }
 
 /** Collects findings and counts. */

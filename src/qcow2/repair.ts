@@ -8,8 +8,9 @@ import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import type { CheckContext } from './check-context.ts'
 import type { MappingRepair } from './check-mapping.ts'
-import type { CheckReport } from './check-report.ts'
+import type { CheckFinding, CheckReport } from './check-report.ts'
 import { runCheck, type CheckOptions, type CheckState } from './check.ts'
+import { keptAutoclear } from './features.ts'
 import { maxSnapshotExtraData } from './limits.ts'
 import { rebuildRefcounts } from './repair-rebuild.ts'
 import { decodeSnapshot, encodeSnapshotTable, type SnapshotRecord } from './snapshot-table.ts'
@@ -45,12 +46,19 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
     after = await runCheck(host, options)
   }
   if (after.report.corruptions === 0 && after.report.checkErrors === 0) await clearStateBits(after.context)
-  return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks }
+  return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks, repaired: goneFindings(before.report, after.report) }
 }
 
 /** Nothing is wrong but COPIED flags. */
 function isClean(report: CheckReport, copiedFlags: number): boolean {
   return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= copiedFlags
+}
+
+/** What was wrong and no longer is. */
+function goneFindings(before: CheckReport, after: CheckReport): CheckFinding[] {
+  const key = ({ structure, offset }: CheckFinding): string => `${structure} ${offset}`
+  const left = new Set(after.findings.map(key))
+  return before.findings.filter((finding) => !left.has(key(finding)))
 }
 
 interface Fixed {
@@ -76,9 +84,14 @@ async function repairAll(host: BlockDevice, before: CheckState, options: RepairO
   await rebuildRefcounts(counted.context, snapshots === undefined ? {} : { snapshots })
   const after = await runCheck(host, options)
   return {
-    corruptions: zeroed + Math.max(0, state.report.corruptions - after.report.corruptions),
+    // flags that contradicted a lost counter were right all the time
+    corruptions: zeroed + Math.max(0, corruptionsButFlags(state) - corruptionsButFlags(after)),
     leaks: Math.max(0, state.report.leaks - after.report.leaks),
   }
+}
+
+function corruptionsButFlags({ report, repairs }: CheckState): number {
+  return report.corruptions - repairs.filter(({ kind }) => kind === 'copied').length
 }
 
 /**
@@ -157,11 +170,16 @@ export function repairedSnapshots(state: CheckState): { table: Uint8Array; count
   return { table: encodeSnapshotTable(records), count: records.length }
 }
 
-/** Clears dirty and corrupt, bits 0 and 1 of the incompatible features. The refcounts they warn of are durable. */
+/**
+ * Clears dirty and corrupt, bits 0 and 1 of the incompatible features, whose refcounts are durable, and the autoclear
+ * bits of features that are not known here, as a writer must.
+ */
 async function clearStateBits(context: CheckContext): Promise<void> {
-  if (context.header.version === 2 || (context.header.incompatibleFeatures & 3n) === 0n) return
-  const bytes = new Uint8Array(8)
-  viewOf(bytes).setBigUint64(0, context.header.incompatibleFeatures & ~3n)
+  const { version, incompatibleFeatures, compatibleFeatures, autoclearFeatures } = context.header
+  const words = [incompatibleFeatures & ~3n, compatibleFeatures, keptAutoclear(autoclearFeatures)]
+  if (version === 2 || (words[0] === incompatibleFeatures && words[2] === autoclearFeatures)) return
+  const bytes = new Uint8Array(24)
+  words.forEach((word, at) => viewOf(bytes).setBigUint64(at * 8, word))
   await context.host.write(72, bytes)
   await context.host.flush()
 }

@@ -1,6 +1,6 @@
 /** `convert` with `-` on either side: as a command, and as processes joined by real pipes. */
 import { execFileSync } from 'node:child_process'
-import { readFileSync, truncateSync, writeFileSync } from 'node:fs'
+import { readFileSync, statSync, truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { describeWithQemu } from '../support/qemu.ts'
@@ -40,6 +40,18 @@ test.each([[[]], [['-c']], [['-o', 'cluster_size=4k']]])('a raw disk from stdin 
   expect([code, stderr]).toEqual([0, ''])
   expect((await run(['check', '-q', image])).code).toBe(0)
   expect((await run(['compare', raw, image])).stdout).toBe('Images are identical.\n')
+})
+
+test.each([[[], true], [['-S', '64k'], true], [['-S', '0'], false]])('raw from stdin into a file with %j: zeroes are holes: %s', async (flags, holes) => {
+  const path = join(tempFolder(), 'copy')
+  const bytes = Buffer.alloc((8 << 20) + 1000)
+  for (const at of [0, (1 << 20) + 70_000, bytes.length - 1]) bytes[at] = 1
+  async function* odd(): AsyncGenerator<Uint8Array, void, undefined> {
+    for (let at = 0, length = 1; at < bytes.length; at += length, length = 1 + ((length * 7919) % 200_000)) yield await Promise.resolve(bytes.subarray(at, at + length))
+  }
+  expect(await run(['convert', '-f', 'raw', ...flags, '-', path], { stdin: odd() })).toMatchObject({ code: 0, stderr: '' })
+  expect(readFileSync(path).equals(bytes)).toBe(true)
+  expect(statSync(path).blocks * 512 < 1 << 20).toBe(holes)
 })
 
 test('raw from stdin to a file and to stdout', async () => {

@@ -42,7 +42,8 @@ export const checkCommand = command({
       if (repair !== undefined) context.leaves(`${filename} may be partly repaired; run check -r ${repair} again`)
       const report = repair === undefined ? await checkImage(host, { signal }) : await repairImage(host, { repair, signal })
       const clusterSize = 2 ** (await host.read(23, 1))[0]!
-      for (const finding of report.findings) await context.terminal.stderr.write(`${findingLine(finding, clusterSize)}\n`)
+      for (const finding of inOrder(report.repaired ?? [])) await context.terminal.stderr.write(`${findingLine(finding, clusterSize, true)}\n`)
+      for (const finding of inOrder(report.findings)) await context.terminal.stderr.write(`${findingLine(finding, clusterSize, false)}\n`)
       const result = checkEntry(filename, report)
       if (options.output === 'json') await print(prettyJson(result))
       else if (!options.quiet) for (const line of [...repairText(result), ...checkText(result)]) await print(line)
@@ -53,12 +54,24 @@ export const checkCommand = command({
   },
 })
 
+/** As qemu-img finds them: structures, then counters, then COPIED flags. */
+function inOrder(findings: readonly CheckFinding[]): CheckFinding[] {
+  const rank = ({ structure, found }: CheckFinding): number => (structure === 'refcount' ? 1 : found === undefined ? 0 : 2)
+  return [...findings].sort((a, b) => rank(a) - rank(b))
+}
 
 /** In qemu-img's words, where it has words for it. */
-function findingLine({ kind, structure, offset, message, expected, found }: CheckFinding, clusterSize: number): string {
-  if (structure !== 'refcount' || expected === undefined || found === undefined) return `ERROR ${structure} at offset ${offset}: ${message}`
-  const what = kind === 'leak' ? 'Leaked cluster' : 'ERROR cluster'
-  return `${what} ${Math.floor(offset / clusterSize)} refcount=${found} reference=${expected}`
+function findingLine({ kind, structure, offset, message, expected, found }: CheckFinding, clusterSize: number, repaired: boolean): string {
+  const word = repaired ? 'Repairing' : 'ERROR'
+  if (structure === 'refcount' && expected !== undefined && found !== undefined) {
+    return `${kind === 'leak' && !repaired ? 'Leaked' : word} cluster ${Math.floor(offset / clusterSize)} refcount=${found} reference=${expected}`
+  }
+  const [, index, entry] = /^(?:L1 entry (\d+): )?COPIED is .*: 0*([0-9a-f]+)$/.exec(message) ?? []
+  if (found !== undefined && entry !== undefined) {
+    const what = index === undefined ? `data cluster: l2_entry=${entry}` : `L2 cluster: l1_index=${index} l1_entry=${entry}`
+    return `${word} OFLAG_COPIED ${what} refcount=${found}`
+  }
+  return `${word} ${structure} at offset ${offset}: ${message}`
 }
 
 function checkEntry(filename: string, report: CheckReport): CheckEntry {

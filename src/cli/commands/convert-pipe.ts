@@ -3,9 +3,12 @@ import type { BlockDevice } from '../../block/device.ts'
 import { convertStreamToQcow2, convertToQcow2Stream } from '../../qcow2/convert-stream.ts'
 import { UsageError } from '../errors.ts'
 import { layoutOf } from '../image/create-options.ts'
-import { writeStream } from '../output.ts'
+import { writeSparse, writeStream } from '../output.ts'
 import type { Progress } from '../progress.ts'
 import { aboutTarget, checkBacking, createFile, needsEngine, shapeOf, type ConvertContext, type Request } from './convert-request.ts'
+
+/** As everywhere in `convert`. */
+const defaultSparseSize = 4096
 
 /** True if the source is a pipe: it can be read once, forwards. */
 export function readsPipe({ args, options, terminal }: ConvertContext): boolean {
@@ -27,7 +30,11 @@ export async function copyFromPipe(context: ConvertContext, request: Request): P
   const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
   const chunks = untilAborted(context.terminal.stdin, signal)
   if (request.format === 'raw' && !options['no-create']) {
-    await writeStream(context, target, chunks, 0, progress)
+    if (target === '-') await writeStream(context, target, chunks, 0, progress)
+    else {
+      await writeSparse(context, target, chunks, sparseSize ?? defaultSparseSize)
+      progress.finish()
+    }
     return
   }
   if (target === '-') throw new UsageError('a qcow2 image cannot be made from one pipe into another: the source must be read twice')
