@@ -2,14 +2,15 @@
  * How many references were found to each host cluster, and from what kinds of structures. Pages of counters appear as they are used, so
  * memory follows what an image refers to and not the length it claims to have.
  */
-
+import { Qcow2Error } from '../core/errors.ts'
 import type { RefcountLayout } from './refcount-layout.ts'
 
-const pageBits = 14
-const pageSize = 1 << pageBits
-
-/** Two bytes a cluster; a page that has to count further is widened. */
-type Page = Uint16Array | Float64Array
+/** Clusters whose counters lie side by side. Small, because a hostile image may use one cluster in each. */
+const pageSize = 64
+/** As many as a `Map` can hold: for clusters of 64 KiB, 64 TiB in use. */
+const maxPages = 2 ** 24
+/** Stands for every counter from here on, which is then kept apart. */
+const large = 0xffff
 
 /** What refers to a cluster, as a bit: a cluster with two kinds of owners is damaged. */
 export const owner = {
@@ -44,96 +45,120 @@ export function describeOwners(bits: number): string {
   return names.map((name) => ownerNames[name]).join(' and ')
 }
 
-/** A counter for each cluster number from 0 up to 2^40, and who its owners are. */
+/** A counter for each cluster number, and who its owners are. */
 export class ClusterCounters {
-  readonly #pages: (Page | undefined)[] = []
-  readonly #owners: (Uint16Array | undefined)[] = []
+  /** Where in the arrays the counters of a page begin, by page number. */
+  readonly #pages = new Map<number, number>()
+  #counts = new Uint16Array(64 * pageSize)
+  #owners = new Uint16Array(64 * pageSize)
+  /** Counters of {@link large} or more, by their place in the arrays. */
+  readonly #large = new Map<number, number>()
+  /** The page that was looked for last. */
+  #number = -1
+  #start = 0
   /** Numbers of the pages that are there, ascending; undefined after one was added. */
-  #numbers: number[] | undefined
+  #numbers: Float64Array | undefined
   /** Highest cluster whose counter was ever raised; -1 if none. */
   highest = -1
 
-  /** Raises the counter of one cluster. `by` is a bit of {@link owner}, or 0. */
+  /**
+   * Raises the counter of one cluster. `by` is a bit of {@link owner}, or 0.
+   * @throws Qcow2Error `ERR_UNSUPPORTED` if the clusters in use are too many, or too far apart.
+   */
   add(cluster: number, count: number, by = 0): void {
-    const number = Math.floor(cluster / pageSize)
-    const index = cluster % pageSize
-    const page = this.#pages[number] ?? this.#newPage(number)
-    const owners = (this.#owners[number] ??= new Uint16Array(pageSize))
-    owners[index] = owners[index]! | by
-    const value = page[index]! + count
-    if (value > 0xffff && page instanceof Uint16Array) {
-      const wide = new Float64Array(page)
-      wide[index] = value
-      this.#pages[number] = wide
-    } else {
-      page[index] = value
-    }
+    let place = this.#find(cluster)
+    if (place < 0) place = this.#newPage(cluster)
+    this.#owners[place] = this.#owners[place]! | by
+    const value = this.#at(place) + count
+    this.#counts[place] = Math.min(value, large)
+    if (value >= large) this.#large.set(place, value)
     if (cluster > this.highest) this.highest = cluster
   }
 
   get(cluster: number): number {
-    return this.#pages[Math.floor(cluster / pageSize)]?.[cluster % pageSize] ?? 0
+    const place = this.#find(cluster)
+    return place < 0 ? 0 : this.#at(place)
   }
 
   /** Bits of {@link owner}. */
   owners(cluster: number): number {
-    return this.#owners[Math.floor(cluster / pageSize)]?.[cluster % pageSize] ?? 0
-  }
-
-  set(cluster: number, value: number): void {
-    this.add(cluster, value - this.get(cluster))
+    const place = this.#find(cluster)
+    return place < 0 ? 0 : this.#owners[place]!
   }
 
   /** First cluster in `[from, to)` with a counter above zero, or `to`. */
   nextUsed(from: number, to: number): number {
-    const numbers = this.#sorted()
+    const numbers = (this.#numbers ??= Float64Array.from(this.#pages.keys()).sort())
     for (let at = firstNotBelow(numbers, Math.floor(from / pageSize)); at < numbers.length; at++) {
-      const page = this.#pages[numbers[at]!]!
       const base = numbers[at]! * pageSize
+      if (base >= to) break
+      const start = this.#pages.get(numbers[at]!)!
       const end = Math.min(to - base, pageSize)
-      for (let index = Math.max(0, from - base); index < end; index++) if (page[index] !== 0) return base + index
+      for (let index = Math.max(0, from - base); index < end; index++) if (this.#counts[start + index] !== 0) return base + index
     }
     return to
   }
 
   /**
-   * First cluster in `[from, to)` that is not in use, has not exactly one kind of owner, or another counter than `block` has for it; `index` is that of
-   * `from` in the block. Looks as far as it can at once, so the cluster found may be like those before.
+   * First cluster in `[from, to)` that is not in use, has not exactly one kind of owner, or another counter than `block` has for it;
+   * `index` is that of `from` in the block. It may find one that is like those before, if its counter is very large.
    */
   nextUnlike(from: number, to: number, layout: RefcountLayout, block: Uint8Array, index: number): number {
-    const number = Math.floor(from / pageSize)
-    const [page, owners] = [this.#pages[number], this.#owners[number]]
-    if (page === undefined || owners === undefined) return from
-    const end = Math.min(to - number * pageSize, pageSize)
-    let at = from - number * pageSize
-    for (let counter = index; at < end; at++, counter++) {
-      const by = owners[at]!
-      if (page[at] === 0 || by === 0 || (by & (by - 1)) !== 0 || page[at] !== layout.get(block, counter)) break
+    for (let at = from; at < to; ) {
+      let place = this.#find(at)
+      if (place < 0) return at
+      const end = Math.min(to, at - (at % pageSize) + pageSize)
+      for (; at < end; at++, place++) {
+        const by = this.#owners[place]!
+        const count = this.#counts[place]!
+        const isPlain = count > 0 && count < large && by > 0 && (by & (by - 1)) === 0
+        if (!isPlain || count !== layout.get(block, index + at - from)) return at
+      }
     }
-    return number * pageSize + at
+    return to
   }
 
-  /** Visits every cluster with a counter above zero, in ascending order. */
-  forEach(visit: (cluster: number, count: number) => void): void {
-    for (const number of this.#sorted()) {
-      const page = this.#pages[number]!
-      for (let index = 0; index < pageSize; index++) if (page[index] !== 0) visit(number * pageSize + index, page[index]!)
+  /** Place of a cluster's counter, or -1. */
+  #find(cluster: number): number {
+    const number = Math.floor(cluster / pageSize)
+    if (number !== this.#number) {
+      const start = this.#pages.get(number)
+      if (start === undefined) return -1
+      this.#number = number
+      this.#start = start
     }
+    return this.#start + (cluster % pageSize)
   }
 
-  #newPage(number: number): Page {
+  #at(place: number): number {
+    const count = this.#counts[place]!
+    return count < large ? count : this.#large.get(place)!
+  }
+
+  #newPage(cluster: number): number {
+    const start = this.#pages.size * pageSize
+    if (this.#pages.size === maxPages) {
+      const message = `cluster ${cluster} is one too many: a check counts the clusters of at most ${maxPages} groups of ${pageSize}`
+      throw new Qcow2Error('ERR_UNSUPPORTED', message)
+    }
+    if (start === this.#counts.length) {
+      this.#counts = doubled(this.#counts)
+      this.#owners = doubled(this.#owners)
+    }
+    this.#pages.set(Math.floor(cluster / pageSize), start)
     this.#numbers = undefined
-    return (this.#pages[number] = new Uint16Array(pageSize))
-  }
-
-  /** Pages may be far apart: going through all numbers in between would take as long as the file claims to be. */
-  #sorted(): readonly number[] {
-    return (this.#numbers ??= Object.keys(this.#pages).map(Number))
+    return start + (cluster % pageSize)
   }
 }
 
+function doubled(array: Uint16Array<ArrayBuffer>): Uint16Array<ArrayBuffer> {
+  const grown = new Uint16Array(array.length * 2)
+  grown.set(array)
+  return grown
+}
+
 /** Index of the first of ascending numbers that is at least `least`. */
-function firstNotBelow(numbers: readonly number[], least: number): number {
+function firstNotBelow(numbers: Float64Array, least: number): number {
   let [low, high] = [0, numbers.length]
   while (low < high) {
     const middle = (low + high) >>> 1

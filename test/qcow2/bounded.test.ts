@@ -4,10 +4,12 @@ import { describe, expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { NullDevice } from '../../src/block/null.ts'
 import { bitmapLimits, decodeBitmapDirectory, encodeBitmapDirectory } from '../../src/qcow2/bitmaps-directory.ts'
+import { ClusterCounters } from '../../src/qcow2/check-counters.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { geometryOf } from '../../src/qcow2/geometry.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { MetadataMap } from '../../src/qcow2/metadata-map.ts'
+import { refcountLayout } from '../../src/qcow2/refcount-layout.ts'
 
 const MiB = 1 << 20
 
@@ -80,6 +82,9 @@ describe('a file that claims to be huge', () => {
   class Claiming extends NullDevice {
     override readonly readOnly: boolean
     readonly #start = Buffer.alloc(2 * MiB)
+    /** Most memory in use at any read. */
+    peak = 0
+    #reads = 0
 
     constructor(options: { size: number; entries: number; readOnly: boolean }) {
       super(options.size)
@@ -97,6 +102,7 @@ describe('a file that claims to be huge', () => {
     }
 
     protected override onRead(offset: number, target: Uint8Array): Promise<void> {
+      if (this.#reads++ % 64 === 0) this.peak = Math.max(this.peak, process.memoryUsage().arrayBuffers)
       target.fill(0)
       if (offset < this.#start.length) target.set(this.#start.subarray(offset, offset + target.length))
       return Promise.resolve()
@@ -114,6 +120,45 @@ describe('a file that claims to be huge', () => {
     const report = await checkImage(new Claiming({ size: 2 ** 53 - 512, entries: 32, readOnly: true }))
     expect(report.corruptions).toBeGreaterThan(0)
   })
+
+  test('checking it costs no memory for what is between its tables', async () => {
+    const device = new Claiming({ size: 2 ** 50, entries: 4096, readOnly: true })
+    const before = process.memoryUsage().arrayBuffers
+    const report = await checkImage(device)
+    expect(report.corruptions).toBeGreaterThan(4096)
+    expect(device.peak - before).toBeLessThan(32 * MiB)
+  })
+})
+
+test('counters of clusters anywhere equal a plain map', () => {
+  const cluster = fc.oneof(fc.nat({ max: 300 }), fc.integer({ min: 2 ** 40, max: 2 ** 40 + 100 }), fc.constantFrom(2 ** 32 - 1, 2 ** 32, 2 ** 44 - 1))
+  const reference = fc.record({ cluster, count: fc.constantFrom(1, 1, 1, 2, 0xfffe, 2 ** 40), by: fc.constantFrom(0, 1, 1, 8) })
+  const layout = refcountLayout(4)
+  fc.assert(
+    fc.property(fc.array(reference, { maxLength: 60 }), cluster, (references, from) => {
+      const counters = new ClusterCounters()
+      const model = new Map<number, { count: number; owners: number }>()
+      for (const { cluster: at, count, by } of references) {
+        counters.add(at, count, by)
+        const { count: before, owners } = model.get(at) ?? { count: 0, owners: 0 }
+        model.set(at, { count: before + count, owners: owners | by })
+      }
+      const used = [...model.keys()].sort((a, b) => a - b)
+      expect(counters.highest).toBe(used.at(-1) ?? -1)
+      for (const [at, { count, owners }] of model) expect([counters.get(at), counters.owners(at)]).toEqual([count, owners])
+      for (const at of [from, ...used]) {
+        const after = used.find((next) => next > at) ?? at + 1000
+        expect(counters.nextUsed(at + 1, at + 1000)).toBe(Math.min(after, at + 1000))
+      }
+      // a block in which every counter is 1
+      const block = new Uint8Array(2048)
+      for (let index = 0; index < 1024; index++) layout.set(block, index, 1)
+      let unlike = from
+      while (model.get(unlike)?.count === 1 && [1, 8].includes(model.get(unlike)!.owners)) unlike++
+      expect(counters.nextUnlike(from, from + 1000, layout, block, 3)).toBe(unlike)
+    }),
+    { numRuns: 300 },
+  )
 })
 
 test('the map of metadata knows exactly the clusters that were added and not removed', () => {
