@@ -37,12 +37,12 @@ const differences = [
   '| `convert --salvage` | one warning for each range that cannot be read, not for each sector |',
   '| formats | qcow2 and raw; others are unknown drivers |',
   '| protocols and filters | files, NBD, HTTP, `null-co`, and `raw` with `offset` and `size`; no `blkdebug`, `quorum`, `throttle`, `ssh`, `fuse` |',
-  '| `-o extent_size_hint`, `nocow`; `encrypt.*` with `amend` | unknown options |',
+  '| `-o extent_size_hint`, `nocow` | accepted, without effect |',
+  '| `encrypt.*` with `amend` | unknown options |',
   '| `-o help` | the same names and types, in other words |',
   '| sizes of 2^53 bytes and more | refused |',
   '| `check` | lost and leaked counters and COPIED flags are told in the words of qemu-img, other findings in our own; a repair tells what it set right, not how: there is no `Rebuilding refcount structure` |',
   '| `snapshot -a`, `snapshot -c` | VM state stays in the snapshot it was saved with: it neither appears in the active image nor passes into a new snapshot |',
-  '| `commit -b` | a relative name of an image in a chain below another folder may not be found |',
   '| `-C`, `-W`, `-r RATE` | accepted, without effect |',
 ]
 

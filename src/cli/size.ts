@@ -24,6 +24,23 @@ function safe(bytes: number): number | undefined {
   return Number.isSafeInteger(bytes) ? bytes : undefined
 }
 
+/** Past what QEMU takes. */
+const tooManyBytes = 1n << 63n
+
+/**
+ * The size of an image to be made, as an argument, in bytes. It may be 2^53 and more: then no image can have it, but
+ * it is a size.
+ * @throws UsageError
+ */
+export function newImageSize(text: string): string {
+  const match = /^\+?(\d+)([bkmgtpe]?)$/i.exec(text.trim())
+  if (parseSize(text) !== undefined || match === null) return String(imageSize(text))
+  const [, digits = '', suffix = ''] = match
+  const bytes = BigInt(digits) << BigInt(suffix === '' ? 0 : 10 * suffixes.indexOf(suffix.toUpperCase()))
+  if (bytes >= tooManyBytes) throw new UsageError(`Invalid image size specified. Must be between 0 and ${tooManyBytes - 1n}.`)
+  return String(bytes)
+}
+
 /**
  * The size of an image, as an argument.
  * @throws UsageError

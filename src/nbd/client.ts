@@ -148,7 +148,7 @@ export class NbdClient extends BaseDevice {
       yield* super.onMap(offset, length, options)
       return
     }
-    const depthId = this.#contextId('qemu:allocation-depth')
+    const depthId = this.#context === 'base:allocation' ? this.#contextId('qemu:allocation-depth') : undefined
     let waiting: Extent | undefined
     for (let at = offset; at < offset + length; ) {
       options?.signal?.throwIfAborted()

@@ -53,11 +53,11 @@ export const featureNames: readonly FeatureName[] = [
 
 /**
  * Decodes a feature name table: 48-byte entries of type (u8), bit (u8) and a name padded with zeroes.
- * Entries of unknown type and a torn last entry are skipped.
+ * Entries of unknown type are skipped; the last one may be shorter.
  */
 export function decodeFeatureNames(data: Uint8Array): FeatureName[] {
   const names: FeatureName[] = []
-  for (let at = 0; at + entrySize <= data.length; at += entrySize) {
+  for (let at = 0; at + 2 < data.length; at += entrySize) {
     const word = words[data[at]!]
     if (word === undefined) continue
     const text = data.subarray(at + 2, at + entrySize)

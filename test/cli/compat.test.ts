@@ -162,6 +162,29 @@ describe.skipIf(qemu === undefined)('as qemu-img 10.0', () => {
     expect(problems).toEqual([])
   })
 
+  test.each(['create -f qcow2', 'create -f raw', 'create -f qcow2 name', 'create -f raw name', 'convert -O qcow2', 'convert -O raw', 'amend -f qcow2'])('%s -o help: the same names and types', async (line) => {
+    const folder = tempFolder()
+    const args = [...words(line), '-o', 'help']
+    const names = ({ stdout }: Outcome): string[] => stdout.split('\n').flatMap((row) => /^ {2}([a-z._-]+=<[^>]+>)/.exec(row)?.[1] ?? [])
+    const [theirs, mine] = [await real(folder, 'qemu-img', args), await ours(folder, args)]
+    expect(theirs.code).toBe(0)
+    expect(mine.code).toBe(0)
+    // changing the passphrases of an encrypted image is not there
+    expect(names(mine)).toEqual(names(theirs).filter((name) => !line.startsWith('amend') || !name.startsWith('encrypt.')))
+  })
+
+  test.each(['', 'info', 'map', 'check', 'compare', 'measure', 'create', 'convert', 'dd', 'resize', 'snapshot', 'bitmap', 'commit', 'rebase', 'amend'])('%s --help succeeds, and knows every option that qemu-img lists', async (command) => {
+    const folder = tempFolder()
+    const args = [...(command === '' ? [] : [command]), '--help']
+    const [theirs, mine] = [await real(folder, 'qemu-img', args), await ours(folder, args)]
+    expect([mine.code, mine.stderr]).toEqual([theirs.code, ''])
+    // 10.0 has one page, with a line of usage for each command
+    const usage = theirs.stdout.split('\n').filter((row) => command !== '' && row.startsWith(`  ${command} `)).join(' ')
+    const options = [...usage.matchAll(/(?<=[\s[(|])--?[a-zA-Z][a-z-]*/g)].map(([option]) => option)
+    if (command !== '' && usage === '') expect(theirs.stdout).toContain(command)
+    expect(options.filter((option) => !new RegExp(`(^|[\\s,])${option}\\b`, 'm').test(mine.stdout))).toEqual([])
+  })
+
   test('there are more than 150 lines', () => {
     expect(scenarios.flatMap(({ lines }) => lines).length).toBeGreaterThan(150)
   })

@@ -155,6 +155,33 @@ describe('names with options', () => {
   })
 })
 
+test('commit -b finds a base by the name it has in the image above, or by its path', async () => {
+  for (const base of ['base', './base', 'ABSOLUTE']) {
+    const folder = tempFolder()
+    const path = (name: string): string => join(folder, name)
+    for (const line of [['create', '-q', '-f', 'qcow2', path('base'), '1M'], ['create', '-q', '-f', 'qcow2', '-b', 'base', '-F', 'qcow2', path('mid')], ['create', '-q', '-f', 'qcow2', '-b', 'mid', '-F', 'qcow2', path('top')]]) {
+      expect(await run(line)).toMatchObject({ code: 0 })
+    }
+    expect(await run(['commit', '-b', base === 'ABSOLUTE' ? path('base') : base, path('top')])).toMatchObject({ code: 0, stdout: 'Image committed.\n' })
+    expect(await run(['commit', '-b', 'other', path('top')])).toMatchObject({ code: 1, stderr: `qcow2: Did not find 'other' in the backing chain of '${path('top')}'\n` })
+  }
+})
+
+test('started as qemu-img, a file that is missing is named twice, as qemu-img does', async () => {
+  const path = join(tempFolder(), 'missing')
+  expect((await run(['info', path], { program: 'qemu-img' })).stderr).toBe(`qemu-img: Could not open '${path}': Could not open '${path}': No such file or directory\n`)
+  expect((await run(['info', path])).stderr).toBe(`qcow2: Could not open '${path}': No such file or directory\n`)
+})
+
+test('an image whose header tells a size of 2^53 or more is too big', async () => {
+  const path = join(tempFolder(), 'disk')
+  await numbered(path, false)
+  const bytes = readFileSync(path)
+  bytes[24] = 0x10
+  writeFileSync(path, bytes)
+  expect((await run(['info', path])).stderr).toBe(`qcow2: Could not open '${path}': Image is too big\n`)
+})
+
 test('incompatible features are named as QEMU names them', async () => {
   const path = join(tempFolder(), 'disk')
   await numbered(path, false)

@@ -341,6 +341,8 @@ describe('extensions', () => {
 
   test('feature names, bitmaps and encryption pointers survive', () => {
     expect(decodeFeatureNames(encodeFeatureNames(featureNames))).toEqual(featureNames)
+    expect(decodeFeatureNames(Buffer.from('\0\x3fshort', 'latin1'))).toEqual([{ word: 'incompatible', bit: 63, name: 'short' }])
+    expect(decodeFeatureNames(Uint8Array.of(0, 1))).toEqual([])
     const bitmaps = { count: 2, directorySize: 0x40, directoryOffset: 0x1d0000 }
     expect(Buffer.from(encodeBitmapsExtension(bitmaps)).toString('hex')).toBe('0000000200000000000000000000004000000000001d0000')
     expect(decodeBitmapsExtension(encodeBitmapsExtension(bitmaps))).toEqual(bitmaps)

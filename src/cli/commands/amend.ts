@@ -29,7 +29,7 @@ export const amendCommand = command({
     const { options, args, print, signal } = context
     if (options.options.length === 0) throw new UsageError('Must specify options (-o)')
     if (asksForHelp(options.options)) {
-      await print(createHelp('qcow2', true))
+      await print(createHelp('qcow2', 'amend'))
       return 0
     }
     if (args.length === 0) throw new UsageError('Expecting one image file name')

@@ -1,8 +1,10 @@
+import { resolve } from 'node:path'
 import { commitImage } from '../../qcow2/commit.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
-import { chainOf, type OpenedImage } from '../image/open.ts'
+import { chainOf, resolveBacking, type OpenedImage } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption } from '../image/options.ts'
+import { parsePlace } from '../image/spec.ts'
 
 export const commitCommand = command({
   name: 'commit',
@@ -54,7 +56,11 @@ export const commitCommand = command({
 /** How many files down the chain `base` is. */
 function depthOf(opened: OpenedImage, base: string | undefined): number {
   if (base === undefined) return 1
-  const depth = chainOf(opened).findIndex(({ filename }, at) => at > 0 && filename === base)
+  const chain = chainOf(opened)
+  const place = ({ place, filename }: Pick<OpenedImage, 'place' | 'filename'>): string => (place.kind === 'file' ? resolve(place.path) : filename)
+  // a name means what it would mean in the image above
+  const named = (above: OpenedImage): string => place({ place: parsePlace(resolveBacking(above.place, base)), filename: base })
+  const depth = chain.findIndex((image, at) => at > 0 && (image.filename === base || place(image) === named(chain[at - 1]!)))
   if (depth < 0) throw new ExitError(1, `Did not find '${base}' in the backing chain of '${opened.filename}'`)
   return depth
 }

@@ -25,7 +25,7 @@ export const convertCommand = command({
     "A source of '-' is stdin: any image where it is a file, a raw disk (with -f raw) where it is a pipe.",
   ],
   options: convertOptions,
-  arguments: [{ name: 'FILENAME', many: true, help: 'the sources, then the target' }],
+  arguments: [{ name: 'FILENAME', many: true, optional: true, help: 'the sources, then the target' }],
   examples: [
     { line: 'qcow2 convert -p -O qcow2 disk.raw disk.qcow2', shows: 'raw to qcow2, with progress' },
     { line: 'qcow2 convert -c -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2', shows: 'as small as it gets' },
@@ -38,7 +38,7 @@ export const convertCommand = command({
     const { options, args, print } = context
     const format = targetFormat(options)
     if (asksForHelp(options['target-options'])) {
-      await print(createHelp(format))
+      await print(createHelp(format, args.length === 0 ? 'create' : 'create file'))
       return 0
     }
     const request = checkRequest(context, format)
@@ -131,7 +131,7 @@ async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, reque
 /** Bitmaps that cannot be copied are found before the target is made. */
 async function refuseBroken({ options, terminal }: ConvertContext, { image, format }: OpenedImage): Promise<void> {
   if (image === undefined) throw new ExitError(1, `Format driver '${format}' does not support bitmaps`)
-  const broken = (await image.bitmaps.list()).find(({ inUse }) => inUse)
+  const broken = (await image.bitmaps.list()).reverse().find(({ inUse }) => inUse)
   if (broken === undefined || options['skip-broken-bitmaps']) return
   throw new ExitError(1, `Cannot copy inconsistent bitmap '${broken.name}'\nTry --skip-broken-bitmaps, or use '${terminal.program} bitmap --remove' to delete it`)
 }
@@ -139,12 +139,11 @@ async function refuseBroken({ options, terminal }: ConvertContext, { image, form
 async function copyBitmaps(context: ConvertContext, source: OpenedImage, target: string): Promise<void> {
   if (source.image === undefined) return
   const bitmaps = await source.image.bitmaps.list()
+  // the last one first, as QEMU looks at them
+  for (const { name } of bitmaps.filter(({ inUse }) => inUse).reverse()) context.warn(`Skipping inconsistent bitmap '${name}'`)
   await using image = await Qcow2Image.open(parsePlace(target).kind === 'file' ? resolve(target) : target, { references: 'any' })
   for (const { name, granularity, inUse, auto } of bitmaps) {
-    if (inUse) {
-      context.warn(`Skipping inconsistent bitmap '${name}'`)
-      continue
-    }
+    if (inUse) continue
     await image.bitmaps.add({ name, granularity, disabled: true })
     await image.bitmaps.merge(name, source.image.bitmaps.read(name))
     if (auto) await image.bitmaps.enable(name)

@@ -7,7 +7,7 @@ import { objectOption, openerFor, quietOption } from '../image/options.ts'
 import { parseSecrets } from '../image/secrets.ts'
 import { parsePlace } from '../image/spec.ts'
 import { didYouMean } from '../nearest.ts'
-import { imageSize } from '../size.ts'
+import { newImageSize } from '../size.ts'
 
 export const createCommand = command({
   name: 'create',
@@ -26,7 +26,7 @@ export const createCommand = command({
     ...quietOption,
   },
   arguments: [
-    { name: 'FILENAME', help: 'the image to make' },
+    { name: 'FILENAME', optional: true, help: 'the image to make' },
     { name: 'SIZE', optional: true, word: true, help: 'size of the disk' },
   ],
   signedLast: true,
@@ -37,14 +37,15 @@ export const createCommand = command({
   ],
   async run(context) {
     const { options, args, print, signal } = context
-    const filename = args[0]!
     const format = options.format ?? 'raw'
-    if (!isCreatable(format)) throw new ExitError(1, `${filename}: Unknown file format '${format}'${didYouMean(format, ['qcow2', 'raw'])}`)
+    if (!isCreatable(format)) throw new ExitError(1, `${args[0] ?? ''}: Unknown file format '${format}'${didYouMean(format, ['qcow2', 'raw'])}`)
     if (asksForHelp(options.options)) {
-      await print(createHelp(format))
+      await print(createHelp(format, args.length === 0 ? 'create' : 'create file'))
       return 0
     }
-    const size = args[1] === undefined ? undefined : imageSize(args[1])
+    const [filename] = args
+    if (filename === undefined) throw new UsageError('Expecting image file name')
+    const size = args[1] === undefined ? undefined : newImageSize(args[1])
     const values = await about(filename, async () => gatherValues(context, format, filename, size))
     if (!options.quiet) await print(formattingLine(filename, format, values))
     await about(filename, () => makeImage(filename, format, values, signal, parseSecrets(options.object)))
@@ -74,7 +75,7 @@ async function gatherValues<O extends OptionDefinitions>(
   context: Context<O>,
   format: 'qcow2' | 'raw',
   filename: string,
-  size: number | undefined,
+  size: string | undefined,
 ): Promise<CreateValues> {
   const options = context.options as unknown as CreateFlags
   const values = parseCreateOptions(format, options.options)
@@ -82,7 +83,7 @@ async function gatherValues<O extends OptionDefinitions>(
   if (options.backing !== undefined) values.set('backing_file', options.backing)
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
   if (size !== undefined && values.has('size')) throw new ExitError(1, 'The image size must be specified only once')
-  if (size !== undefined) values.set('size', String(size))
+  if (size !== undefined) values.set('size', size)
   const backing = values.get('backing_file')
   if (backing !== undefined && !options['backing-unsafe']) await lookAtBacking(context, filename, backing, values)
   if (!values.has('size')) throw new ExitError(1, 'Image creation needs a size parameter')

@@ -20,6 +20,8 @@ interface KnownOption {
   readonly always?: string
   /** `amend` can change it. */
   readonly amend?: true
+  /** Of the file, not of the format. Taken for scripts that give it; Node has no way to ask a file system for it. */
+  readonly ofFile?: true
 }
 
 /** In the order of the `Formatting` line. */
@@ -45,11 +47,18 @@ const qcow2Options: Readonly<Record<string, KnownOption>> = {
   data_file_raw: { kind: 'switch', amend: true, help: 'the external data file must stay valid as a raw image' },
   lazy_refcounts: { kind: 'switch', always: 'off', amend: true, help: 'postpone refcount updates' },
   refcount_bits: { kind: 'number', always: '16', amend: true, help: 'width of a reference count entry in bits' },
+  ...fileOptions('nocow', 'extent_size_hint'),
 }
 
 const rawOptions: Readonly<Record<string, KnownOption>> = {
   size: { kind: 'size', help: 'virtual disk size' },
-  preallocation: { kind: 'text', help: 'off, falloc or full' },
+  ...fileOptions('nocow'),
+  preallocation: { kind: 'text', ofFile: true, help: 'off, falloc or full' },
+  ...fileOptions('extent_size_hint'),
+}
+
+function fileOptions(...names: readonly ('nocow' | 'extent_size_hint')[]): Readonly<Record<string, KnownOption>> {
+  return Object.fromEntries(names.map((name) => [name, { kind: name === 'nocow' ? 'switch' : 'size', ofFile: true, help: 'accepted for compatibility' }]))
 }
 
 /** The formats images can be made in. */
@@ -71,14 +80,14 @@ export function asksForHelp(texts: readonly string[]): boolean {
   return texts.some((text) => text.split(/(?<!,)(?:,,)*,(?!,)/).some((part) => part === 'help' || part === '?'))
 }
 
-/** The list of what `-o` takes. */
-export function createHelp(format: 'qcow2' | 'raw', amend = false): string {
+/** The list of what `-o` takes; for an image to be made in a file, what is of the file too. */
+export function createHelp(format: 'qcow2' | 'raw', which: 'create' | 'create file' | 'amend' = 'create'): string {
   const units: Record<Kind, string> = { text: '<str>', size: '<size>', switch: '<bool (on/off)>', number: '<num>' }
   const lines = Object.entries(knownOptions(format))
-    .filter(([, option]) => !amend || option.amend === true)
+    .filter(([, option]) => (which === 'amend' ? option.amend === true : which === 'create file' || option.ofFile !== true))
     .sort(([a], [b]) => (a < b ? -1 : 1))
     .map(([name, { kind, help }]) => `  ${`${name}=${units[kind]}`.padEnd(22)} - ${help}`)
-  return [`${amend ? `Amend options for '${format}'` : `Supported ${format} options`}:`, ...lines].join('\n')
+  return [`${which === 'amend' ? `Amend options for '${format}'` : `Supported ${format} options`}:`, ...lines].join('\n')
 }
 
 /**
@@ -156,6 +165,7 @@ export function preallocationOf(values: CreateValues): Preallocation {
 export function layoutOf(values: CreateValues): CreateOptions & { size: number } {
   const flag = (name: string): boolean => switchOf(values, name) === true
   const clusterSize = Number(values.get('cluster_size') ?? 65536)
+  check(Number(values.get('size') ?? 0) < 2 ** 53, tooLarge('qcow2'))
   const version = versionOf(values.get('compat') ?? '1.1')
   const refcountBits = Number(values.get('refcount_bits') ?? 16)
   const compressionType = compressionOf(values.get('compression_type') ?? 'zlib')
@@ -198,6 +208,11 @@ export function versionOf(compat: string): 2 | 3 {
 function compressionOf(value: string): 'zlib' | 'zstd' {
   if (value === 'zlib' || value === 'zstd') return value
   throw new ExitError(1, `Parameter 'compression-type' does not accept value '${value}'${didYouMean(value, ['zlib', 'zstd'])}`)
+}
+
+/** What a size is that the format, or this program, does not reach. */
+export function tooLarge(format: 'qcow2' | 'raw'): string {
+  return `The image size is too large for file format '${format}'${format === 'raw' ? '' : ' (try using a larger cluster size)'}`
 }
 
 function needsV3(what: string): string {

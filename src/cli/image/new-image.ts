@@ -7,7 +7,7 @@ import { Qcow2Error } from '../../core/errors.ts'
 import { Qcow2Image, type CreateOptions } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import { ExitError } from '../errors.ts'
-import { layoutOf, preallocationOf, switchOf, type CreateValues } from './create-options.ts'
+import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from './create-options.ts'
 import { reasonOf, type OpenedImage } from './open.ts'
 import type { Secrets } from './secrets.ts'
 import { parseName, parsePlace } from './spec.ts'
@@ -27,7 +27,7 @@ export async function makeImage(name: string, format: 'qcow2' | 'raw', values: C
     await image.close()
   } catch (error) {
     if (Qcow2Error.is(error, 'ERR_RANGE')) {
-      throw new ExitError(1, "The image size is too large for file format 'qcow2' (try using a larger cluster size)", { cause: error })
+      throw new ExitError(1, tooLarge('qcow2'), { cause: error })
     }
     if (Qcow2Error.is(error)) throw new ExitError(1, `Could not create '${name}': ${reasonOf(error)}`, { cause: error })
     throw error
@@ -60,6 +60,7 @@ function untouched({ kind }: Reference): boolean | BlockDevice {
 async function makeRaw(path: string, values: CreateValues, signal: AbortSignal): Promise<void> {
   const size = Math.ceil(Number(values.get('size')) / 512) * 512
   const preallocation = preallocationOf(values)
+  if (size >= 2 ** 53) throw new ExitError(1, tooLarge('raw'))
   await using device = await openFile(path, { create: 'w' }).catch((error: unknown) => {
     throw new ExitError(1, `Could not create '${path}': ${reasonOf(error)}`, { cause: error })
   })

@@ -280,6 +280,7 @@ export function reasonOf(error: unknown): string {
   if (cause === 'EISDIR') return 'Is a directory'
   if (cause === 'EIO') return 'Input/output error'
   if (cause === 'ENOSPC') return 'No space left on device'
+  if (Qcow2Error.is(error, 'ERR_FORMAT') && error.message.startsWith('header: size exceeds 2^53')) return 'Image is too big'
   const features = unknownFeatures(error)
   if (features !== undefined) return `Unsupported qcow2 feature(s): ${features}`
   return error instanceof Error ? error.message : String(error)
