@@ -1,4 +1,6 @@
+import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
+import { openFile } from '../../src/block/file.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { diffVmStates } from '../../src/migration/diff.ts'
 import { exportElfCore, physicalRanges } from '../../src/migration/elf-core.ts'
@@ -7,6 +9,8 @@ import { exportMappedRam, writeStream } from '../../src/migration/mapped-ram.ts'
 import { plainStream } from '../../src/migration/convert.ts'
 import type { RamBlock } from '../../src/migration/records.ts'
 import { VmState } from '../../src/migration/vm-state.ts'
+import { tempFolder } from '../support/temp.ts'
+import { describeWithTools, outputOf } from '../support/tools.ts'
 import { capture, expected, sha256, wholeStreams } from './captures.ts'
 
 function open(name: string): Promise<VmState> {
@@ -126,6 +130,39 @@ describe('ELF core', () => {
     const blocks: RamBlock[] = [{ index: 0, name: 'pc.ram', length: size * GiB }]
     const ranges = physicalRanges({ machine, ram: { blocks } as unknown as VmState['ram'] })
     expect(ranges.map(({ address, length }) => [address / GiB, length / GiB])).toEqual(want)
+  })
+})
+
+describeWithTools("ELF core in others' eyes", ['readelf', 'gdb'], () => {
+  const name = 'qemu72-rich-q35.mig'
+
+  async function writeCore(vm: VmState): Promise<string> {
+    const file = join(tempFolder(), 'core')
+    await using device = await openFile(file, { create: 'w' })
+    await exportElfCore(vm, device)
+    return file
+  }
+
+  test('readelf finds a core with a segment for each range', async () => {
+    await using vm = await open(name)
+    const file = await writeCore(vm)
+    const told = outputOf('readelf', '-lW', file)
+    expect(told).toContain('Elf file type is CORE')
+    const segments = [...told.matchAll(/LOAD\s+0x[0-9a-f]+ 0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+)/g)].map((match) => match.slice(1).map((hex) => Number.parseInt(hex, 16)))
+    expect(segments).toEqual(physicalRanges(vm).map(({ address, length }) => [address, address, length, length]))
+  })
+
+  test('gdb reads the words at physical addresses', async () => {
+    await using vm = await open(name)
+    const file = await writeCore(vm)
+    for (const { block, offset, length, address } of physicalRanges(vm)) {
+      const at = Math.min(0x100000, length - 16)
+      const told = outputOf('gdb', '-nx', '-batch', '-c', file, '-ex', `x/4xw 0x${(address + at).toString(16)}`)
+      const words = [...told.matchAll(/\t0x([0-9a-f]{8})/g)].map(([, hex]) => Number.parseInt(hex!, 16))
+      const bytes = await vm.ram.read(block, offset + at, 16)
+      expect(words).toEqual([...new Uint32Array(bytes.buffer, bytes.byteOffset, 4)])
+      expect(words.some((word) => word !== 0)).toBe(true)
+    }
   })
 })
 
