@@ -132,7 +132,7 @@ function compare(setup: Setup): Promise<GroupResult[]> {
   const { context, qemu, order, files, mapped, memory } = setup
   const variants: Variant[] = [
     ours(setup, { id: 'postcopy', title: 'postcopy from RAM image' }),
-    ours(setup, { id: 'postcopy-order', title: 'the same, recorded order sent ahead', order }),
+    ours(setup, { id: 'postcopy-order', title: 'the same, recorded order sent first', order }),
     ours(setup, { id: 'postcopy-cold', title: 'postcopy from RAM image, cold cache', cold: true }),
     ours(setup, { id: 'postcopy-stream', title: 'postcopy from stream file', file: files.stream }),
     ours(setup, { id: 'postcopy-savevm', title: 'postcopy from snapshot by QEMU savevm', file: files.image }),

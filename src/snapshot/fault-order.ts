@@ -1,5 +1,5 @@
 /**
- * The order in which a reverted guest asked for its memory. Recorded at the first revert and sent ahead
+ * The order in which a reverted guest asked for its memory. Recorded at the first revert and sent first
  * at later ones, it saves the guest most of its waiting: the same state takes nearly the same way.
  */
 import { FormatError } from '../core/errors.ts'
@@ -22,7 +22,7 @@ export class FaultRecorder {
   readonly #faults: number[] = []
   readonly #seen = new Map<string, { index: number; clusters: Set<number> }>()
 
-  /** `before`: an order to go on with, for example the one that was sent ahead. */
+  /** `before`: an order to go on with, for example the one that was sent first. */
   constructor(clusterSize: number, before?: FaultOrder) {
     this.#clusterSize = clusterSize
     if (before !== undefined) for (const { block, offset } of faultsOf(before)) this.add(block, offset)

@@ -15,8 +15,6 @@ import { SendWindow } from './send-window.ts'
 
 /** Bytes of one background read. */
 const readSize = 1 << 20
-/** Most bytes sent before the guest starts: it waits for all of them. */
-const aheadLimit = 32 << 20
 
 /** How pages are sent. */
 export interface PageServerOptions {
@@ -29,7 +27,7 @@ export interface PageServerOptions {
   readonly window?: number | undefined
   /** Host page sizes of RAM blocks at the destination where they are not the target's, for example 2 MiB. */
   readonly hostPageSizes?: Readonly<Record<string, number>> | undefined
-  /** Faults of an earlier revert of the same state: their clusters are sent first, 32 MiB of them before the guest starts. */
+  /** Faults of an earlier revert of the same state: their clusters are sent first. */
   readonly faultOrder?: FaultOrder | undefined
 }
 
@@ -122,28 +120,12 @@ export class PageServer {
   }
 
   /**
-   * Sends the first of recorded faults, to be called before the destination listens: until then it only copies
-   * pages, later it has to place each by itself.
-   */
-  async sendAhead(faultOrder: FaultOrder): Promise<void> {
-    await this.#fillFaults(faultOrder, aheadLimit, async (spare) => {
-      if (this.#failure !== undefined) throw this.#failure as Error
-      await this.#send(spare)
-    })
-  }
-
-  /**
    * Sends everything that is not known to be zero: the recorded faults first, then block by block.
    * Resolves when every such page has been handed to the connection. `onProgress` gets the bytes passed.
    */
   async fill(onProgress?: (filled: number) => void): Promise<void> {
     const { faultOrder } = this.#options
-    if (faultOrder !== undefined) {
-      await this.#fillFaults(faultOrder, Infinity, async (spare, length) => {
-        await this.#turn(length)
-        void this.#send(spare, this.#window.sent(length))
-      })
-    }
+    if (faultOrder !== undefined) await this.#fillFaults(faultOrder)
     let filled = 0
     for (const progress of this.#blocks.values()) {
       await this.#fillBlock(progress, (within) => onProgress?.(filled + within))
@@ -172,24 +154,22 @@ export class PageServer {
     await taken
   }
 
-  /** What was asked for last time, in the same order, clusters whole, up to `limit` bytes: the guest will touch them again. */
-  async #fillFaults(order: FaultOrder, limit: number, send: (spare: Spare, length: number) => Promise<void>): Promise<void> {
+  /** What was asked for last time, in the same order, clusters whole: the guest will touch them again. */
+  async #fillFaults(order: FaultOrder): Promise<void> {
     const ahead: { progress: BlockProgress; claim: Claim; reading: Promise<Spare> }[] = []
-    let claimed = 0
     const sendFirst = async (): Promise<void> => {
       const { progress, claim, reading } = ahead.shift()!
       const spare = await reading
+      await this.#turn(claim.length)
       spare.part.begin(progress.block.name)
       this.#pages += progress.write(spare.part, claim, spare.bytes)
-      await send(spare, claim.length)
+      void this.#send(spare, this.#window.sent(claim.length))
     }
     for (const { block, offset } of faultsOf(order)) {
       const progress = this.#blocks.get(block)
       if (progress === undefined || offset >= progress.block.length) continue
-      if (claimed + progress.clusterSize > limit) break
       const claim = progress.claimCluster(offset)
       if (claim === undefined) continue
-      claimed += claim.length
       const spare = this.#take(claim.length)
       const reading = progress.block.content.readInto(claim.offset, spare.bytes.subarray(0, claim.length)).then(() => spare)
       reading.catch(() => undefined) // reported where it is awaited

@@ -10,9 +10,7 @@
  *  OPEN_RETURN_PATH, PING 1        without a return path no page is ever asked for
  *  POSTCOPY_ADVISE                 page sizes must be the destination's
  *  RAM START: the blocks
- *  RAM_DISCARD of every block      without at least one, the destination deadlocks; it also ends the use of huge
- *                                  pages, which would put zeroes where pages are still to come
- *  RAM PART …                      known faults of an earlier revert, some megabytes: plain memory still, so cheap
+ *  RAM_DISCARD of every block      without at least one, the destination deadlocks
  *  PACKAGED { LISTEN, device sections, PING 3, RUN }
  *                                  device sections outside the package are eaten by the page loader
  *  RAM PART …                      each page once, in whole host pages; requests come even before RUN
@@ -141,8 +139,6 @@ export class PostcopySource {
       opened.catch(() => undefined) // awaited below, like the other
       running.catch(() => undefined)
       this.#sendOpening()
-      if (this.#options.faultOrder !== undefined) await this.#server.sendAhead(this.#options.faultOrder)
-      this.#sendPackage()
       this.#enter('loading')
       const started = running.then(() => this.#enter('running'))
       await Promise.all([opened, started, this.#fill()])
@@ -189,7 +185,7 @@ export class PostcopySource {
   }
 
   #sendOpening(): void {
-    const { pageSize, blocks, head, earlyDevices } = this.#source
+    const { pageSize, blocks, head, earlyDevices, devices } = this.#source
     const pageSizes = blocks.map(({ name }) => this.#options.hostPageSizes?.[name] ?? pageSize)
     const opening = [
       head,
@@ -199,13 +195,9 @@ export class PostcopySource {
       ...ramSection(this.#source, 'start', this.#options.hostPageSizes),
       earlyDevices,
       ...blocks.flatMap(({ name, length }) => postcopyRamDiscard(name, [{ offset: 0, length }])),
+      ...packaged([postcopyListen(), devices, ping(runPing), postcopyRun()]),
     ]
     for (const bytes of opening) if (bytes.length > 0) this.#stream.write(bytes)
-  }
-
-  #sendPackage(): void {
-    const inside = [postcopyListen(), this.#source.devices, ping(runPing), postcopyRun()]
-    for (const bytes of packaged(inside)) this.#stream.write(bytes)
   }
 
   /** RAM END, EOF, and SHUT as the answer. */

@@ -93,7 +93,7 @@ describeWithQemu('recovery', (qemu) => {
     await guest.expectGoesOn(memory.tick)
   })
 
-  test('pages sent before the guest started count as received', async () => {
+  test('pages of a recorded order, sent while the guest started, count as received', async () => {
     const { file, memory } = await makeSave(qemu, 'RAM image')
     const guest = await Guest.boot(qemu, { incoming: 'defer' })
     await using saved = await openSaved(file)

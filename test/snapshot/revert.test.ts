@@ -24,7 +24,8 @@ describeWithQemu('revert', (qemu) => {
       const { file, memory } = await makeSave(qemu, kind)
       const before = hash(file)
       const guest = await Guest.boot(qemu, { incoming: 'defer' })
-      const report = await revert(file, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
+      await using saved = await openSaved(file)
+      const report = await revert(faultsFirst(saved, 1), { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
       await guest.expectGoesOn(memory.tick)
       expect(await guest.qmp.execute('query-migrate')).toMatchObject({ status: 'completed' })
       expect(report.requests).toBeGreaterThan(0)
@@ -65,7 +66,7 @@ describeWithQemu('revert', (qemu) => {
     await guest.expectGoesOn(memory.tick)
   })
 
-  test('faults recorded at the first revert are sent ahead at the second', async () => {
+  test('faults recorded at the first revert are sent first at the second', async () => {
     const { file, memory } = await makeSave(qemu, 'RAM image')
     const first = await Guest.boot(qemu, { incoming: 'defer' })
     await using saved = await openSaved(file)
