@@ -1,9 +1,8 @@
 // What is in a saved VM: its machine, its memory, its devices; and a page of its memory.
 //   node inspect-vm-state.js STREAM
-import { openFile } from 'qcow2/block'
 import { VmState } from 'qcow2/migration'
 
-await using vm = await VmState.index(await openFile(process.argv[2] ?? 'vm.mig', { readOnly: true }))
+await using vm = await VmState.index(process.argv[2] ?? 'vm.mig')
 console.log('machine', vm.machine)
 for (const block of vm.ram.blocks) console.log('RAM block', block.name, block.length)
 console.log('devices', vm.devices.length)

@@ -5,6 +5,8 @@ import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { gunzipSync } from 'node:zlib'
 import { afterAll, describe, expect, test } from 'vitest'
+import { Qcow2Image } from '../src/qcow2/image.ts'
+import { describeWithQemu } from './support/qemu.ts'
 
 const project = resolve(import.meta.dirname, '..')
 const folder = join(project, 'examples')
@@ -20,12 +22,12 @@ interface Outcome {
 }
 
 /** Runs an example from its source, as the package would run it. */
-function runExample(name: string, args: readonly string[] = [], input?: Uint8Array): Promise<Outcome> {
+function runExample(name: string, args: readonly string[] = [], input?: Uint8Array, env = process.env): Promise<Outcome> {
   const cwd = mkdtempSync(join(work, 'run-'))
   writeFileSync(join(cwd, 'vm.mig'), stream)
   const tsx = join(project, 'node_modules/.bin/tsx')
   return new Promise((done, fail) => {
-    const child = execFile(tsx, ['--tsconfig', join(folder, 'tsconfig.json'), join(folder, name), ...args], { cwd, timeout: 50_000 }, (error, stdout, stderr) => {
+    const child = execFile(tsx, ['--tsconfig', join(folder, 'tsconfig.json'), join(folder, name), ...args], { cwd, env, timeout: 100_000 }, (error, stdout, stderr) => {
       if (error === null) done({ output: stdout, folder: cwd })
       else fail(new Error(`${name}: ${stderr}`))
     })
@@ -47,6 +49,18 @@ const expectations: Record<string, () => Promise<void>> = {
     const outcome = await runExample('save-vm-state.ts', ['vm.mig'])
     expect(outcome.output).toBe('snapshot 1 "running": 3165338 bytes of VM state\n')
     expect(Buffer.compare(readFileSync(join(outcome.folder, 'copy.mig')), stream)).toBe(0)
+  },
+  'load-vm-state.ts': async () => {
+    const { output } = await runExample('load-vm-state.ts', ['vm.mig'])
+    expect(output).toContain('pc.ram 4194304 loaded\n')
+    expect(output).toContain('pc.rom 131072 all zeroes\n')
+    expect(output.split('\n')).toHaveLength(7)
+  },
+  'convert.ts': async () => {
+    const { output, folder } = await runExample('convert.ts', ['vm.mig', 'out.qcow2'])
+    expect(output).toMatch(/^3165338 bytes became \d{5,6}\n$/)
+    await using image = await Qcow2Image.open(join(folder, 'out.qcow2'), { readOnly: true })
+    expect(Buffer.compare(await image.read(0, stream.length), stream)).toBe(0)
   },
   'inspect-vm-state.ts': async () => {
     const { output } = await runExample('inspect-vm-state.ts', ['vm.mig'])
@@ -105,4 +119,12 @@ test('every example is run here', () => {
 
 describe('examples', { concurrent: true, timeout: 60_000 }, () => {
   for (const [name, check] of Object.entries(expectations)) test(name, check)
+})
+
+describeWithQemu('save and revert', (qemu) => {
+  test('the guest counts on, twice, from the memory saved while it ran', { timeout: 120_000 }, async () => {
+    const { output } = await runExample('save-and-revert/run.ts', [], undefined, { ...process.env, QEMU: qemu.path('qemu-system-x86_64') })
+    expect(output).toMatch(/saved between rounds \d+ and \d+/)
+    expect(output.match(/revert: goes on at round \d+/g)).toHaveLength(2)
+  })
 })

@@ -1,5 +1,5 @@
-// A virtual machine counts on its serial port. We save it while it runs, kill QEMU, and start it again before its
-// memory is loaded: the counter goes on. Needs Linux with qemu-system-x86_64 and the right to use userfaultfd (root, or
+// Saves a running VM, which runs on, and reverts to it in an instant: the guest goes on before its memory is loaded.
+// It counts on its serial port; QEMU is killed in between, and the count goes on. Needs Linux with qemu-system-x86_64 and the right to use userfaultfd (root, or
 // sysctl vm.unprivileged_userfaultfd=1): it looks first, and says what is missing. QEMU 7.2 will do; QEMU=PATH names
 // another. It takes some seconds, and leaves nothing behind. After `npm ci`, in the project's folder:
 //   npx tsx --tsconfig examples/tsconfig.json examples/save-and-revert/run.ts
