@@ -40,13 +40,16 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   const fixed = options.repair === 'leaks' ? await repairLeaks(before) : await repairAll(host, before, options)
   if (fixed === undefined) return { ...before.report, checkErrors: before.report.checkErrors + 1 }
   let after = await runCheck(host, options)
+  const repaired = goneFindings(before.report.findings.filter((finding) => !isFlag(finding)), after.report)
   const mayFixCopied = options.repair === 'all' || isClean(after.report, after.repairs.length)
   if (mayFixCopied && after.repairs.length > 0) {
+    const flags = after.report.findings.filter(isFlag)
     fixed.corruptions += await repairEntries(after.context, after.repairs, 'copied')
     after = await runCheck(host, options)
+    repaired.push(...goneFindings(flags, after.report))
   }
   if (after.report.corruptions === 0 && after.report.checkErrors === 0) await clearStateBits(after.context)
-  return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks, repaired: goneFindings(before.report, after.report) }
+  return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks, repaired }
 }
 
 /** Nothing is wrong but COPIED flags. */
@@ -54,11 +57,16 @@ function isClean(report: CheckReport, copiedFlags: number): boolean {
   return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= copiedFlags
 }
 
+/** A COPIED flag that contradicts a counter: which of the two is wrong shows when the counters are right. */
+function isFlag({ structure, found }: CheckFinding): boolean {
+  return structure !== 'refcount' && found !== undefined
+}
+
 /** What was wrong and no longer is. */
-function goneFindings(before: CheckReport, after: CheckReport): CheckFinding[] {
+function goneFindings(before: readonly CheckFinding[], after: CheckReport): CheckFinding[] {
   const key = ({ structure, offset }: CheckFinding): string => `${structure} ${offset}`
   const left = new Set(after.findings.map(key))
-  return before.findings.filter((finding) => !left.has(key(finding)))
+  return before.filter((finding) => !left.has(key(finding)))
 }
 
 interface Fixed {

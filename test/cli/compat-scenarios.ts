@@ -53,6 +53,7 @@ const create: readonly string[] = [
   'create -f qcow2 -o cluster_size=3 bad 1M',
   'create -f qcow2 -o cluster_size=4M bad 1M',
   'create -f qcow2 -o refcount_bits=3 bad 1M',
+  'create -f qcow2 -o refcount_bits=-1 bad 1M',
   'create -f qcow2 -o compat=0.10,refcount_bits=8 bad 1M',
   'create -f qcow2 -o compat=bogus bad 1M',
   'create -f qcow2 -o compat=0.10,extended_l2=on bad 1M',

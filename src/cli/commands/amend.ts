@@ -1,10 +1,12 @@
 import { amendImage } from '../../qcow2/amend.ts'
+import { readImageInfo } from '../../qcow2/info.ts'
 import { setBackingFile } from '../../qcow2/rebase.ts'
 import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { asksForHelp, createHelp, isAmendable, parseCreateOptions, switchOf, versionOf, type CreateValues } from '../image/create-options.ts'
-import { reasonOf } from '../image/open.ts'
+import { reasonOf, type Opener, type OpenHow } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
+import type { ImageSpec } from '../image/spec.ts'
 
 export const amendCommand = command({
   name: 'amend',
@@ -34,7 +36,10 @@ export const amendCommand = command({
     }
     if (args.length === 0) throw new UsageError('Expecting one image file name')
     const opener = openerFor(context)
-    const file = await opener.file(specOf(context), { readOnly: false, direct: isDirect(options.cache) })
+    const how = { readOnly: false, direct: isDirect(options.cache) }
+    await settleDirty(opener, specOf(context), how)
+    const file = await opener.file(specOf(context), how)
+    const progress = context.progress()
     try {
       if (file.format !== 'qcow2') throw new ExitError(1, "Format driver 'raw' does not support option amendment")
       const values = parseCreateOptions('qcow2', options.options)
@@ -52,9 +57,18 @@ export const amendCommand = command({
       await file.host.close()
     }
     await amendThroughEngine(context)
+    progress.finish()
     return 0
   },
 })
+
+/** Sets right the refcounts that the last writer postponed: opening for writing does. */
+async function settleDirty(opener: Opener, spec: ImageSpec, how: OpenHow): Promise<void> {
+  const file = await opener.file(spec, how)
+  const dirty = await (file.format === 'qcow2' ? readImageInfo(file.host).then((info) => info.dirty, () => false) : false)
+  await file.host.close()
+  if (dirty) await (await opener.spec(spec, { ...how, withoutBacking: true })).close()
+}
 
 /** What needs the image open: its size and its backing file. */
 async function amendThroughEngine<O extends OptionDefinitions>(context: Context<O>): Promise<void> {

@@ -1,8 +1,10 @@
 import { checkImage } from '../../qcow2/check.ts'
 import type { CheckFinding, CheckReport } from '../../qcow2/check-report.ts'
 import { repairImage } from '../../qcow2/repair.ts'
+import { Qcow2Error } from '../../core/errors.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
+import { couldNotOpen } from '../image/open.ts'
 import { forceShareOption, formatOption, imageOptsOption, isDirect, objectOption, openerFor, outputOption, quietOption, specOf } from '../image/options.ts'
 import { checkText, repairText } from '../print/check.ts'
 import { prettyJson, type CheckEntry } from '../print/shapes.ts'
@@ -40,7 +42,9 @@ export const checkCommand = command({
     try {
       if (format !== 'qcow2') throw new ExitError(63, 'This image format does not support checks')
       if (repair !== undefined) context.leaves(`${filename} may be partly repaired; run check -r ${repair} again`)
-      const report = repair === undefined ? await checkImage(host, { signal }) : await repairImage(host, { repair, signal })
+      const report = await (repair === undefined ? checkImage(host, { signal }) : repairImage(host, { repair, signal })).catch((error: unknown) => {
+        throw isNoImage(error) ? couldNotOpen(filename, error) : error
+      })
       const clusterSize = 2 ** (await host.read(23, 1))[0]!
       for (const finding of inOrder(report.repaired ?? [])) await context.terminal.stderr.write(`${findingLine(finding, clusterSize, true)}\n`)
       for (const finding of inOrder(report.findings)) await context.terminal.stderr.write(`${findingLine(finding, clusterSize, false)}\n`)
@@ -53,6 +57,11 @@ export const checkCommand = command({
     }
   },
 })
+
+/** The header or the snapshot table cannot be understood: there is nothing to check. */
+function isNoImage(error: unknown): boolean {
+  return Qcow2Error.is(error, 'ERR_FORMAT') || Qcow2Error.is(error, 'ERR_UNSUPPORTED')
+}
 
 /** As qemu-img finds them: structures, then counters, then COPIED flags. */
 function inOrder(findings: readonly CheckFinding[]): CheckFinding[] {

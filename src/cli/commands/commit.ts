@@ -40,7 +40,7 @@ export const commitCommand = command({
         context.leaves(`${below.filename} may hold a part of the changes; ${opened.filename} still has all of them: commit again`)
         const progress = context.progress()
         const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
-        await commitImage(image, target.device, { keep: options.drop, depth, signal, onProgress })
+        await commitImage(image, target.device, { keep: options.drop || options.base !== undefined, depth, signal, onProgress })
         progress.finish()
       } finally {
         await target.close()

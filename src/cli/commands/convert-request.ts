@@ -83,7 +83,7 @@ export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' 
   const values = parseCreateOptions(format, options['target-options'])
   if (options.backing !== undefined) values.set('backing_file', options.backing)
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
-  if (values.has('backing_file') && !values.has('backing_fmt')) throw new ExitError(1, 'backing format must be specified')
+  if (values.has('backing_file') && !values.has('backing_fmt')) throw new ExitError(1, 'Use of backing file requires explicit backing format')
   return { target: args.at(-1)!, format, values, sparseSize, workers }
 }
 

@@ -39,6 +39,7 @@ export const rebaseCommand = command({
     const opened = await openArgument(context, { readOnly: false, withoutBacking: unsafe, direct: isDirect(options.cache) })
     try {
       const { image } = opened
+      if (image === undefined && compressed) throw new ExitError(1, 'Compression not supported for this file format')
       if (image === undefined) throw new ExitError(1, 'Image format driver does not support rebase')
       const name = options.backing ?? ''
       if (name === '') {

@@ -131,7 +131,7 @@ function shownValue(name: string, kind: Kind, value: string): string {
       if (switchWords.on.includes(value) || switchWords.off.includes(value)) return value
       throw new UsageError(`Parameter '${name}' expects 'on' or 'off'`)
     case 'number':
-      if (/^\d+$/.test(value)) return String(Number(value))
+      if (/^-?\d+$/.test(value)) return String(Number(value))
       throw new UsageError(`Parameter '${name}' expects a number`)
     default:
       return value

@@ -25,6 +25,8 @@ export async function makeImage(name: string, format: 'qcow2' | 'raw', values: C
     const image = await Qcow2Image.create(path, { ...layout, ...encryptionOf(values, secrets), references: untouched, signal })
     await image.flush()
     await image.close()
+    const { dataFile, preallocation } = layout
+    if (dataFile !== undefined && (preallocation === 'falloc' || preallocation === 'full')) await fill(pathOf(dataFile), layout.size, signal)
   } catch (error) {
     if (Qcow2Error.is(error, 'ERR_RANGE')) {
       throw new ExitError(1, tooLarge('qcow2'), { cause: error })
@@ -66,6 +68,13 @@ async function makeRaw(path: string, values: CreateValues, signal: AbortSignal):
   })
   await device.resize(size)
   if (preallocation !== 'off') await device.writeZeroes(0, size, { signal })
+}
+
+/** Makes a file take its space. */
+async function fill(path: string, size: number, signal: AbortSignal): Promise<void> {
+  await using device = await openFile(path)
+  await device.writeZeroes(0, size, { signal })
+  await device.flush()
 }
 
 async function makeDataFile(path: string, size: number): Promise<void> {
