@@ -26,8 +26,9 @@ const shared: Options = {
 }
 
 export default defineConfig([
-  // the program is a module only: nobody requires it
-  { ...shared, format: 'esm', entry: [...doors, 'src/cli.ts'] },
-  { ...shared, format: 'cjs', entry: doors },
+  { ...shared, format: 'esm', entry: doors },
+  // the program is CommonJS, which Node starts 10 ms sooner than modules. Without `treeshake`, which hands the output to
+  // rollup, it would be lowered to helper functions for `??` and `?.`: a check then takes 1.4 times as long
+  { ...shared, format: 'cjs', entry: [...doors, 'src/cli.ts'], treeshake: true },
   { ...browserBuild, dts: { ...(shared.dts as object), entry: ['src/browser.ts'] } },
 ])

@@ -28,7 +28,7 @@ const differences = [
   '',
   '## Differs from qemu-img',
   '',
-  "Started under the name `qemu-img` (a link to `dist/cli.js`), messages have several lines where qemu-img's have, and no advice behind them.",
+  "Started under the name `qemu-img` (a link to `dist/cli.cjs`), messages have several lines where qemu-img's have, and no advice behind them.",
   '',
   '| | here |',
   '| --- | --- |',

@@ -21,7 +21,7 @@ import { checkOpenImage } from './check-open.ts'
 import type { CheckReport } from './check-report.ts'
 import type { CheckOptions } from './check.ts'
 import { freshState, planLayout, writeLayout, type LayoutOptions } from './create.ts'
-import { encryptEmptyImage, openDataCipher, type EncryptionOptions } from './encryption.ts'
+import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
 import { assembleEngine, hostFile, openEngine, readState, type OpenEngineOptions } from './open.ts'
@@ -271,7 +271,7 @@ async function createImage(target: Source, options: CreateOptions & LayoutOption
     await writeLayout(host, layout)
     const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
     const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
-    if (options.encryption !== undefined) engine.cipher = await encryptEmptyImage(engine, options.encryption)
+    if (options.encryption !== undefined) engine.cipher = await (await encryptionCode()).encryptEmptyImage(engine, options.encryption)
     engine.unchanged = false
     engine.untouched = false
     return Qcow2Image.over(engine, release)
@@ -302,9 +302,12 @@ function checkEncryption({ encryption, preallocation = 'off', version, dataFile 
   if (version === 2 && encryption?.format === 'luks') throw new TypeError('version 2 has only the legacy encryption aes; use version 3')
 }
 
+/** Loaded for encrypted images only: Node's ciphers take a few milliseconds to load. */
+const encryptionCode = (): Promise<typeof import('./encryption.ts')> => import('./encryption.ts')
+
 /** How the engine gets the cipher of an encrypted image; without a passphrase it refuses such images. */
 function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'signal'>): OpenEngineOptions['openCipher'] {
-  return passphrase === undefined ? undefined : (content, host) => openDataCipher(passphrase, content, host, signal)
+  return passphrase === undefined ? undefined : async (content, host) => (await encryptionCode()).openDataCipher(passphrase, content, host, signal)
 }
 
 /** The options a caller gave, without those set to undefined. */
