@@ -102,7 +102,8 @@ function layoutProblem(layout: Partial<RamImageLayout> | null, diskSize: number)
   if (!isCount(restLength) || !isCount(pagesAt) || pagesAt > restLength) return `pagesAt is ${String(pagesAt)}, restLength ${String(restLength)}`
   if (!Array.isArray(blocks)) return 'blocks is not an array'
   let end = 0
-  for (const block of blocks as Partial<RamImageBlock>[]) {
+  for (const block of blocks as (Partial<RamImageBlock> | null)[]) {
+    if (typeof block !== 'object' || block === null) return 'a block is not an object'
     const { name, length, position, absent } = block
     if (typeof name !== 'string' || !isCount(length) || !isCount(position) || !Array.isArray(absent)) return 'a block lacks name, length, position or absent'
     if (length % pageSize !== 0 || position % blockAlignment !== 0 || position < end || position + length > diskSize) {

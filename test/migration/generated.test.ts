@@ -2,12 +2,12 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
-import { Qcow2Error } from '../../src/core/errors.ts'
 import type { Command } from '../../src/migration/commands.ts'
 import { MigrationParser, type DeviceLength } from '../../src/migration/parser.ts'
 import type { ConfigurationSubsection, RamBlock } from '../../src/migration/records.ts'
 import { VmState } from '../../src/migration/vm-state.ts'
 import { encodeRecord, type WritableRecord } from '../../src/migration/writer.ts'
+import { damaged, edits, isTyped } from '../support/damage.ts'
 import { capture } from './captures.ts'
 
 const long = process.env['QCOW2_LONG'] === '1'
@@ -143,47 +143,6 @@ describe('generated streams', () => {
   })
 })
 
-/** A way to damage a stream. */
-const damage = fc.oneof(
-  fc.record({ kind: fc.constant('flip' as const), at: fc.double({ min: 0, max: 1, noNaN: true }), bit: fc.nat(7) }),
-  fc.record({ kind: fc.constant('cut' as const), at: fc.double({ min: 0, max: 1, noNaN: true }) }),
-  fc.record({ kind: fc.constant('remove' as const), at: fc.double({ min: 0, max: 1, noNaN: true }), length: fc.nat(5000) }),
-  fc.record({ kind: fc.constant('copy' as const), at: fc.double({ min: 0, max: 1, noNaN: true }), from: fc.double({ min: 0, max: 1, noNaN: true }), length: fc.nat(5000) }),
-  fc.record({ kind: fc.constant('fill' as const), at: fc.double({ min: 0, max: 1, noNaN: true }), length: fc.constantFrom(1, 2, 4, 8), value: fc.constantFrom(0, 0x7f, 0x80, 0xff) }),
-)
-type Damage = typeof damage extends fc.Arbitrary<infer T> ? T : never
-
-function damaged(original: Uint8Array, edits: readonly Damage[]): Uint8Array {
-  let bytes = Buffer.from(original)
-  for (const edit of edits) {
-    // Structure is dense at the start: prefer it to the pages.
-    const at = Math.floor(edit.at ** 3 * bytes.length)
-    switch (edit.kind) {
-      case 'flip':
-        if (at < bytes.length) bytes[at] = bytes[at]! ^ (1 << edit.bit)
-        break
-      case 'cut':
-        bytes = bytes.subarray(0, at)
-        break
-      case 'remove':
-        bytes = Buffer.concat([bytes.subarray(0, at), bytes.subarray(at + edit.length)])
-        break
-      case 'copy': {
-        const from = Math.floor(edit.from * bytes.length)
-        bytes = Buffer.concat([bytes.subarray(0, at), bytes.subarray(from, from + edit.length), bytes.subarray(at)])
-        break
-      }
-      case 'fill':
-        bytes.subarray(at, at + edit.length).fill(edit.value)
-    }
-  }
-  return bytes
-}
-
-function isTyped(error: unknown): boolean {
-  return Qcow2Error.is(error) && ['ERR_STREAM', 'ERR_UNSUPPORTED', 'ERR_FORMAT', 'ERR_NOT_FOUND'].includes(error.code)
-}
-
 describe('damaged streams', () => {
   const sources = ['qemu100-ignore-shared-uuid.mig', 'qemu72-compress.mig', 'qemu100-multifd-none-main.bin'].map(capture)
   const small = build({
@@ -192,7 +151,6 @@ describe('damaged streams', () => {
     parts: [([2, 8, 0x40, 0x100] as const).map((kind, i) => ({ block: 0, page: i, kind, size: 20, again: i > 0 })), { name: 'ping', value: 1 }],
     devices: [{ name: 'timer', instanceId: 0, body: new Uint8Array(24) }],
   })
-  const edits = fc.array(damage, { minLength: 1, maxLength: 4 })
   const which = fc.nat(sources.length)
 
   test('the parser reads them or names what is wrong and where', () => {
