@@ -5,6 +5,7 @@ import { anyRequest, BaseDevice, type BlockLimits, type WriteOptions } from './d
 export interface MemoryOptions {
   /** Writes past the end extend the device, as they do a file; default false, as a disk. */
   readonly growable?: boolean
+  /** Refuse changes. Default false. */
   readonly readOnly?: boolean
   /** Demands to pose on callers, for trying how they cope; default none. */
   readonly limits?: Partial<BlockLimits>

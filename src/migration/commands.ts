@@ -11,7 +11,9 @@ import { ParserInput } from './input.ts'
 
 /** A run of bytes within a RAM block, both multiples of the page size. */
 export interface RamRange {
+  /** Bytes from the start of the RAM block. */
   readonly offset: number
+  /** Bytes. */
   readonly length: number
 }
 

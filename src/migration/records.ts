@@ -42,9 +42,13 @@ export type SectionType = 'start' | 'part' | 'end' | 'full'
 export interface SectionRecord extends RecordSpan {
   readonly kind: 'section'
   readonly type: SectionType
+  /** Names the section in its parts and footer. */
   readonly id: number
+  /** Name of the device, `ram` for memory. */
   readonly idstr: string
+  /** Tells devices of one name apart. */
   readonly instanceId: number
+  /** Of the device's layout. */
   readonly versionId: number
 }
 
@@ -56,9 +60,13 @@ export interface FooterRecord extends RecordSpan {
 
 /** Where a `mapped-ram` file keeps a RAM block. Offsets are absolute in the file. */
 export interface MappedRamHeader {
+  /** 1. */
   readonly version: number
+  /** Bytes of a page. */
   readonly pageSize: number
+  /** Of the bitmap with a bit for each page that is present. */
   readonly bitmapOffset: number
+  /** Of page 0; page n follows n page sizes behind. */
   readonly pagesOffset: number
 }
 
@@ -101,10 +109,15 @@ export interface RamPagesRecord extends RecordSpan {
   readonly block: RamBlock
   /** Target page size in bytes. */
   readonly pageSize: number
+  /** Pages of this record. */
   readonly count: number
+  /** {@link ramFlag} of each page. */
   readonly flags: Uint16Array
+  /** Bytes from the start of `block`. */
   readonly pageOffsets: Float64Array
+  /** Where the content begins in `bytes`. */
   readonly positions: Uint32Array
+  /** Bytes of the content as stored. */
   readonly lengths: Uint32Array
   /** The input the positions refer to. */
   readonly bytes: Uint8Array

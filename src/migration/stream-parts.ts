@@ -14,7 +14,9 @@ export interface StreamParts {
   readonly machine: string
   /** Header and configuration section. */
   readonly head: Uint8Array
+  /** In the order of the stream. */
   readonly blocks: readonly RamBlock[]
+  /** Id of the `ram` section. */
   readonly ramSectionId: number
   /** True if sections end with footers. */
   readonly footers: boolean

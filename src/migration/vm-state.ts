@@ -33,13 +33,17 @@ export interface VmStateOptions extends IndexOptions {
 export interface DeviceState {
   /** `idstr` of the section. */
   readonly name: string
+  /** Tells devices of one name apart. */
   readonly instanceId: number
+  /** Of the device's layout. */
   readonly versionId: number
+  /** Number of the section in the stream. */
   readonly sectionId: number
   /** File offset of the section's body. */
   readonly offset: number
   /** Bytes of the body. */
   readonly length: number
+  /** The fields, by the VM description; undefined where it does not know the device. */
   readonly description: DeviceDescription | undefined
 }
 

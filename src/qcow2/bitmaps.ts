@@ -20,7 +20,9 @@ import { settle } from './shutdown.ts'
 
 /** A range of the disk whose bits are set. Bytes. */
 export interface DirtyRange {
+  /** First byte on the guest's disk. */
   readonly offset: number
+  /** Bytes. */
   readonly length: number
 }
 

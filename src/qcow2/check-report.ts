@@ -26,7 +26,9 @@ export interface CheckReport {
   readonly corruptions: number
   /** Leaked clusters that are left. */
   readonly leaks: number
+  /** Corruptions that a repair set right. */
   readonly corruptionsFixed: number
+  /** Leaked clusters that a repair freed. */
   readonly leaksFixed: number
   /** Guest clusters of the disk. */
   readonly totalClusters: number
@@ -34,6 +36,7 @@ export interface CheckReport {
   readonly allocatedClusters: number
   /** Allocated clusters that do not follow the one before in the host file; every compressed one counts. */
   readonly fragmentedClusters: number
+  /** Guest clusters that are stored compressed. */
   readonly compressedClusters: number
   /**
    * Clusters that data and metadata, or two kinds of metadata, claim at once. `qemu-img check` does not

@@ -43,6 +43,7 @@ export interface LayoutOptions {
   readonly lazyRefcounts?: boolean | undefined
   /** How compressed clusters will be compressed. Default `zlib`. */
   readonly compressionType?: CompressionType | undefined
+  /** Default `off`. */
   readonly preallocation?: Preallocation | undefined
   /** The backing file of an overlay. Its format must be named: it is never guessed. */
   readonly backing?: { readonly file: string; readonly format: string } | undefined

@@ -16,6 +16,7 @@ import { settle } from './shutdown.ts'
 export interface EncryptionOptions {
   /** `luks` (LUKS1, aes-256-xts), or `aes`, the legacy method QEMU warns of: weak, and no wrong key is noticed. */
   readonly format: 'luks' | 'aes'
+  /** A string is taken as UTF-8. Legacy AES uses its first 16 bytes. */
   readonly passphrase: string | Uint8Array
   /** PBKDF2 iterations of the LUKS key slot; default 600,000. */
   readonly iterations?: number | undefined

@@ -29,28 +29,37 @@ export interface BitmapInfo {
 
 /** The facts about an image. Sizes are bytes. */
 export interface ImageInfo {
+  /** Of the format. */
   readonly version: 2 | 3
+  /** Of the disk, as in the header. */
   readonly virtualSize: number
   readonly clusterSize: number
+  /** Width of a reference count. */
   readonly refcountBits: number
+  /** How compressed clusters are compressed. */
   readonly compressionType: CompressionType
+  /** 32 subclusters in each cluster. */
   readonly extendedL2: boolean
   /** Refcounts are not up to date. */
   readonly dirty: boolean
   /** The image is marked as damaged. */
   readonly corrupt: boolean
+  /** QEMU may postpone refcount updates. */
   readonly lazyRefcounts: boolean
   readonly encryption: CryptMethod
   /** The LUKS header, where `encryption` is `luks`. */
   readonly luks: LuksHeader | undefined
   /** Name as stored. */
   readonly backingFile: string | undefined
+  /** As stored. */
   readonly backingFormat: string | undefined
   /** Guest data is in another file. */
   readonly externalData: boolean
   /** Name of that file, where it is stored. */
   readonly dataFile: string | undefined
+  /** The data file alone reads as the disk does. */
   readonly dataFileRaw: boolean
+  /** Oldest first. */
   readonly snapshots: readonly SnapshotInfo[]
   readonly bitmaps: readonly BitmapInfo[]
 }

@@ -9,8 +9,11 @@ import type { BitmapInfo } from './info.ts'
 
 /** The image to be made. Defaults are those of creating one. */
 export interface MeasureOptions {
+  /** Bytes; default 65536. */
   readonly clusterSize?: number | undefined
+  /** Default 16. */
   readonly refcountBits?: number | undefined
+  /** 32 subclusters in each cluster. Default false. */
   readonly extendedL2?: boolean | undefined
   /** With `falloc` or `full` all space counts as needed, as it does for an overlay. */
   readonly preallocation?: 'off' | 'metadata' | 'falloc' | 'full' | undefined

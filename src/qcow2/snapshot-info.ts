@@ -7,6 +7,7 @@ export interface SnapshotInfo {
   readonly id: string
   /** Chosen by the user; the format allows duplicates. */
   readonly name: string
+  /** When it was taken, to the millisecond. */
   readonly date: Date
   /** The part of the date below a second, in nanoseconds: a `Date` holds only milliseconds. */
   readonly dateNanoseconds: number

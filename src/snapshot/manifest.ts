@@ -53,7 +53,7 @@ export function makeManifest(
   }
 }
 
-/** @throws FormatError (`ERR_FORMAT`) if the text is not a manifest this library reads. */
+/** Reads the text of a manifest. @throws FormatError (`ERR_FORMAT`) if it is none that this library reads. */
 export function parseManifest(text: string): Manifest {
   const fail = (field: string, detail: string, cause?: unknown): FormatError =>
     new FormatError(detail, { structure: 'manifest', field }, 'ERR_FORMAT', cause === undefined ? undefined : { cause })

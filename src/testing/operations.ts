@@ -14,14 +14,19 @@ export type ImageOperation =
 
 /** One of several writes at once. */
 export interface WritePart {
+  /** First byte on the guest's disk. */
   readonly offset: number
+  /** Bytes. */
   readonly length: number
+  /** Of the content; see `seededBytes`. */
   readonly seed: number
 }
 
 /** A range of the disk in bytes. */
 export interface GuestRange {
+  /** First byte on the guest's disk. */
   readonly offset: number
+  /** Bytes. */
   readonly length: number
 }
 

@@ -5,8 +5,11 @@ import { execFile } from 'node:child_process'
 export interface QemuCheck {
   /** Exit code: 0 clean, 2 corruptions, 3 leaks only, 1 the check itself failed. */
   readonly exitCode: number
+  /** As `qemu-img check` counts them. */
   readonly corruptions: number
+  /** Clusters. */
   readonly leaks: number
+  /** Problems that prevented a part of the check. */
   readonly checkErrors: number
   /** Everything it printed. */
   readonly output: string

@@ -22,6 +22,7 @@ const magic = [0x4c, 0x55, 0x4b, 0x53, 0xba, 0xbe]
 
 /** One of the eight places that hold the master key under a passphrase. */
 export interface LuksKeySlot {
+  /** A passphrase opens it. */
   readonly active: boolean
   /** PBKDF2 iterations for the passphrase. */
   readonly iterations: number
@@ -29,22 +30,31 @@ export interface LuksKeySlot {
   readonly salt: Uint8Array
   /** Bytes from the start of the LUKS header. */
   readonly keyOffset: number
+  /** Anti-forensic stripes that the key is split into. */
   readonly stripes: number
 }
 
 /** A LUKS1 header, fields by the names of its specification. */
 export interface LuksHeader {
+  /** For example `aes`. */
   readonly cipherName: string
+  /** For example `xts-plain64`. */
   readonly cipherMode: string
+  /** Hash of PBKDF2, for example `sha256`. */
   readonly hash: string
   /** Bytes; without meaning inside qcow2. */
   readonly payloadOffset: number
   /** Bytes of the master key. */
   readonly keyBytes: number
+  /** 20 bytes: PBKDF2 of the master key. */
   readonly digest: Uint8Array
+  /** 32 bytes. */
   readonly digestSalt: Uint8Array
+  /** PBKDF2 iterations of the digest. */
   readonly digestIterations: number
+  /** As text. */
   readonly uuid: string
+  /** All eight, used or not. */
   readonly slots: readonly LuksKeySlot[]
 }
 
