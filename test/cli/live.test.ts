@@ -113,6 +113,17 @@ describe('trace', () => {
     expect(requests.every(({ file, operation }) => file === image && operation === 'read')).toBe(true)
   })
 
+  test('sees what dd reads and writes', async () => {
+    const folder = tempFolder()
+    const [raw, part] = [join(folder, 'raw'), join(folder, 'part')]
+    writeFileSync(raw, Buffer.alloc(1 << 20, 5))
+    const { code, stderr } = await run(['trace', '--output=json', 'dd', '-f', 'raw', `if=${raw}`, `of=${part}`])
+    expect(code).toBe(0)
+    const requests = stderr.trimEnd().split('\n').map((line) => JSON.parse(line) as { file: string; operation: string })
+    expect(new Set(requests.filter(({ operation }) => operation === 'write').map(({ file }) => file))).toEqual(new Set([part]))
+    expect(new Set(requests.filter(({ operation }) => operation === 'read').map(({ file }) => file))).toEqual(new Set([raw]))
+  })
+
   test('of nothing known is refused', async () => {
     expect((await run('trace chekc x')).stderr).toContain("did you mean 'check'?")
     expect((await run('trace')).stderr).toContain('COMMAND is missing')

@@ -89,6 +89,18 @@ test('progress of an image to stdout counts both passes and ends at 100 percent'
 describeWithQemu('as processes', () => {
   const node = `"${process.execPath}" --import tsx "${program}"`
 
+  test.each(['raw', 'qcow2'])('memory does not grow with the length of a raw disk that becomes %s', { timeout: 60_000 }, (format) => {
+    const folder = tempFolder()
+    const peak = (bytes: number): number => {
+      const tell = `data:text/javascript,process.on('exit',()=>console.error(process.resourceUsage().maxRSS))`
+      const script = `yes | head -c ${bytes} | "${process.execPath}" --import "${tell}" --import tsx "${program}" convert -f raw -O ${format} - "${folder}/stored" 2>&1`
+      return Number(execFileSync('bash', ['-c', script], { cwd: join(import.meta.dirname, '../..') }).toString())
+    }
+    const short = peak(32 << 20)
+    expect(short).toBeGreaterThan(0)
+    expect(peak(600 << 20)).toBeLessThan(short + 65536)
+  })
+
   test('through real pipes, with a slow reader, and from a file as stdin', { timeout: 60_000 }, () => {
     const folder = tempFolder()
     writeFileSync(join(folder, 'raw'), Buffer.alloc(64 << 20, 'abcdefgh'))

@@ -47,7 +47,8 @@ export const ddCommand = command({
       if (skip * blockSize > source.device.size) context.warn(`${input}: cannot skip to specified offset`)
       const part = rawImage(slice(pad(source.device), start, Math.min(count * blockSize, source.device.size - start), { readOnly: true, keepOpen: true }))
       context.leaves(`${output} is incomplete: delete it`)
-      await using file = await newFile(output)
+      const made = await newFile(output)
+      await using file = context.wrapDevice?.(made, output) ?? made
       if (format === 'raw') await copyDevice(part, file, { signal })
       else await convertToQcow2(part, file, { signal })
       return 0
