@@ -4,8 +4,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
-import type { LuksHeader } from '../codec/crypto/luks-header.ts'
-import { decodeLuksHeader } from '../codec/crypto/luks-header.ts'
+import { decodeLuksHeader, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import { FormatError } from '../core/errors.ts'
 import { decodeBitmapDirectory, bitmapLimits, type BitmapRecord } from './bitmaps-directory.ts'
 import { decodeBitmapsExtension, decodeEncryptionPointer, extensionType, findExtension } from './extensions.ts'

@@ -2,7 +2,9 @@
 
 /** A snapshot of a {@link ModelDisk}. */
 export interface ModelSnapshot {
+  /** What a guest read. */
   readonly disk: Uint8Array
+  /** Empty without. */
   readonly vmState: Uint8Array
 }
 
