@@ -113,10 +113,12 @@ interface Copy extends CallOptions {
 /** Writes the runs of grains in which `was` and `becomes` differ. */
 async function copyDifferences(copy: Copy, at: number, was: Uint8Array, becomes: Uint8Array): Promise<void> {
   const { image, compressed, grain, signal } = copy
+  // as QEMU does: zeroes of a backing file are stored, those of no backing file only marked
+  const unbacked = image.engine.backing?.size ?? 0
   const kind = (from: number): 'same' | 'zero' | 'data' => {
     const length = Math.min(grain, was.length - from)
     if (equalBytes(was, becomes, from, length)) return 'same'
-    return isZero(was, from, length) ? 'zero' : 'data'
+    return at + from >= unbacked && isZero(was, from, length) ? 'zero' : 'data'
   }
   for (let from = 0; from < was.length; ) {
     const what = kind(from)

@@ -219,7 +219,7 @@ export const scenarios: readonly Scenario[] = [
     lines: [
       'rebase -b other -F qcow2 third', 'info --output=json third', 'rebase -b disk -F qcow2 top', 'rebase -u -b copy -F qcow2 mid', 'rebase -b "" third', 'info --output=json third',
       'rebase -u -b "" mid', 'rebase -u -b nowhere -F qcow2 third', 'info --output=json third', 'rebase -u -b foo third', 'rebase -b missing -F qcow2 top', 'rebase missing', 'rebase', 'rebase -b "" disk',
-      'rebase -b other -F qcow2 alone', 'map --output=json alone', 'rebase -c -b other -F qcow2 squeezed', 'rebase -c -b "" squeezed', 'rebase -c -f raw -b "" plain.raw',
+      'rebase -b other -F qcow2 alone', 'map --output=json alone', 'map --output=json third', 'rebase -c -b other -F qcow2 squeezed', 'rebase -c -b "" squeezed', 'rebase -c -f raw -b "" plain.raw',
     ],
   },
   {
