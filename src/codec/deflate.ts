@@ -11,8 +11,8 @@ const slack = 128
 /**
  * Compresses one cluster. The window is 12 bits, so that a decoder with the 4 KiB window QEMU uses
  * can read it: QEMU itself would take more, but readers that get their output in pieces do not. Node's
- * zlib finds no matches of 3 bytes, so the result is 3 % larger than QEMU's. No level or `memLevel` gains more than 0.2 % of that, level 8 at
- * twice the time; a window of 13 bits would make up for most of it.
+ * zlib finds no matches of 3 bytes, so the result is 3 % larger than QEMU's. No level or `memLevel` makes it more than 0.2 % smaller; a
+ * window of 13 bits would make up for most of it.
  * @returns `undefined` if the result would not be smaller than the cluster.
  */
 export function deflateCluster(cluster: Uint8Array): Uint8Array | undefined {
