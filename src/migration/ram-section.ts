@@ -1,7 +1,6 @@
 /**
- * The body of the `ram` section: the list of RAM blocks and the page records. Owns the current RAM
- * block (it survives the end of a section) and the arrays that page batches use; knows nothing of
- * how sections are framed.
+ * The body of the `ram` section: page records and marks. Owns the current RAM block (it survives the end of a section)
+ * and the arrays that page batches use; the list of blocks is next door. Knows nothing of how sections are framed.
  *
  * ```
  * be64 page offset | flags    [u8 length, block name]    payload
@@ -11,10 +10,11 @@
  * ```
  */
 import { UnsupportedError } from '../core/errors.ts'
-import { compressedPageLimit, hex, limits, ramFlag, streamError } from './format.ts'
+import { compressedPageLimit, hex, ramFlag, streamError } from './format.ts'
 import type { ParserInput } from './input.ts'
 import { passThrough, type Passage } from './pass-through.ts'
-import type { MappedRamHeader, MigrationRecord, RamBlock, RamPagesRecord } from './records.ts'
+import { passagesOf, RamBlockList, type RamSectionOptions } from './ram-block-list.ts'
+import type { MigrationRecord, RamBlock, RamBlockRecord, RamPagesRecord } from './records.ts'
 
 const structure = 'RAM section'
 /** Pages in one batch at most: keeps the arrays small enough to stay in the processor's cache. */
@@ -22,40 +22,26 @@ const capacity = 1024
 const two32 = 0x1_0000_0000
 const rawPage = ramFlag.page | ramFlag.continue
 
-/** What the configuration section and the caller said about the `ram` section. */
-export interface RamSectionOptions {
-  readonly pageSize: number
-  /** Capability `x-ignore-shared`: the block list has guest physical addresses. */
-  readonly ignoreShared: boolean
-  /** Capability `mapped-ram`: the block list has the pages within it. */
-  readonly mappedRam: boolean
-  /** Blocks known from an earlier connection (postcopy recovery). */
-  readonly blocks?: readonly RamBlock[] | undefined
-}
-
 /** Reads the bodies of all `ram` sections of one stream. */
 export class RamSection {
-  readonly blocks: RamBlock[] = []
   readonly pageSize: number
-  readonly #byName = new Map<string, RamBlock>()
-  readonly #options: RamSectionOptions
+  readonly #list: RamBlockList
   readonly #flags = new Uint16Array(capacity)
   readonly #pageOffsets = new Float64Array(capacity)
   readonly #positions = new Uint32Array(capacity)
   readonly #lengths = new Uint32Array(capacity)
   #current: RamBlock | undefined
-  /** Bytes of blocks still to be listed; undefined outside the list. */
-  #unlisted: number | undefined
   /** Parts of a mapped-ram block that are passed through next. */
   passages: Passage[] = []
 
   constructor(options: RamSectionOptions) {
-    this.#options = options
     this.pageSize = options.pageSize
-    for (const block of options.blocks ?? []) {
-      this.blocks.push(block)
-      this.#byName.set(block.name, block)
-    }
+    this.#list = new RamBlockList(options)
+  }
+
+  /** The blocks listed so far. */
+  get blocks(): readonly RamBlock[] {
+    return this.#list.blocks
   }
 
   /**
@@ -65,13 +51,15 @@ export class RamSection {
   next(input: ParserInput): MigrationRecord | null {
     const passed = passThrough(input, this.passages)
     if (passed !== undefined) return passed
-    return this.#unlisted === undefined || this.#unlisted === 0 ? this.#record(input) : this.#listEntry(input)
-  }
-
-  #record(input: ParserInput): MigrationRecord | null {
-    this.#unlisted = undefined
+    if (this.#list.isOpen) return this.#listEntry(input)
     const pages = this.#pages(input)
     return pages === undefined ? this.#mark(input) : pages
+  }
+
+  #listEntry(input: ParserInput): RamBlockRecord {
+    const record = this.#list.next(input)
+    this.passages = passagesOf(record.block, input.offset)
+    return record
   }
 
   /**
@@ -191,7 +179,7 @@ export class RamSection {
     const name = input.counted(structure, 'block name')
     const payload = input.at
     input.at = start
-    const block = this.#byName.get(name)
+    const block = this.#list.find(name)
     if (block === undefined) throw streamError(structure, 'block name', `RAM block '${name}' is not in the list of blocks`, nameOffset)
     this.#current = block
     return payload
@@ -230,7 +218,7 @@ export class RamSection {
     switch (flags) {
       case ramFlag.memSize:
         if (this.blocks.length > 0) throw streamError(structure, 'flags', 'a second list of RAM blocks', start)
-        this.#unlisted = total
+        this.#list.begin(total)
         return { kind: 'ram-size', ...span, total }
       case ramFlag.eos:
         if (total !== 0) break
@@ -248,87 +236,6 @@ export class RamSection {
     }
     throw streamError(structure, 'flags', `record ${hex(total)} with flags ${hex(flags)} is not one of ZERO, PAGE, XBZRLE, COMPRESS_PAGE, MEM_SIZE, EOS, MULTIFD_FLUSH`, start)
   }
-
-  #listEntry(input: ParserInput): MigrationRecord {
-    const offset = input.offset
-    const name = input.counted('RAM block list', 'block name')
-    const lengthOffset = input.offset
-    const length = input.u64('RAM block list', 'length')
-    const unlisted = this.#unlisted! - length
-    const problem = this.#listProblem(name, length, unlisted)
-    if (problem !== undefined) throw streamError('RAM block list', 'length', problem, lengthOffset)
-    const { mappedRam, ignoreShared } = this.#options
-    const hostPageSize = mappedRam ? undefined : this.#hostPageSize(input, ignoreShared ? 8 : 0, unlisted === 0)
-    const gpa = ignoreShared ? input.u64('RAM block list', 'guest physical address') : undefined
-    const mapped = mappedRam ? this.#mappedHeader(input, length) : undefined
-    const block: RamBlock = {
-      index: this.blocks.length,
-      name,
-      length,
-      ...(hostPageSize !== undefined && { hostPageSize }),
-      ...(gpa !== undefined && { gpa }),
-      ...(mapped !== undefined && { mapped }),
-    }
-    this.blocks.push(block)
-    this.#byName.set(name, block)
-    this.#unlisted = unlisted
-    return { kind: 'ram-block', offset, length: input.offset - offset, block }
-  }
-
-  #listProblem(name: string, length: number, unlisted: number): string | undefined {
-    if (this.#byName.has(name)) return `RAM block '${name}' is listed twice`
-    if (length === 0 || length % this.pageSize !== 0) return `RAM block '${name}' has ${length} bytes, not a multiple of the page size ${this.pageSize}`
-    if (length > limits.ramBlockLength) return `RAM block '${name}' has ${length} bytes, allowed up to ${limits.ramBlockLength}`
-    if (unlisted < 0) return `RAM block '${name}' of ${length} bytes makes the sum of lengths exceed the total by ${-unlisted}`
-    if (this.blocks.length >= limits.ramBlocks) return `more than ${limits.ramBlocks} RAM blocks`
-    return undefined
-  }
-
-  /**
-   * The page size field has no mark of its own. But it begins with a zero byte, which no name's
-   * length is; and behind the last entry, its low bits are zero, which no record's flags are.
-   */
-  #hostPageSize(input: ParserInput, behind: number, last: boolean): number | undefined {
-    input.require(behind + (last ? 8 : 1))
-    const at = input.at + behind
-    const present = last ? (input.view.getUint32(at + 4) & (this.pageSize - 1)) === 0 : input.bytes[at] === 0
-    if (!present) return undefined
-    const offset = input.offset
-    const size = input.u64('RAM block list', 'page size')
-    if (size < this.pageSize || size > 2 ** 40 || Math.log2(size) % 1 !== 0) {
-      throw streamError('RAM block list', 'page size', `host page size ${size} is not a power of two from ${this.pageSize}`, offset)
-    }
-    return size
-  }
-
-  /** The mapped-ram header; bitmap and pages, which follow in the file, are passed through. */
-  #mappedHeader(input: ParserInput, length: number): MappedRamHeader {
-    const where = 'mapped-ram header'
-    const start = input.offset
-    const version = input.u32()
-    const pageSize = input.u64(where, 'page size')
-    const bitmapOffset = input.u64(where, 'bitmap offset')
-    const pagesOffset = input.u64(where, 'pages offset')
-    if (version !== 1) throw streamError(where, 'version', `version is ${version}, expected 1`, start)
-    if (pageSize !== this.pageSize) throw streamError(where, 'page size', `page size is ${pageSize}, the target's is ${this.pageSize}`, start + 4)
-    const bitmapLength = mappedRamBitmapLength(length, pageSize)
-    if (bitmapOffset < input.offset) throw streamError(where, 'bitmap offset', `bitmap at ${bitmapOffset} overlaps what is before it`, start + 12)
-    if (pagesOffset < bitmapOffset + bitmapLength || pagesOffset % pageSize !== 0) {
-      throw streamError(where, 'pages offset', `pages at ${pagesOffset}, expected a multiple of ${pageSize} behind the bitmap`, start + 20)
-    }
-    this.passages = [
-      { of: 'mapped-ram-padding', length: bitmapOffset - input.offset },
-      { of: 'mapped-ram-bitmap', length: bitmapLength },
-      { of: 'mapped-ram-padding', length: pagesOffset - bitmapOffset - bitmapLength },
-      { of: 'mapped-ram-pages', length },
-    ]
-    return { version, pageSize, bitmapOffset, pagesOffset }
-  }
-}
-
-/** Bytes of the page bitmap of a mapped-ram block: whole 64-bit words. */
-export function mappedRamBitmapLength(blockLength: number, pageSize: number): number {
-  return Math.ceil(blockLength / pageSize / 64) * 8
 }
 
 function fillError(fill: number, offset: number): Error {

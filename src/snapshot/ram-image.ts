@@ -6,14 +6,14 @@ import { type BlockDevice, type CallOptions, checkRange } from '../block/device.
 import { slice } from '../block/slice.ts'
 import type { Source } from '../block/source.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
-import { Resource } from '../core/resource.ts'
 import { isZero, RamPart, ramPartCapacity } from '../migration/ram-part.ts'
 import { splitStream, type StreamParts } from '../migration/stream-parts.ts'
 import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
 import type { SnapshotDevice } from '../qcow2/snapshot-device.ts'
 import { absentAsZero } from './ram-image-absent.ts'
 import { decodeLayout, decodeTrailer, trailerLength, type RamImageBlock, type RamImageLayout } from './ram-image-layout.ts'
-import type { PageSource, SavedRamBlock } from './page-source.ts'
+import type { SavedRamBlock } from './page-source.ts'
+import { SavedVm } from './saved-vm.ts'
 
 /** Options of {@link RamImage.open}. */
 export interface OpenRamImageOptions extends OpenOptions {
@@ -39,35 +39,17 @@ const restLimit = 1 << 30
  * for await (const bytes of ram.stream()) socket.write(bytes)
  * ```
  */
-export class RamImage extends Resource implements PageSource {
-  readonly machine: string
-  readonly pageSize: number
-  readonly head: Uint8Array
-  readonly ramSectionId: number
-  readonly footers: boolean
-  readonly blocks: readonly RamImageBlockContent[]
-  readonly earlyDevices: Uint8Array
-  readonly devices: Uint8Array
-  readonly vmDescription: Uint8Array
+export class RamImage extends SavedVm<RamImageBlockContent> {
   /** The stream without its pages, before and behind the place where they belong. */
   readonly rest: { readonly before: Uint8Array; readonly after: Uint8Array }
   readonly #owned: readonly AsyncDisposable[]
 
   private constructor(layout: RamImageLayout, rest: Uint8Array, parts: StreamParts, disk: SnapshotDevice, owned: readonly AsyncDisposable[]) {
-    super()
-    this.machine = parts.machine
-    this.pageSize = layout.pageSize
-    this.head = parts.head
-    this.ramSectionId = parts.ramSectionId
-    this.footers = parts.footers
-    this.earlyDevices = parts.earlyDevices
-    this.devices = parts.devices
-    this.vmDescription = parts.vmDescription
-    this.rest = { before: rest.subarray(0, layout.pagesAt), after: rest.subarray(layout.pagesAt) }
-    this.blocks = layout.blocks.map((block) => {
+    super(parts, layout.pageSize, layout.blocks.map((block) => {
       const content = slice(disk, block.position, block.length, { keepOpen: true })
       return { ...block, content: block.absent.length === 0 ? content : absentAsZero(content, block.absent) }
-    })
+    }))
+    this.rest = { before: rest.subarray(0, layout.pagesAt), after: rest.subarray(layout.pagesAt) }
     this.#owned = owned
   }
 
@@ -102,13 +84,6 @@ export class RamImage extends Resource implements PageSource {
     const same = parts.blocks.length === layout.blocks.length && parts.blocks.every((block, i) => isSame(block, layout.blocks[i]!))
     if (!same) throw damaged('the RAM blocks of the layout are not those of the stream')
     return new RamImage(layout, rest, parts, disk, owned)
-  }
-
-  /** The block of that name or index. @throws Qcow2Error `ERR_NOT_FOUND` */
-  block(which: string | number): RamImageBlockContent {
-    const found = typeof which === 'number' ? this.blocks[which] : this.blocks.find(({ name }) => name === which)
-    if (found === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `no RAM block '${which}'`)
-    return found
   }
 
   /** `length` bytes from byte `offset` of a RAM block. Absent pages read as zeroes. */

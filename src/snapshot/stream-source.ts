@@ -7,14 +7,14 @@ import type { BlockDevice, CallOptions, Extent, MapOptions } from '../block/devi
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import { concat } from '../bytes/concat.ts'
 import { Qcow2Error } from '../core/errors.ts'
-import { Resource } from '../core/resource.ts'
 import { MigrationParser } from '../migration/parser.ts'
 import { StreamRest } from '../migration/stream-rest.ts'
 import { splitStream, type StreamParts } from '../migration/stream-parts.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription, type DeviceDescription } from '../migration/vm-description.ts'
 import { VmState } from '../migration/vm-state.ts'
 import { encodeRecord } from '../migration/writer.ts'
-import type { PageSource, SavedRamBlock } from './page-source.ts'
+import type { SavedRamBlock } from './page-source.ts'
+import { SavedVm } from './saved-vm.ts'
 
 /** Options of {@link StreamSource.open}. */
 export interface StreamSourceOptions extends CallOptions {
@@ -32,16 +32,7 @@ const endRead = 512 << 10
 const endLimit = 256 << 20
 
 /** A saved VM in a stored stream. */
-export class StreamSource extends Resource implements PageSource {
-  readonly machine: string
-  readonly pageSize: number
-  readonly head: Uint8Array
-  readonly ramSectionId: number
-  readonly footers: boolean
-  readonly blocks: readonly SavedRamBlock[]
-  readonly earlyDevices: Uint8Array
-  readonly devices: Uint8Array
-  readonly vmDescription: Uint8Array
+export class StreamSource extends SavedVm<SavedRamBlock> {
   readonly #device: BlockDevice
   readonly #options: StreamSourceOptions
   readonly #abort: AbortController
@@ -54,20 +45,11 @@ export class StreamSource extends Resource implements PageSource {
     indexing: Promise<VmState>,
     abort: AbortController,
   ) {
-    super()
+    super(parts, parts.pageSize, parts.blocks.map(({ name, length }) => ({ name, length, content: new BlockContent(indexing, name, length) })))
     this.#device = device
     this.#options = options
     this.#indexing = indexing
     this.#abort = abort
-    this.machine = parts.machine
-    this.pageSize = parts.pageSize
-    this.head = parts.head
-    this.ramSectionId = parts.ramSectionId
-    this.footers = parts.footers
-    this.earlyDevices = parts.earlyDevices
-    this.devices = parts.devices
-    this.vmDescription = parts.vmDescription
-    this.blocks = parts.blocks.map(({ name, length }) => ({ name, length, content: new BlockContent(indexing, name, length) }))
   }
 
   /**
