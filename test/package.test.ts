@@ -150,8 +150,8 @@ main()
     expect(stdout).toBe('42 true true\n')
   })
 
-  test('on the command line', async () => {
-    const bin = join(consumer, 'node_modules/qcow2', manifest.bin['qcow2']!)
+  test.each([manifest.bin['qcow2']!, 'dist/cli.js'])('on the command line as %s', async (file) => {
+    const bin = join(consumer, 'node_modules/qcow2', file)
     expect((await run(node, [bin, '--version'], { cwd: consumer })).stdout).toContain(manifest.version)
   })
 })
