@@ -68,7 +68,8 @@ export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<Referen
  *
  * Aborting `signal` ends a long request between two clusters or batches of them. The image is consistent; of
  * an aborted `write`, `writeZeroes` or `discard` any part may have been done, an aborted `resize` leaves the
- * old size, when shrinking with an end that may read as zeroes, or as the backing file, already.
+ * old size, when shrinking with an end that may read as zeroes, or as the backing file, already. Shrinking can be
+ * aborted while it empties whole clusters; once it gives up L2 tables it goes through.
  */
 export class Qcow2Image extends BaseDevice {
   readonly limits: BlockLimits

@@ -116,7 +116,8 @@ export class Snapshots implements Iterable<SnapshotInfo> {
 
   /**
    * Makes the disk what it was at the snapshot, its size too. What was written since and is in no
-   * snapshot is gone.
+   * snapshot is gone. Aborting `signal` while the snapshot's clusters are being counted leaves the disk as it was;
+   * after that, from the new L1 table on, it goes through.
    * @throws Qcow2Error `ERR_NOT_FOUND`
    */
   async apply(idOrName: string, options: CallOptions = {}): Promise<void> {
@@ -126,7 +127,8 @@ export class Snapshots implements Iterable<SnapshotInfo> {
   }
 
   /**
-   * Deletes a snapshot and frees what only it held.
+   * Deletes a snapshot and frees what only it held. `signal` is looked at before it begins: stopped half-way it
+   * would leave clusters that nothing frees, so from then on it goes through.
    * @throws Qcow2Error `ERR_NOT_FOUND`, or `ERR_BUSY` while it is open.
    */
   async delete(idOrName: string, options: CallOptions = {}): Promise<void> {
