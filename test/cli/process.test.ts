@@ -28,7 +28,7 @@ test('started as qemu-img it says so in its messages', async () => {
   symlinkSync(program, link)
   const { code, stderr } = await execute(link, 'info', '/nonexistent')
   expect(code).toBe(1)
-  expect(stderr).toBe("qemu-img: Could not open '/nonexistent': No such file or directory\n")
+  expect(stderr).toBe("qemu-img: Could not open '/nonexistent': Could not open '/nonexistent': No such file or directory\n")
 })
 
 test('a reader that leaves is no error', async () => {
