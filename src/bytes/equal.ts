@@ -1,11 +1,5 @@
 /** Compares bytes at memory speed where Node does it, else four at a time where both lie alike in memory. */
-
-type Compare = (this: Uint8Array, target: Uint8Array, targetStart: number, targetEnd: number, sourceStart: number, sourceEnd: number) => number
-
-/** Node compares long runs several times as fast as a loop can look; a browser has nothing of the kind. */
-const compare = (globalThis as { Buffer?: { prototype: { compare: Compare } } }).Buffer?.prototype.compare
-/** Bytes from which the call into Node pays. */
-const worthCalling = 64
+import { compare, worthCalling } from './compare.ts'
 
 /** True if `length` bytes of `a` and of `b`, from `at` on in both, are the same. */
 export function equalBytes(a: Uint8Array, b: Uint8Array, at: number, length: number): boolean {

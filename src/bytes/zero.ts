@@ -1,9 +1,5 @@
 /** Recognises zeroes: the first and last bytes answer for most data, then whole pages are compared at memory speed. */
-
-type Compare = (this: Uint8Array, target: Uint8Array, targetStart: number, targetEnd: number, sourceStart: number, sourceEnd: number) => number
-
-/** Node compares four times as fast as a loop can look; a browser has nothing of the kind. */
-const compare = (globalThis as { Buffer?: { prototype: { compare: Compare } } }).Buffer?.prototype.compare
+import { compare, worthCalling } from './compare.ts'
 
 const zeroes = new Uint8Array(4096)
 
@@ -12,7 +8,7 @@ export function isZero(bytes: Uint8Array, at = 0, length: number = bytes.length 
   if (length === 0) return true
   const end = at + length
   if ((bytes[at]! | bytes[end - 1]!) !== 0) return false
-  if (compare === undefined || length < 64) return isZeroByWords(bytes, at, end)
+  if (compare === undefined || length < worthCalling) return isZeroByWords(bytes, at, end)
   for (; at < end; at += zeroes.length) {
     const stop = Math.min(end, at + zeroes.length)
     if (bytes[at] !== 0 || compare.call(bytes, zeroes, 0, stop - at, at, stop) !== 0) return false
@@ -23,7 +19,7 @@ export function isZero(bytes: Uint8Array, at = 0, length: number = bytes.length 
 /** How many bytes from `at` on are zero; none at `end` or behind it is looked at. */
 export function zeroLength(bytes: Uint8Array, at: number, end: number): number {
   let next = at
-  for (let step = zeroes.length; step >= 64; step >>= 3) while (next + step <= end && isZero(bytes, next, step)) next += step
+  for (let step = zeroes.length; step >= worthCalling; step >>= 3) while (next + step <= end && isZero(bytes, next, step)) next += step
   while (next < end && bytes[next] === 0) next++
   return next - at
 }

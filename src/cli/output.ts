@@ -2,7 +2,7 @@
 import { unlink } from 'node:fs/promises'
 import type { BlockDevice } from '../block/device.ts'
 import { openFile } from '../block/file.ts'
-import { isZero } from '../bytes/zero.ts'
+import { zeroRun } from '../bytes/zero-run.ts'
 import { AlignedWriteQueue } from '../block/write-queue.ts'
 import type { Context, OptionDefinitions } from './command.ts'
 import { syncLimit } from './image/open.ts'
@@ -53,23 +53,14 @@ export async function writeSparse<O extends OptionDefinitions>(context: Context<
     for await (const chunk of chunks) {
       signal.throwIfAborted()
       for (let from = 0; from < chunk.length; ) {
-        const to = grain === 0 ? chunk.length : runEnd(chunk, from, end, grain)
-        if (grain === 0 || !isZero(chunk, from, to - from)) await file.write(end + from, chunk.subarray(from, to), { signal })
+        const { end: to, zero } = zeroRun(chunk, from, grain, end)
+        if (!zero) await file.write(end + from, chunk.subarray(from, to), { signal })
         from = to
       }
       end += chunk.length
     }
     await file.resize(end)
   })
-}
-
-/** Where the run of grains that are all zero, or all not, ends that begins at `from` of a chunk at `offset` of the file. */
-function runEnd(chunk: Uint8Array, from: number, offset: number, grain: number): number {
-  const grainEnd = (at: number): number => Math.min(chunk.length, (Math.floor((offset + at) / grain) + 1) * grain - offset)
-  let end = grainEnd(from)
-  const zero = isZero(chunk, from, end - from)
-  while (end < chunk.length && isZero(chunk, end, grainEnd(end) - end) === zero) end = grainEnd(end)
-  return end
 }
 
 /** Copies a device's bytes, leaving holes in a file where it is known to be zero. */

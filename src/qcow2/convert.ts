@@ -3,6 +3,7 @@
  * decides (what is skipped, what is zero, what is compressed); layout and buffers are elsewhere.
  */
 import { isZero } from '../bytes/zero.ts'
+import { zeroRun } from '../bytes/zero-run.ts'
 import { batchBytes, CodecPool } from '../codec/worker-pool.ts'
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { pad } from '../block/pad.ts'
@@ -50,6 +51,9 @@ export interface ConvertToQcow2Options
   readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
 }
 
+/** Bytes from which zeroes take no space, as `qemu-img convert -S`. */
+export const defaultSparseSize = 4096
+
 /** Bytes of a buffer at most, and buffers in flight: enough to keep a disk streaming, little enough to stay in the cache. */
 const pieceBytes = 1 << 20
 const leastPieceBytes = 1 << 16
@@ -93,7 +97,7 @@ export interface ImageContent {
 export function deviceContent(
   source: BlockDevice,
   allocate: ImageContent['allocate'],
-  { backing, sparseSize = 4096, signal }: ConvertToQcow2Options,
+  { backing, sparseSize = defaultSparseSize, signal }: ConvertToQcow2Options,
   onPiece: ImageContent['onPiece'],
 ): ImageContent {
   const skipBacking = backing !== undefined
@@ -110,7 +114,7 @@ export async function writeImage(host: BlockDevice, options: WriteImageOptions, 
   const file = hostFile(host)
   // whatever was there is gone: an old header must not survive a conversion that fails
   if (host.size > 0) await host.resize(0).catch(() => file.write(0, file.allocate(Math.min(host.size, 512))))
-  const { compressed, workers, sparseSize = 4096, signal, onProgress: _, ...layout } = options
+  const { compressed, workers, sparseSize = defaultSparseSize, signal, onProgress: _, ...layout } = options
   const writer = new ImageWriter(file, layout)
   const { clusterSize } = writer.geometry
   // version 2 cannot say "zeroes" over a backing file, it stores them
@@ -239,7 +243,7 @@ function addWrite(writes: InFlight, file: HostFile, offset: number, bytes: Uint8
  * @throws RangeError if the target is too small; what reading and writing throw.
  */
 export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {
-  const { sparseSize = 4096, signal, onProgress } = options
+  const { sparseSize = defaultSparseSize, signal, onProgress } = options
   const fresh = target.growable && target.size === 0
   const blank = (options.targetIsZero ?? fresh) && sparseSize > 0
   if (target.growable && target.size !== source.size) await target.resize(source.size)
@@ -281,21 +285,12 @@ async function copyPiece({ source, target, sparseSize, blank, signal }: Copy, jo
   }
   const writes = new InFlight()
   for (let at = 0; at < bytes.length; ) {
-    const zero = sparseSize > 0 && isZero(bytes, at, Math.min(sparseSize, bytes.length - at))
-    const end = runEnd(bytes, at, sparseSize, zero)
+    const { end, zero } = zeroRun(bytes, at, sparseSize)
     if (!zero) writes.add(target.write(piece.start + at, bytes.subarray(at, end), { signal }))
     else if (!blank) writes.add(target.writeZeroes(piece.start + at, end - at, { unmap: true, signal }))
     at = end
   }
   await writes.settle()
-}
-
-/** Where a run of grains that are all zeroes, or all not, ends. */
-function runEnd(bytes: Uint8Array, from: number, grain: number, zero: boolean): number {
-  if (grain === 0) return bytes.length
-  let at = from + grain
-  while (at < bytes.length && isZero(bytes, at, Math.min(grain, bytes.length - at)) === zero) at += grain
-  return Math.min(at, bytes.length)
 }
 
 /** Tells how far pieces of the source are dealt with. */

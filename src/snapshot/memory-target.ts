@@ -172,9 +172,8 @@ async function assertNotBelow(path: string, backing: string): Promise<void> {
     }
     if (seen.has(file)) return // a loop: opening it tells
     seen.add(file)
-    await using device = await openFile(file, { readOnly: true })
-    const info = await readImageInfo(device)
-    ;[name, from] = [info.backingFile, file]
+    const { backingFile } = await readImageInfo(file, { forceShare: true })
+    ;[name, from] = [backingFile, file]
   }
 }
 

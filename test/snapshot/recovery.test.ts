@@ -7,6 +7,7 @@ import { expect, onTestFinished, test } from 'vitest'
 import { QmpClient } from '../../src/qmp/client.ts'
 import { connectSocket } from '../../src/qmp/socket.ts'
 import { openSaved } from '../../src/snapshot/open-saved.ts'
+import type { PageSource } from '../../src/snapshot/page-source.ts'
 import { recover, revert } from '../../src/snapshot/revert.ts'
 import { Guest, mainMemory } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
@@ -15,6 +16,18 @@ import { SlowSource } from '../support/slow-source.ts'
 import { tempFolder } from '../support/temp.ts'
 
 const hash = (file: string): string => createHash('sha256').update(readFileSync(file)).digest('hex')
+
+/** Reverts into the guest, and drops the connection as soon as the guest runs: it has the first MiB at most. */
+async function revertAndCut(guest: Guest, saved: PageSource): Promise<void> {
+  const abort = new AbortController()
+  const cut = revert(new SlowSource(saved, 1 << 20).source, {
+    qmp: guest.qmp,
+    incoming: join(guest.folder, 'incoming'),
+    signal: abort.signal,
+    onProgress: ({ phase }) => phase === 'running' && abort.abort(new Error('cut')),
+  })
+  await expect(cut).rejects.toThrow('cut')
+}
 
 describeWithQemu('recovery', (qemu) => {
   test('after the connection was lost, again and again', async () => {
@@ -49,14 +62,7 @@ describeWithQemu('recovery', (qemu) => {
     const { file, memory } = await makeSave(qemu, 'RAM image')
     const guest = await Guest.boot(qemu, { incoming: 'defer' })
     await using saved = await openSaved(file)
-    const abort = new AbortController()
-    const cut = revert(new SlowSource(saved, 1 << 20).source, {
-      qmp: guest.qmp,
-      incoming: join(guest.folder, 'incoming'),
-      signal: abort.signal,
-      onProgress: ({ phase }) => phase === 'running' && abort.abort(new Error('cut')),
-    })
-    await expect(cut).rejects.toThrow('cut')
+    await revertAndCut(guest, saved)
     const again = join(guest.folder, 'again')
     await expect.poll(async () => guest.qmp.execute('migrate-recover', { uri: `unix:${again}` }, { outOfBand: true }).then(() => true, () => false), { interval: 10, timeout: 10_000 }).toBe(true)
     const stream = await connectSocket(again)
@@ -76,14 +82,7 @@ describeWithQemu('recovery', (qemu) => {
     const args = ['-chardev', `socket,id=second,path=${second},server=on,wait=off`, '-mon', 'chardev=second,mode=control']
     const guest = await Guest.boot(qemu, { incoming: 'defer', args })
     await using saved = await openSaved(file)
-    const abort = new AbortController()
-    const cut = revert(new SlowSource(saved, 1 << 20).source, {
-      qmp: guest.qmp,
-      incoming: join(guest.folder, 'incoming'),
-      signal: abort.signal,
-      onProgress: ({ phase }) => phase === 'running' && abort.abort(new Error('cut')),
-    })
-    await expect(cut).rejects.toThrow('cut')
+    await revertAndCut(guest, saved)
     await expect.poll(async () => (await guest.qmp.execute('query-migrate')).status, { interval: 10, timeout: 10_000 }).toBe('postcopy-paused')
     // QEMU's main thread waits for a page now, as it does when a device has to read the guest's memory.
     const reading = guest.qmp.execute('human-monitor-command', { 'command-line': `xp /1wx ${(4 << 20) - 0x20000}` })

@@ -4,7 +4,7 @@ import { setBackingFile } from '../../qcow2/rebase.ts'
 import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { asksForHelp, createHelp, isAmendable, parseCreateOptions, switchOf, versionOf, type CreateValues } from '../image/create-options.ts'
-import { reasonOf, type Opener, type OpenHow } from '../image/open.ts'
+import { reasonOf, type ImageFile, type Opener, type OpenHow } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
 import type { ImageSpec } from '../image/spec.ts'
 
@@ -37,8 +37,7 @@ export const amendCommand = command({
     if (args.length === 0) throw new UsageError('Expecting one image file name')
     const opener = openerFor(context)
     const how = { readOnly: false, direct: isDirect(options.cache) }
-    await settleDirty(opener, specOf(context), how)
-    const file = await opener.file(specOf(context), how)
+    const file = await openSettled(opener, specOf(context), how)
     const progress = context.progress()
     try {
       if (file.format !== 'qcow2') throw new ExitError(1, "Format driver 'raw' does not support option amendment")
@@ -62,12 +61,14 @@ export const amendCommand = command({
   },
 })
 
-/** Sets right the refcounts that the last writer postponed: opening for writing does. */
-async function settleDirty(opener: Opener, spec: ImageSpec, how: OpenHow): Promise<void> {
+/** The file, after the refcounts that its last writer postponed were set right: opening the image for writing does. */
+async function openSettled(opener: Opener, spec: ImageSpec, how: OpenHow): Promise<ImageFile> {
   const file = await opener.file(spec, how)
   const dirty = await (file.format === 'qcow2' ? readImageInfo(file.host).then((info) => info.dirty, () => false) : false)
+  if (!dirty) return file
   await file.host.close()
-  if (dirty) await (await opener.spec(spec, { ...how, withoutBacking: true })).close()
+  await (await opener.spec(spec, { ...how, withoutBacking: true })).close()
+  return opener.file(spec, how)
 }
 
 /** What needs the image open: its size and its backing file. */

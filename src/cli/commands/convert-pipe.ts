@@ -1,14 +1,12 @@
 /** `convert` with a pipe on one side: stdin as a raw disk, stdout as a qcow2 image. */
 import type { BlockDevice } from '../../block/device.ts'
 import { convertStreamToQcow2, convertToQcow2Stream } from '../../qcow2/convert-stream.ts'
+import { defaultSparseSize } from '../../qcow2/convert.ts'
 import { UsageError } from '../errors.ts'
 import { layoutOf } from '../image/create-options.ts'
 import { writeSparse, writeStream } from '../output.ts'
 import type { Progress } from '../progress.ts'
 import { aboutTarget, checkBacking, createFile, needsEngine, shapeOf, type ConvertContext, type Request } from './convert-request.ts'
-
-/** As everywhere in `convert`. */
-const defaultSparseSize = 4096
 
 /** True if the source is a pipe: it can be read once, forwards. */
 export function readsPipe({ args, options, terminal }: ConvertContext): boolean {

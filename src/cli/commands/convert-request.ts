@@ -1,11 +1,11 @@
 /** What a `convert` command line asks for, and the target it makes. Owns what is wrong with a request by itself. */
 import type { BlockDevice } from '../../block/device.ts'
-import { openFile } from '../../block/file.ts'
 import type { ConvertToQcow2Options } from '../../qcow2/convert.ts'
 import type { Context, OptionValues } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
-import { reasonOf, resolveBacking, syncLimit } from '../image/open.ts'
+import { emptyFile } from '../image/new-image.ts'
+import { resolveBacking } from '../image/open.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { parsePlace } from '../image/spec.ts'
 import { parseSize } from '../size.ts'
@@ -124,11 +124,6 @@ export async function aboutTarget<T>(target: string, task: () => Promise<T>): Pr
 export async function createFile(context: ConvertContext, target: string): Promise<BlockDevice> {
   const place = parsePlace(target)
   if (place.kind !== 'file') throw new ExitError(1, `${target}: images are made in files only; -n writes to what exists`)
-  try {
-    const how = isDirect(context.options['target-cache']) ? { direct: true } : { syncLimit }
-    const file = await openFile(place.path, { ...how, create: 'w' })
-    return context.wrapDevice?.(file, place.path) ?? file
-  } catch (error) {
-    throw new ExitError(1, `${target}: error while converting ${context.options['target-format'] ?? 'raw'}: Could not create '${target}': ${reasonOf(error)}`, { cause: error })
-  }
+  const failed = `${target}: error while converting ${context.options['target-format'] ?? 'raw'}: Could not create '${target}'`
+  return emptyFile(context, place.path, { direct: isDirect(context.options['target-cache']), failed })
 }

@@ -1,14 +1,12 @@
-import { openFile } from '../../block/file.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
 import type { BlockDevice } from '../../block/device.ts'
 import { convertToQcow2, copyDevice } from '../../qcow2/convert.ts'
-import { command } from '../command.ts'
+import { command, type Context } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { isCreatable } from '../image/create-options.ts'
-import { refuseSelf } from '../image/new-image.ts'
+import { emptyFile, refuseSelf } from '../image/new-image.ts'
 import { openerFor, forceShareOption, imageOptsOption, objectOption } from '../image/options.ts'
-import { reasonOf } from '../image/open.ts'
 import { rawImage } from '../image/raw.ts'
 import { parseImageOpts, parsePlace } from '../image/spec.ts'
 import { didYouMean } from '../nearest.ts'
@@ -47,8 +45,7 @@ export const ddCommand = command({
       if (skip * blockSize > source.device.size) context.warn(`${input}: cannot skip to specified offset`)
       const part = rawImage(slice(pad(source.device), start, Math.min(count * blockSize, source.device.size - start), { readOnly: true, keepOpen: true }))
       context.leaves(`${output} is incomplete: delete it`)
-      const made = await newFile(output)
-      await using file = context.wrapDevice?.(made, output) ?? made
+      await using file = await newFile(context, output)
       if (format === 'raw') await copyDevice(part, file, { signal })
       else await convertToQcow2(part, file, { signal })
       return 0
@@ -87,12 +84,9 @@ function blocksOf(operands: ReadonlyMap<OperandName, string>, name: 'count' | 's
   return Number(text)
 }
 
-async function newFile(output: string): Promise<BlockDevice> {
+function newFile(context: Context, output: string): Promise<BlockDevice> {
   const place = parsePlace(output)
-  try {
-    if (place.kind !== 'file') throw new UsageError('images are made in files only')
-    return await openFile(place.path, { create: 'w' })
-  } catch (error) {
-    throw new ExitError(1, `${output}: error while creating output image: Could not create '${output}': ${reasonOf(error)}`, { cause: error })
-  }
+  const failed = `${output}: error while creating output image: Could not create '${output}'`
+  if (place.kind !== 'file') throw new ExitError(1, `${failed}: images are made in files only`)
+  return emptyFile(context, place.path, { failed })
 }

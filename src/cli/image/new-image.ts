@@ -6,9 +6,10 @@ import { MemoryDevice } from '../../block/memory.ts'
 import { Qcow2Error } from '../../core/errors.ts'
 import { Qcow2Image, type CreateOptions } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
+import type { Context } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from './create-options.ts'
-import { reasonOf, type OpenedImage } from './open.ts'
+import { reasonOf, syncLimit, type OpenedImage } from './open.ts'
 import type { Secrets } from './secrets.ts'
 import { parseName, parsePlace } from './spec.ts'
 
@@ -75,6 +76,17 @@ async function fill(path: string, size: number, signal: AbortSignal): Promise<vo
   await using device = await openFile(path)
   await device.writeZeroes(0, size, { signal })
   await device.flush()
+}
+
+/**
+ * The file of a target, made or emptied, as a device that the command may watch. `failed` begins the message if that fails.
+ * @throws ExitError
+ */
+export async function emptyFile({ wrapDevice }: Pick<Context, 'wrapDevice'>, path: string, { direct = false, failed }: { readonly direct?: boolean; readonly failed: string }): Promise<BlockDevice> {
+  const file = await openFile(path, { ...(direct ? { direct } : { syncLimit }), create: 'w' }).catch((error: unknown) => {
+    throw new ExitError(1, `${failed}: ${reasonOf(error)}`, { cause: error })
+  })
+  return wrapDevice?.(file, path) ?? file
 }
 
 async function makeDataFile(path: string, size: number): Promise<void> {
