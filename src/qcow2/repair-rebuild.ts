@@ -1,10 +1,11 @@
 /**
- * New refcount structures from nothing but the references that were found. Owns their layout behind
- * the end of the file and the one write that puts them in place of the old.
+ * New refcount structures from nothing but the references that were found. Owns where they go, and the
+ * one write that puts them in place of the old.
  */
 import { writeU64 } from '../bytes/u64.ts'
 import { viewOf } from '../bytes/view.ts'
 import type { CheckContext } from './check-context.ts'
+import type { ClusterCounters } from './check-counters.ts'
 import { maxRefcountTableBytes } from './limits.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refcountLayout } from './refcount-layout.ts'
@@ -14,7 +15,13 @@ export interface RebuildOptions {
   /** Counters become `1 << refcountOrder` bits wide; default as they are. */
   readonly refcountOrder?: number
   /** A new snapshot table of so many snapshots; its old clusters must not have been counted. */
-  readonly snapshots?: { readonly table: Uint8Array; readonly count: number }
+  readonly snapshots?: { readonly table: Uint8Array; readonly count: number } | undefined
+  /**
+   * Clusters of the old structures, and others that must keep their bytes. The new structures then go into the first
+   * gap between these that takes them: a file that grows would bring damaged references past its end to life.
+   * Without it they go behind the end.
+   */
+  readonly keep?: ClusterCounters
 }
 
 interface Plan {
@@ -32,10 +39,10 @@ interface Plan {
  * Writes refcount structures that count what `context.expected` holds, which must not include the old
  * ones, and switches the image over to them.
  *
- * Order: everything new goes behind the end of the file, where nothing refers to; flush; then one
- * write of the header's first sector names the new structures; flush. A crash before that write
- * leaves the image as it was, with a longer file; after it the new structures are in force. The
- * clusters of the old ones are free because nothing counts them any more.
+ * Order: everything new goes where nothing refers to; flush; then one write of the header's first sector
+ * names the new structures; flush. A crash before that write leaves the image as it was, perhaps with a
+ * longer file; after it the new structures are in force. The clusters of the old ones are free because
+ * nothing counts them any more.
  * @throws Qcow2Error `ERR_RANGE` if a count does not fit into counters of the new width.
  */
 export async function rebuildRefcounts(context: CheckContext, options: RebuildOptions = {}): Promise<void> {
@@ -51,13 +58,25 @@ export async function rebuildRefcounts(context: CheckContext, options: RebuildOp
   await context.host.flush()
 }
 
-/** The new structures count themselves, so their size is a fixed point. */
+/** The first place that takes the new structures. */
 function planRebuild(context: CheckContext, order: number, options: RebuildOptions): Plan {
-  const { clusterSize } = context.geometry
-  const perBlock = (clusterSize * 8) / 2 ** order
-  const start = context.fileClusters
-  const snapshotClusters = Math.ceil((options.snapshots?.table.length ?? 0) / clusterSize)
+  const perBlock = (context.geometry.clusterSize * 8) / 2 ** order
   const counted = usedBlocks(context, perBlock)
+  // what is in use may end up to a cluster behind the file
+  const end = Math.max(context.fileClusters, context.expected.highest + 1)
+  if (options.keep !== undefined) {
+    for (const gap of gapsBetween(context.expected, options.keep, end)) {
+      const plan = planAt(gap.start, context, perBlock, counted, options)
+      if (plan.end <= gap.end) return plan
+    }
+  }
+  return planAt(end, context, perBlock, counted, options)
+}
+
+/** The new structures count themselves, so their size is a fixed point. */
+function planAt(start: number, context: CheckContext, perBlock: number, counted: readonly number[], options: RebuildOptions): Plan {
+  const { clusterSize } = context.geometry
+  const snapshotClusters = Math.ceil((options.snapshots?.table.length ?? 0) / clusterSize)
   for (let blocks = counted, tableClusters = 1; ; ) {
     const end = start + snapshotClusters + blocks.length + tableClusters
     const needed = new Set(counted)
@@ -69,6 +88,16 @@ function planRebuild(context: CheckContext, order: number, options: RebuildOptio
     if (needed.size === blocks.length && neededTable === tableClusters) return { start, snapshotClusters, blocks, tableClusters, end }
     blocks = [...needed].sort((a, b) => a - b)
     tableClusters = neededTable
+  }
+}
+
+/** Runs of whole clusters below `end` that are in use by neither. */
+function* gapsBetween(first: ClusterCounters, second: ClusterCounters, end: number): Generator<{ start: number; end: number }> {
+  const nextUsed = (from: number): number => Math.min(first.nextUsed(from, end), second.nextUsed(from, end))
+  for (let start = 0; start < end; ) {
+    const used = nextUsed(start)
+    if (used > start) yield { start, end: used }
+    start = used + 1
   }
 }
 

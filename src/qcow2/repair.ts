@@ -89,7 +89,10 @@ async function repairAll(host: BlockDevice, before: CheckState, options: RepairO
   }
   const snapshots = state.snapshots.rewrite ? repairedSnapshots(state) : undefined
   const counted = await runCheck(host, { ...options, omitRefcounts: true, omitSnapshotTable: snapshots !== undefined })
-  await rebuildRefcounts(counted.context, snapshots === undefined ? {} : { snapshots })
+  await rebuildRefcounts(counted.context, { snapshots, keep: state.context.expected })
+  const rebuilt = await runCheck(host, options)
+  // a damaged entry may take the header itself for a table, whose references the switch then changed
+  await repairCounters(rebuilt, true)
   const after = await runCheck(host, options)
   return {
     // flags that contradicted a lost counter were right all the time
