@@ -77,7 +77,8 @@ export class RevertError extends Qcow2Error {
   readonly phase: RevertPhase
   /**
    * True if the guest is paused and goes on when {@link recover} is called with the same source. Of a recovery that broke
-   * off while `recovering`, it is true for QEMU 10.0; 7.2 has ended then.
+   * off while `recovering`, it is true for QEMU 10.0; 7.2 has ended then. A connection lost in the moment between the last
+   * device state and the guest's first instruction ends QEMU: then there is nothing to recover.
    */
   readonly recoverable: boolean
 
