@@ -5,6 +5,7 @@
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { StoredRefcounts } from './check-refcounts.ts'
+import type { CheckFinding } from './check-report.ts'
 import { ClusterCounters } from './check-counters.ts'
 import { viewOf } from '../bytes/view.ts'
 import { zeroLength } from '../bytes/zero.ts'
@@ -78,19 +79,19 @@ class MappingWalk {
       if (high === 0 && low === 0) continue
       const at = table.offset + index * 8
       if ((high & (reservedHigh | compressedFlag)) !== 0 || (low & (reservedLow | zeroFlag)) !== 0) {
-        report.corruption({ structure: 'L1 entry', offset: at, message: `L1 entry ${index} has reserved bits set: ${hex(high, low)}` })
+        report.corruption({ structure: 'L1 entry', offset: at, message: `L1 entry ${index} has reserved bits set: ${hex(high, low)}`, entry: hex(high, low), index })
       }
       const offset = entryOffset(high, low)
       this.#context.reference(offset, geometry.clusterSize, owner.l2Table)
       if (offset % geometry.clusterSize !== 0) {
         const message = `L1 entry ${index}: the L2 table offset ${offset} is not a multiple of ${geometry.clusterSize}`
-        report.corruption({ structure: 'L1 entry', offset: at, message })
+        report.corruption({ structure: 'L1 entry', offset: at, message, entry: hex(high, low), index })
         this.#unaligned.push({ offset, active: table.active })
       } else if (offset < this.#context.host.size) {
         this.#all.add(offset / geometry.clusterSize, 1)
         if (table.active) this.#active.add(offset / geometry.clusterSize, 1)
       }
-      if (table.active && offset > 0) this.#copied({ structure: 'L1 entry', at, name: `L1 entry ${index}: ` }, high, low, Math.floor(offset / geometry.clusterSize), 1)
+      if (table.active && offset > 0) this.#copied({ structure: 'L1 entry', offset: at, index }, high, low, Math.floor(offset / geometry.clusterSize), 1)
     }
   }
 
@@ -137,12 +138,12 @@ class MappingWalk {
         continue
       }
       if ((high & reservedHigh) !== 0 || (low & reservedLow) !== 0) {
-        report.corruption({ structure: 'L2 entry', offset: at, message: `reserved bits are set: ${hex(high, low)}` }, times)
+        report.corruption({ structure: 'L2 entry', offset: at, message: `reserved bits are set: ${hex(high, low)}`, entry: hex(high, low) }, times)
       }
       const kind = clusterKind(high, low, kindContext)
       if (header.version === 2 && (low & zeroFlag) !== 0) {
         const message = `the ZERO flag is set, which version 2 does not have: ${hex(high, low)}`
-        report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+        report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
       }
       if (kind === 'unallocated' || kind === 'zero-plain') {
         if (alloc !== 0) this.#invalidSubclusters(at, zero, alloc, times)
@@ -156,15 +157,15 @@ class MappingWalk {
       const holdsData = extendedL2 ? alloc !== 0 : kind === 'normal'
       if (offset % clusterSize !== 0) {
         const message = `the cluster offset ${offset} is not a multiple of ${clusterSize}`
-        report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+        report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
         if (!holdsData) this.repairs.push({ kind: 'zero', entryOffset: at })
       }
       if (!hasDataFile) {
         this.#context.reference(offset, clusterSize, owner.data, times)
-        if (active > 0 && start > 0) this.#copied({ structure: 'L2 entry', at, name: '' }, high, low, Math.floor(offset / clusterSize), active)
+        if (active > 0 && start > 0) this.#copied({ structure: 'L2 entry', offset: at }, high, low, Math.floor(offset / clusterSize), active)
       } else if (active > 0 && !isCopied(high)) {
         const message = `COPIED is not set, though the data file's clusters have one owner: ${hex(high, low)}`
-        report.corruption({ structure: 'L2 entry', offset: at, message }, active)
+        report.corruption({ structure: 'L2 entry', offset: at, message, flag: 'COPIED', entry: hex(high, low) }, active)
         this.repairs.push({ kind: 'copied', entryOffset: at, cluster: -1 })
       }
     }
@@ -172,8 +173,11 @@ class MappingWalk {
 
   #compressed(at: number, high: number, low: number, hasBitmap: boolean, times: number, active: number): void {
     const { report, geometry, hasDataFile } = this.#context
-    const corrupt = (message: string): void => report.corruption({ structure: 'L2 entry', offset: at, message }, times)
-    if (isCopied(high)) corrupt(`COPIED is set on a compressed cluster: ${hex(high, low)}`)
+    const corrupt = (message: string): void => report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
+    if (isCopied(high)) {
+      const entry = hex(high, low)
+      report.corruption({ structure: 'L2 entry', offset: at, message: `COPIED is set on a compressed cluster: ${entry}`, flag: 'COPIED', entry }, times)
+    }
     if (hasDataFile) {
       corrupt('a compressed cluster in an image with an external data file')
     } else if (hasBitmap) {
@@ -194,13 +198,14 @@ class MappingWalk {
   }
 
   /** In the active layer COPIED must be set exactly where the stored refcount is 1. */
-  #copied({ structure, at, name }: { structure: 'L1 entry' | 'L2 entry'; at: number; name: string }, high: number, low: number, cluster: number, times: number): void {
+  #copied(place: Pick<CheckFinding, 'structure' | 'offset' | 'index'>, high: number, low: number, cluster: number, times: number): void {
     const refcount = this.#stored.get(cluster)
     if (refcount === undefined || isCopied(high) === (refcount === 1)) return
-    const flag = isCopied(high) ? 'set' : 'not set'
-    const message = `${name}COPIED is ${flag}, but the refcount of cluster ${cluster} is ${refcount}: ${hex(high, low)}`
-    this.#context.report.corruption({ structure, offset: at, message, found: refcount }, times)
-    this.repairs.push({ kind: 'copied', entryOffset: at, cluster })
+    const entry = hex(high, low)
+    const name = place.index === undefined ? '' : `L1 entry ${place.index}: `
+    const message = `${name}COPIED is ${isCopied(high) ? 'set' : 'not set'}, but the refcount of cluster ${cluster} is ${refcount}: ${entry}`
+    this.#context.report.corruption({ ...place, message, flag: 'COPIED', entry, found: refcount }, times)
+    this.repairs.push({ kind: 'copied', entryOffset: place.offset, cluster })
   }
 }
 

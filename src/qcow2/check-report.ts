@@ -10,9 +10,15 @@ export interface CheckFinding {
   readonly offset: number
   /** For people; the wording may change. */
   readonly message: string
-  /** The value that was expected, where the finding is about one. */
+  /** The flag of an entry that is wrong, by the specification's name. */
+  readonly flag?: 'COPIED'
+  /** The L1 or L2 entry as the file has it: 16 hexadecimal digits, of which the first is the most significant. */
+  readonly entry?: string
+  /** Which entry of its L1 table, counted from 0. */
+  readonly index?: number
+  /** The refcount that was expected, where the finding is about one. */
   readonly expected?: number
-  /** The value that was found. */
+  /** The refcount that was found: of the cluster, or of the cluster that the entry refers to. */
   readonly found?: number
 }
 

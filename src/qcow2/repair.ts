@@ -58,8 +58,8 @@ function isClean(report: CheckReport, copiedFlags: number): boolean {
 }
 
 /** A COPIED flag that contradicts a counter: which of the two is wrong shows when the counters are right. */
-function isFlag({ structure, found }: CheckFinding): boolean {
-  return structure !== 'refcount' && found !== undefined
+function isFlag({ flag }: CheckFinding): boolean {
+  return flag === 'COPIED'
 }
 
 /** What was wrong and no longer is. */

@@ -193,8 +193,8 @@ describeWithQemu('check', (qemu) => {
   })
 })
 
-test('metadata that data overwrote is reported as an overlap, which counting alone would not show', async () => {
-  // a header, a refcount table and block, an L1 and an L2 table whose only entry names the refcount block
+/** A header, a refcount table and block, an L1 and an L2 table with one entry each: clusters 0 to 4 of 512 bytes. */
+function tinyImage(l1Entry: bigint, l2Entry: bigint, refcounts: readonly number[]): MemoryDevice {
   const bytes = Buffer.alloc(5 * 512)
   bytes.writeUInt32BE(0x514649fb, 0)
   bytes.writeUInt32BE(3, 4)
@@ -207,12 +207,29 @@ test('metadata that data overwrote is reported as an overlap, which counting alo
   bytes.writeUInt32BE(4, 96)
   bytes.writeUInt32BE(104, 100)
   bytes.writeBigUInt64BE(1024n, 512)
-  ;[1, 1, 2, 1, 1].forEach((count, cluster) => bytes.writeUInt16BE(count, 1024 + cluster * 2))
-  bytes.writeBigUInt64BE(2048n | (1n << 63n), 1536)
-  bytes.writeBigUInt64BE(1024n, 2048)
-  const report = await checkImage(new MemoryDevice(Uint8Array.from(bytes)))
+  refcounts.forEach((count, cluster) => bytes.writeUInt16BE(count, 1024 + cluster * 2))
+  bytes.writeBigUInt64BE(l1Entry, 1536)
+  bytes.writeBigUInt64BE(l2Entry, 2048)
+  return new MemoryDevice(Uint8Array.from(bytes))
+}
+
+const copied = 1n << 63n
+
+test('metadata that data overwrote is reported as an overlap, which counting alone would not show', async () => {
+  // the only L2 entry names the refcount block
+  const report = await checkImage(tinyImage(2048n | copied, 1024n, [1, 1, 2, 1, 1]))
   expect(report).toMatchObject({ overlaps: 1, leaks: 0 })
   expect(report.findings.map(({ message }) => message)).toContain('cluster 2 is claimed by guest data and a refcount block')
+})
+
+test('a finding about a COPIED flag tells the entry, its index in the L1 table and the refcount', async () => {
+  const { findings } = await checkImage(tinyImage(2048n, 1024n | copied, [1, 1, 2, 1, 1]))
+  const flags = findings.filter(({ flag }) => flag === 'COPIED')
+  expect(flags).toMatchObject([
+    { kind: 'corruption', structure: 'L1 entry', offset: 1536, entry: '0000000000000800', index: 0, found: 1 },
+    { kind: 'corruption', structure: 'L2 entry', offset: 2048, entry: '8000000000000400', found: 2 },
+  ])
+  expect(flags[1]!.index).toBeUndefined()
 })
 
 test('hostile sizes cost an error, not memory', async () => {

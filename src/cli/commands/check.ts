@@ -65,19 +65,20 @@ function isNoImage(error: unknown): boolean {
 
 /** As qemu-img finds them: structures, then counters, then COPIED flags. */
 function inOrder(findings: readonly CheckFinding[]): CheckFinding[] {
-  const rank = ({ structure, found }: CheckFinding): number => (structure === 'refcount' ? 1 : found === undefined ? 0 : 2)
+  const rank = ({ structure, flag, found }: CheckFinding): number => (structure === 'refcount' ? 1 : flag === undefined || found === undefined ? 0 : 2)
   return [...findings].sort((a, b) => rank(a) - rank(b))
 }
 
 /** In qemu-img's words, where it has words for it. */
-function findingLine({ kind, structure, offset, message, expected, found }: CheckFinding, clusterSize: number, repaired: boolean): string {
+function findingLine(finding: CheckFinding, clusterSize: number, repaired: boolean): string {
+  const { kind, structure, offset, message, flag, entry, index, expected, found } = finding
   const word = repaired ? 'Repairing' : 'ERROR'
   if (structure === 'refcount' && expected !== undefined && found !== undefined) {
     return `${kind === 'leak' && !repaired ? 'Leaked' : word} cluster ${Math.floor(offset / clusterSize)} refcount=${found} reference=${expected}`
   }
-  const [, index, entry] = /^(?:L1 entry (\d+): )?COPIED is .*: 0*([0-9a-f]+)$/.exec(message) ?? []
-  if (found !== undefined && entry !== undefined) {
-    const what = index === undefined ? `data cluster: l2_entry=${entry}` : `L2 cluster: l1_index=${index} l1_entry=${entry}`
+  if (flag === 'COPIED' && entry !== undefined && found !== undefined) {
+    const digits = entry.replace(/^0+/, '')
+    const what = index === undefined ? `data cluster: l2_entry=${digits}` : `L2 cluster: l1_index=${index} l1_entry=${digits}`
     return `${word} OFLAG_COPIED ${what} refcount=${found}`
   }
   return `${word} ${structure} at offset ${offset}: ${message}`
