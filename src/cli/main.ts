@@ -128,14 +128,9 @@ async function report(error: unknown, terminal: Terminal, path: string): Promise
   if (message === '' && error instanceof ExitError) return
   const advice = error instanceof UsageError ? ` (see '${[program, path, '--help'].filter((word) => word !== '').join(' ')}')` : ''
   // called by the other name it speaks as that program does, whose lines scripts match
-  await stderr.write(`${program}: ${program === 'qemu-img' ? asQemuImg(message) : oneLine(message) + advice}\n`)
+  await stderr.write(`${program}: ${program === 'qemu-img' ? message : oneLine(message) + advice}\n`)
   const debug = env['QCOW2_DEBUG']
   if (debug !== undefined && debug !== '' && error instanceof Error) await stderr.write(`${error.stack ?? ''}\n`)
-}
-
-/** qemu-img names a file that cannot be opened once for itself and once for its driver. */
-function asQemuImg(message: string): string {
-  return message.replace(/^(Could not open '.*': )(No such file or directory|Permission denied)$/s, '$1$1$2')
 }
 
 function oneLine(message: string): string {

@@ -83,14 +83,26 @@ export class FormatError extends Qcow2Error implements FormatLocation {
   }
 }
 
+/** A bit that is set in a qcow2 header's `incompatible_features` and that this library does not know. */
+export interface UnknownFeature {
+  /** 0 to 63; 0 is the least significant. */
+  readonly bit: number
+  /** What the image's own feature name table calls it; left out where that does not name it. */
+  readonly name?: string
+}
+
 /** A valid request or file that needs something this library or this Node does not have. */
 export class UnsupportedError extends Qcow2Error {
   /** The features that are missing, by the names their specification gives them. */
   readonly features: readonly string[]
+  /** For an image with unknown incompatible features: these, by ascending bit. */
+  readonly unknownFeatures?: readonly UnknownFeature[]
 
-  constructor(message: string, features: readonly string[] = [], options?: ErrorOptions) {
-    super('ERR_UNSUPPORTED', message, options)
+  constructor(message: string, features: readonly string[] = [], options: ErrorOptions & { unknownFeatures?: readonly UnknownFeature[] } = {}) {
+    const { unknownFeatures, ...cause } = options
+    super('ERR_UNSUPPORTED', message, cause)
     this.features = features
+    if (unknownFeatures !== undefined) this.unknownFeatures = unknownFeatures
   }
 }
 

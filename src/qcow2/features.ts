@@ -6,7 +6,7 @@
  *   compatible    0 lazy refcounts
  *   autoclear     0 bitmaps  1 raw external data
  */
-import { UnsupportedError } from '../core/errors.ts'
+import { UnsupportedError, type UnknownFeature } from '../core/errors.ts'
 
 /** Bits of the incompatible feature word. */
 export const incompatible = {
@@ -80,18 +80,19 @@ export function encodeFeatureNames(names: readonly FeatureName[]): Uint8Array {
 
 /**
  * Refuses an image with incompatible features this library does not know.
- * @throws UnsupportedError naming each by the image's own feature name table, where it has one.
+ * @throws UnsupportedError with `unknownFeatures`.
  */
 export function refuseUnknownFeatures(word: bigint, names: readonly FeatureName[]): void {
   const unknown = word & ~knownIncompatible
   if (unknown === 0n) return
-  const found: string[] = []
+  const unknownFeatures: UnknownFeature[] = []
   for (let bit = 0; bit < 64; bit++) {
     if (((unknown >> BigInt(bit)) & 1n) === 0n) continue
-    const name = names.find((entry) => entry.word === 'incompatible' && entry.bit === bit)?.name
-    found.push(name === undefined || name === '' ? `incompatible feature bit ${bit}` : name)
+    const { name = '' } = names.find((entry) => entry.word === 'incompatible' && entry.bit === bit) ?? {}
+    unknownFeatures.push(name === '' ? { bit } : { bit, name })
   }
-  throw new UnsupportedError(`header: unsupported incompatible features: ${found.join(', ')} (offset 72)`, found)
+  const features = unknownFeatures.map(({ bit, name }) => name ?? `incompatible feature bit ${bit}`)
+  throw new UnsupportedError(`header: unsupported incompatible features: ${features.join(', ')} (offset 72)`, features, { unknownFeatures })
 }
 
 /** The autoclear word a writer leaves: unknown bits cleared, as the specification demands. */

@@ -1,6 +1,7 @@
 /** The pure decoders and encoders: round trips over arbitrary values, and worked examples as hex. */
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
+import { viewOf } from '../../src/bytes/view.ts'
 import { Qcow2Error } from '../../src/core/errors.ts'
 import {
   decodeBitmapsExtension,
@@ -286,6 +287,9 @@ describe('header', () => {
     })
     bytes.set(Buffer.from('time travel'), 122)
     expect(() => decodeHeaderCluster(bytes)).toThrow('time travel')
+    viewOf(bytes).setUint32(76, 5 << 20)
+    const unknownFeatures = [{ bit: 20, name: 'time travel' }, { bit: 22 }]
+    expect(() => decodeHeaderCluster(bytes)).toThrow(expect.objectContaining({ code: 'ERR_UNSUPPORTED', unknownFeatures }))
   })
 
   test('headers survive encoding', () => {

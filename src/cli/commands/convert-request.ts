@@ -5,7 +5,7 @@ import type { Context, OptionValues } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
 import { emptyFile } from '../image/new-image.ts'
-import { resolveBacking } from '../image/open.ts'
+import { couldNotOpen, reasonOf, resolveBacking } from '../image/open.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { parsePlace } from '../image/spec.ts'
 import { parseSize } from '../size.ts'
@@ -106,7 +106,8 @@ export async function checkBacking(context: ConvertContext, target: string, valu
   try {
     await (await openerFor(context).name(resolved, { readOnly: true }, values.get('backing_fmt'))).close()
   } catch (error) {
-    throw new ExitError(1, `Could not open '${target}': Could not open backing file: ${error instanceof Error ? error.message : String(error)}`, { cause: error })
+    const reason = error instanceof ExitError ? couldNotOpen(resolved, error.cause).message : reasonOf(error)
+    throw new ExitError(1, `Could not open '${target}': Could not open backing file: ${reason}`, { cause: error })
   }
 }
 

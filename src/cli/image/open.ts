@@ -11,7 +11,7 @@ import { NullDevice } from '../../block/null.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
-import { Qcow2Error } from '../../core/errors.ts'
+import { FormatError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
@@ -59,6 +59,8 @@ export interface OpenerSettings {
   readonly warn: (message: string) => void
   /** Put around the bytes of every file, for tracing. */
   readonly wrap?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
+  /** Speak as qemu-img does, whose lines scripts match: it names a file that cannot be opened for itself and for its driver. */
+  readonly nameTwice?: boolean | undefined
 }
 
 /**
@@ -101,7 +103,7 @@ export class Opener {
     try {
       return await this.#open(spec, how, [])
     } catch (error) {
-      throw couldNotOpen(spec.shown, error)
+      throw couldNotOpen(spec.shown, error, this.settings)
     }
   }
 
@@ -121,7 +123,7 @@ export class Opener {
       const { size } = partOf(host, spec.part)
       return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' || !isImage ? 'raw' : 'qcow2', host, size }
     } catch (error) {
-      throw couldNotOpen(spec.shown, error)
+      throw couldNotOpen(spec.shown, error, this.settings)
     }
   }
 
@@ -154,7 +156,7 @@ export class Opener {
       return { ...opened, filename, device: snapshot, snapshot, close }
     } catch (error) {
       await opened.close()
-      throw couldNotOpen(filename, error)
+      throw couldNotOpen(filename, error, this.settings)
     }
   }
 
@@ -265,34 +267,36 @@ function splitSnapshot(name: string): { file: string; snapshot: string } | undef
 }
 
 /** The failure to open `name`, in the words scripts know. */
-export function couldNotOpen(name: string, error: unknown): ExitError {
+export function couldNotOpen(name: string, error: unknown, { nameTwice = false }: Pick<OpenerSettings, 'nameTwice'> = {}): ExitError {
   const advice = Qcow2Error.is(error, 'ERR_BUSY') ? `\nIs another process using the image [${name}]?` : ''
   const reason = reasonOf(error)
   const named = `${name}: `
-  return new ExitError(1, `Could not open '${name}': ${reason.startsWith(named) ? reason.slice(named.length) : reason}${advice}`, { cause: error })
+  const what = `Could not open '${name}': `
+  const again = nameTwice && (reason === noSuchFile || reason === denied) ? what : ''
+  return new ExitError(1, `${what}${again}${reason.startsWith(named) ? reason.slice(named.length) : reason}${advice}`, { cause: error })
 }
+
+const noSuchFile = 'No such file or directory'
+const denied = 'Permission denied'
 
 /** Why something failed, as the system would say it. */
 export function reasonOf(error: unknown): string {
   const cause = error instanceof Error ? (error.cause as NodeJS.ErrnoException | undefined)?.code : undefined
-  if (cause === 'ENOENT') return 'No such file or directory'
-  if (cause === 'EACCES' || cause === 'EPERM') return 'Permission denied'
+  if (cause === 'ENOENT') return noSuchFile
+  if (cause === 'EACCES' || cause === 'EPERM') return denied
   if (cause === 'EISDIR') return 'Is a directory'
   if (cause === 'EIO') return 'Input/output error'
   if (cause === 'ENOSPC') return 'No space left on device'
-  if (Qcow2Error.is(error, 'ERR_FORMAT') && error.message.startsWith('header: size exceeds 2^53')) return 'Image is too big'
-  const features = unknownFeatures(error)
-  if (features !== undefined) return `Unsupported qcow2 feature(s): ${features}`
+  // a size is refused only for what no disk can have
+  if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
+  if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
   return error instanceof Error ? error.message : String(error)
 }
 
 /** Incompatible features as QEMU lists them: the names the image has for them, then the other bits as one number. */
-function unknownFeatures(error: unknown): string | undefined {
-  if (!Qcow2Error.is(error, 'ERR_UNSUPPORTED') || !error.message.startsWith('header: unsupported incompatible features')) return undefined
-  const { features } = error as unknown as { readonly features: readonly string[] }
-  const bits = features.map((feature) => /^incompatible feature bit (\d+)$/.exec(feature)?.[1])
-  const named = features.filter((_, at) => bits[at] === undefined)
-  const mask = bits.reduce((sum, bit) => (bit === undefined ? sum : sum | (1n << BigInt(bit))), 0n)
+function featureList(features: readonly UnknownFeature[]): string {
+  const named = features.flatMap(({ name }) => name ?? [])
+  const mask = features.reduce((sum, { bit, name }) => (name === undefined ? sum | (1n << BigInt(bit)) : sum), 0n)
   return [...named, ...(mask === 0n ? [] : [`Unknown incompatible feature: ${mask.toString(16)}`])].join(', ')
 }
 

@@ -46,8 +46,15 @@ interface CommonValues {
 /** An opener as the options ask for it. */
 export function openerFor<O extends OptionDefinitions>(context: Context<O>): Opener {
   const options = context.options as CommonValues
-  const { signal, warn } = context
-  return new Opener({ signal, warn, secrets: parseSecrets(options.object ?? []), forceShare: options['force-share'], wrap: context.wrapDevice })
+  const { signal, warn, terminal } = context
+  return new Opener({
+    signal,
+    warn,
+    secrets: parseSecrets(options.object ?? []),
+    forceShare: options['force-share'],
+    wrap: context.wrapDevice,
+    nameTwice: terminal.program === 'qemu-img',
+  })
 }
 
 /** What the first argument (or `name`) means, with `-f` and `--image-opts` applied. */
