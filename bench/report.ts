@@ -28,31 +28,27 @@ function goalText(ratio: RatioResult): string {
   return ratio.median >= ratio.goal ? `goal ${ratio.goal}x met` : `goal ${ratio.goal}x MISSED`
 }
 
-interface Row {
-  readonly cells: readonly string[]
-}
-
-function variantRow(group: GroupResult, variant: VariantResult): Row {
+/** Title, median, quartiles, MB/s, processor time, number of runs. */
+export function variantCells(group: GroupResult, variant: VariantResult): string[] {
   const perSecond = (seconds: number): string => digits(rate(group.bytes, seconds))
   const single = variant.runs.length === 1
-  return {
-    cells: [
-      variant.title,
-      `${digits(variant.seconds.median)} s`,
-      single ? '' : range(variant.seconds, digits),
-      perSecond(variant.seconds.median),
-      variant.cpuSeconds === undefined || group.clock === 'virtual' ? '' : `${digits(variant.cpuSeconds.median)} s`,
-      String(variant.runs.length),
-    ],
-  }
+  return [
+    variant.title,
+    `${digits(variant.seconds.median)} s`,
+    single ? '' : range(variant.seconds, digits),
+    perSecond(variant.seconds.median),
+    variant.cpuSeconds === undefined || group.clock === 'virtual' ? '' : `${digits(variant.cpuSeconds.median)} s`,
+    String(variant.runs.length),
+  ]
 }
 
 const variantHead = ['variant', 'median', 'quartiles', 'MB/s', 'CPU', 'runs']
 
-function ratioRow(group: GroupResult, ratio: RatioResult): Row {
+/** What, median, quartiles, goal. */
+export function ratioCells(group: GroupResult, ratio: RatioResult): string[] {
   const titleOf = (id: string): string => group.variants.find((variant) => variant.id === id)?.title ?? id
   const quartiles = ratio.perRound.length === 1 ? '' : range(ratio, digits)
-  return { cells: [`${titleOf(ratio.fast)} / ${titleOf(ratio.slow)}`, `${digits(ratio.median)}x`, quartiles, goalText(ratio)] }
+  return [`${titleOf(ratio.fast)} / ${titleOf(ratio.slow)}`, `${digits(ratio.median)}x`, quartiles, goalText(ratio)]
 }
 
 /** The result for a terminal. */
@@ -61,9 +57,9 @@ export function textReport(report: Report): string {
   if (report.quick) lines.push('Quick mode: a check that everything runs. The figures mean nothing.')
   for (const group of report.groups) {
     lines.push('', `${group.title} (${digits(group.bytes / 1e6)} MB${group.clock === 'virtual' ? ', virtual time' : ''})`)
-    lines.push(...table([variantHead, ...group.variants.map((variant) => variantRow(group, variant).cells)]))
+    lines.push(...table([variantHead, ...group.variants.map((variant) => variantCells(group, variant))]))
     for (const ratio of group.ratios) {
-      const [what, median, quartiles, goal] = ratioRow(group, ratio).cells
+      const [what, median, quartiles, goal] = ratioCells(group, ratio)
       lines.push(`  ${[what, median, quartiles, report.quick ? '' : goal].filter((cell) => cell !== '').join('  ')}`)
     }
   }
@@ -113,7 +109,7 @@ function goals(report: Report): string {
   )
   if (rows.length === 0 || report.quick) return ''
   const cells = rows.map(({ group, ratio, met }) => {
-    const [what = '', median = '', quartiles = ''] = ratioRow(group, ratio).cells
+    const [what = '', median = '', quartiles = ''] = ratioCells(group, ratio)
     const verdict = met ? '<span class="good">✓ met</span>' : '<span class="bad">✗ missed</span>'
     return `<tr><td>${escape(group.title)}<br><small>${escape(what)}</small></td><td class="number"><b>${median}</b><br><small>${quartiles}</small></td><td class="number">${ratio.goal}x<br><small>${verdict}</small></td></tr>`
   })
@@ -125,13 +121,13 @@ function groupSection(group: GroupResult): string {
   const note = group.note === undefined ? '' : `<p class="note">${escape(group.note)}</p>`
   const columns = group.clock === 'virtual' ? ['variant', 'time', 'MB/s'] : ['variant', 'median', 'MB/s', 'CPU']
   const rows = group.variants.map((variant) => {
-    const [title = '', median = '', quartiles = '', rateText = '', cpu = ''] = variantRow(group, variant).cells
+    const [title = '', median = '', quartiles = '', rateText = '', cpu = ''] = variantCells(group, variant)
     const time = `${escape(median)}${quartiles === '' ? '' : `<br><small>${escape(quartiles)}</small>`}`
     const cells = [time, escape(rateText), ...(group.clock === 'virtual' ? [] : [escape(cpu)])]
     return `<tr><td>${escape(title)}</td>${cells.map((cell) => `<td class="number">${cell}</td>`).join('')}</tr>`
   })
   const ratios = group.ratios.map((ratio) => {
-    const [what = '', median = '', quartiles = ''] = ratioRow(group, ratio).cells
+    const [what = '', median = '', quartiles = ''] = ratioCells(group, ratio)
     return `<tr><td>${escape(what)}</td><td class="number"><b>${median}</b>${quartiles === '' ? '' : `<br><small>${quartiles}</small>`}</td></tr>`
   })
   const ratioTable = ratios.length === 0 ? '' : `<div class="scroll"><table><thead>${headRow(['times faster', 'median'])}</thead><tbody>${ratios.join('')}</tbody></table></div>`
