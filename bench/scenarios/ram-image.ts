@@ -52,7 +52,7 @@ function variants(setup: SaveSetup, sizes: Map<string, number>): Variant[] {
   const { context, qemus, stream } = setup
   const file = join(context.folder, 'ram.qcow2')
   const all = [
-    imageVariant(setup, 'ours', 'RAM image, page cache', stream, {}),
+    imageVariant(setup, 'ours', 'RAM image, page cache', stream, { direct: false }),
     imageVariant(setup, 'ours-direct', 'RAM image, O_DIRECT', stream, { direct: true }),
     incremental(setup),
     { ...oursSaves(setup, file), id: 'snapshot', title: 'internal snapshot, O_DIRECT' },
@@ -93,7 +93,7 @@ function incremental(setup: SaveSetup): Variant {
   return {
     ...variant,
     async prepare() {
-      if (!fs.existsSync(base)) await capture(pieces(setup.stream), RamImageWriter.to(base))
+      if (!fs.existsSync(base)) await capture(pieces(setup.stream), RamImageWriter.to(base, { direct: false }))
       await variant.prepare?.()
     },
   }

@@ -5,6 +5,7 @@
 import type { CallOptions } from '../block/device.ts'
 import { checkImageLocks } from '../block/file-lock.ts'
 import { openFile } from '../block/file.ts'
+import { preferDirect } from '../block/prefer-direct.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
 import { readImageInfo } from '../qcow2/info.ts'
@@ -29,7 +30,10 @@ export type MemoryTarget =
 
 /** Options of {@link openMemoryTarget}. */
 export interface MemoryTargetOptions extends CallOptions {
-  /** A RAM image or stream file past the page cache: less work for the host, but the first revert reads from the disk. Default false. */
+  /**
+   * Past the page cache: the save is faster and takes no memory of the host, but the first revert reads from the disk. Default:
+   * where the file system takes it, but not for a RAM image on top of an earlier one, whose pages come singly.
+   */
   readonly direct?: boolean | undefined
   /** Which files an image may open as its backing file; see {@link Qcow2Image.open}. */
   readonly references?: OpenOptions['references']
@@ -67,9 +71,9 @@ async function ramImageTarget(path: string, backing: string | undefined, options
   return { sink, described: { kind: 'RAM image', file: path }, path, close: () => sink.close() }
 }
 
-async function streamTarget(path: string, { signal, direct = false }: MemoryTargetOptions): Promise<OpenMemoryTarget> {
+async function streamTarget(path: string, { signal, direct }: MemoryTargetOptions): Promise<OpenMemoryTarget> {
   const place = await placeOf(path)
-  const device = await openFile(place.fresh, { create: 'w', direct, signal })
+  const device = await preferDirect(direct, (chosen) => openFile(place.fresh, { create: 'w', direct: chosen, signal }))
   const sink = place.named(deviceStreamSink(device, { signal }))
   const close = async (): Promise<void> => {
     await device.close()
@@ -80,10 +84,10 @@ async function streamTarget(path: string, { signal, direct = false }: MemoryTarg
 
 async function snapshotTarget(
   { image: given, snapshot }: Extract<MemoryTarget, { image: unknown }>,
-  { signal, references }: MemoryTargetOptions,
+  { signal, direct, references }: MemoryTargetOptions,
 ): Promise<OpenMemoryTarget> {
   const open = given instanceof Qcow2Image
-  const image = open ? given : await Qcow2Image.open(given, { signal, references })
+  const image = open ? given : await preferDirect(direct, (chosen) => Qcow2Image.open(given, { signal, references, direct: chosen }))
   try {
     const sink = await snapshotSink(image, { name: snapshot, signal })
     const path = open ? undefined : given

@@ -3,6 +3,7 @@
  * the order in which the image becomes a saved VM; gathering pages and storing areas are next door.
  */
 import type { CallOptions } from '../block/device.ts'
+import { preferDirect } from '../block/prefer-direct.ts'
 import type { Source } from '../block/source.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import { inflatePage } from '../migration/compressed-page.ts'
@@ -45,7 +46,7 @@ export interface NewRamImageOptions extends Omit<RamImageWriterOptions, 'unit' |
   readonly extendedL2?: boolean | undefined
   /** An earlier RAM image of the VM: only what changed since is stored. */
   readonly backing?: { readonly file: string; readonly format: string } | undefined
-  /** Direct I/O for paths: past the page cache. Default false. */
+  /** Direct I/O for paths: past the page cache. Default: where the file system takes it, but not over a backing file. */
   readonly direct?: boolean | undefined
   /** Which files the image may open as its backing file; see {@link Qcow2Image.create}. */
   readonly references?: CreateOptions['references']
@@ -92,8 +93,11 @@ export class RamImageWriter implements SaveSink {
     const extendedL2 = options.extendedL2 ?? incremental
     const clusterSize = options.clusterSize ?? (extendedL2 ? 131_072 : 65_536)
     const syncLimit = incremental && direct !== true ? singlePages : 0
+    const mayBeDirect = !incremental && (typeof target === 'string' || target instanceof URL)
     const create = (size: number): Promise<Qcow2Image> =>
-      Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct, references, syncLimit, signal })
+      preferDirect(direct ?? (mayBeDirect ? undefined : false), (chosen) =>
+        Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct: chosen, references, syncLimit, signal }),
+      )
     return new RamImageWriter(create, { ...options, unit: extendedL2 ? clusterSize / 32 : clusterSize, incremental })
   }
 

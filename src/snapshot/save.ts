@@ -17,13 +17,13 @@
 import type { CallOptions } from '../block/device.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
-import type { MigrationInfo } from '../qmp/commands.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
 import { capture } from './capture.ts'
 import { ChunkReader } from './chunk-reader.ts'
 import { freezeDisks, thawDisks, type DiskSnapshot, type FrozenDisk } from './disk-snapshots.ts'
 import { acceleratorOf, makeManifest, type Manifest } from './manifest.ts'
 import { notWithBackgroundSnapshot, withMigrationSettings, type MigrationSettings } from './migration-settings.ts'
+import { connectMigration, isOver, migrationEnded, migrationFailed, type MigrationReceiver } from './outgoing-migration.ts'
 import type { SaveSink } from './save-sink.ts'
 import { MigrationListener } from './socket.ts'
 import { StopClock } from './stop-clock.ts'
@@ -34,14 +34,6 @@ import type { StreamSummary } from './stream-check.ts'
  * still; `precopy` while it runs, with changed pages sent again and a stop at the end.
  */
 export type SaveMode = 'background' | 'stop' | 'precopy'
-
-/** Where QEMU connects to. {@link MigrationListener} is one. */
-export interface MigrationReceiver {
-  /** For QEMU's `migrate`. */
-  readonly uri: string
-  /** Resolves with the connection that QEMU makes. */
-  accept(options?: CallOptions): Promise<DuplexStream>
-}
 
 /** Options of {@link saveTo}. */
 export interface SaveToOptions extends CallOptions {
@@ -123,15 +115,6 @@ async function busy(sink: SaveSink, why: string): Promise<Qcow2Error> {
   return error
 }
 
-function failed({ status, 'error-desc': reason = 'no reason given' }: MigrationInfo): Qcow2Error {
-  return new Qcow2Error('ERR_QMP', `migrate: QEMU reports ${String(status)}: ${reason}`)
-}
-
-/** No migration is under way. */
-function isOver(status: MigrationInfo['status']): boolean {
-  return status === undefined || ['completed', 'failed', 'cancelled', 'none'].includes(status)
-}
-
 /** One try with one mode. */
 class Attempt {
   /** QEMU took the command to migrate. */
@@ -201,7 +184,8 @@ class Attempt {
       if (this.#stopped) await this.#qmp.execute('stop')
       if (mode !== 'precopy') this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
       // a background snapshot has to be read to its end, see #undo: without its connection it could not be
-      stream = await this.#connection(receiver, mode === 'background' ? undefined : this.#options.signal)
+      const onStarted = (): void => void (this.started = true)
+      stream = await connectMigration(this.#qmp, receiver, { onStarted, signal: mode === 'background' ? undefined : this.#options.signal })
       // A QEMU that hangs says nothing on either connection.
       reader = new ChunkReader(stream, { after: 2_000, ask: () => this.#qmp.execute('query-status') })
       const switching = mode === 'precopy' && this.#diskSnapshots.length > 0 ? this.#freezeAtSwitchover(events) : undefined
@@ -219,74 +203,29 @@ class Attempt {
     }
   }
 
-  /** Has QEMU connect, and gives the connection; or the reason, as soon as QEMU tells it or has gone. */
-  async #connection(receiver: MigrationReceiver, signal: AbortSignal | undefined): Promise<DuplexStream> {
-    const events = this.#qmp.events('MIGRATION')
-    const over = new AbortController()
-    const onAbort = (): void => over.abort(signal?.reason)
-    signal?.addEventListener('abort', onAbort, { once: true })
-    try {
-      signal?.throwIfAborted()
-      await this.#qmp.execute('migrate', { uri: receiver.uri })
-      this.started = true
-      const failing = this.#failure(events)
-      failing.catch(() => undefined) // reported if it comes first, like the other
-      const accepting = receiver.accept({ signal: over.signal })
-      accepting.catch(() => undefined)
-      return await Promise.race([accepting, failing])
-    } finally {
-      signal?.removeEventListener('abort', onAbort)
-      over.abort()
-      await events.return?.()
-    }
-  }
-
-  /** Never resolves; rejects when QEMU says that the migration has failed. */
-  async #failure(events: ReturnType<Qmp['events']>): Promise<never> {
-    for await (const { data } of events) {
-      if (data?.['status'] === 'failed' || data?.['status'] === 'cancelled') throw failed(await this.#qmp.execute('query-migrate'))
-    }
-    return new Promise(() => undefined)
-  }
-
-  async #receive(mode: SaveMode, running: boolean, reader: ChunkReader): Promise<StreamSummary> {
+  /** All of memory has left the guest when QEMU confirms it: the guest may run while the rest is made durable. */
+  #receive(mode: SaveMode, running: boolean, reader: ChunkReader): Promise<StreamSummary> {
     this.captured = true
     const { signal, onProgress } = this.#options
-    const summary = await capture(reader, this.#sink, {
+    return capture(reader, this.#sink, {
       signal,
       onProgress,
       onFirstPages: () => (mode === 'background' && this.#stopped ? this.#resume(true) : undefined),
-      accept: (whole) => this.#confirm(whole),
+      accept: async (whole) => {
+        await this.#confirm(whole)
+        await this.#resume(running)
+      },
     })
-    await this.#resume(running)
-    return summary
   }
 
   /** QEMU must say the same as the stream. */
   async #confirm(summary: StreamSummary): Promise<void> {
-    const info = await this.#ended(this.#options.timeout ?? 30_000)
-    if (info.status !== 'completed') throw failed(info)
+    const info = await migrationEnded(this.#qmp, this.#options.timeout ?? 30_000)
+    if (info.status !== 'completed') throw migrationFailed(info)
     const counted = (info.ram?.normal ?? 0) + (info.ram?.duplicate ?? 0)
     const arrived = summary.pages.data + summary.pages.zero
     if (counted === arrived) return
     throw new Qcow2Error('ERR_STREAM', `QEMU counts ${counted} pages, ${arrived} have arrived: the saved memory is incomplete`)
-  }
-
-  /**
-   * Waits until QEMU has ended the migration and cleaned up behind it. A status alone is not enough: before the
-   * clean-up, memory may still be write-protected, and switching the capability off would leave it so for ever
-   * (QEMU 7.2: the guest hangs). The channel that can be yanked goes last.
-   */
-  async #ended(timeout: number): Promise<MigrationInfo> {
-    const deadline = performance.now() + timeout
-    for (;;) {
-      const info = await this.#qmp.execute('query-migrate')
-      if (isOver(info.status) && !(await this.#qmp.execute('query-yank')).some(({ type }) => type === 'migration')) return info
-      if (performance.now() > deadline) {
-        throw new Qcow2Error('ERR_QMP', `migrate: no more comes, but QEMU reports ${String(info.status)} for ${timeout} ms`)
-      }
-      await pause(2)
-    }
   }
 
   /** A live precopy stops the guest by itself; the disks are frozen between that and the last pages. */
@@ -318,7 +257,7 @@ class Attempt {
       // a connection that broke has nothing more to read
       if (mode === 'background' && reader !== undefined) await reader.drain().catch(() => undefined)
       else await step(() => this.#qmp.execute('migrate_cancel'))
-      await step(() => this.#ended(10_000))
+      await step(() => migrationEnded(this.#qmp, 10_000))
     }
     await step(() => this.#resume(running))
     await step(() => thawDisks(this.#qmp, this.#disks))
@@ -328,8 +267,4 @@ class Attempt {
     const first = cause instanceof Error ? cause.message : String(cause)
     throw new Qcow2Error('ERR_QMP', `save failed (${first}), and the VM could not be set back: ${words}`, { cause })
   }
-}
-
-function pause(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds))
 }

@@ -29,16 +29,18 @@ describeWithQemu('files', (qemu) => {
 
   test.each<[string, (folder: string) => MemoryTarget, string]>([
     ['RAM image', (folder) => join(folder, 'warm.qcow2'), 'warm.qcow2'],
+    ['RAM image through the page cache', (folder) => join(folder, 'warm.qcow2'), 'warm.qcow2'],
     ['RAM image past the page cache', (folder) => join(folder, 'warm.qcow2'), 'warm.qcow2'],
     ['stream past the page cache', (folder) => ({ stream: join(folder, 'warm.mig') }), 'warm.mig'],
     ['stream', (folder) => ({ stream: join(folder, 'warm.mig') }), 'warm.mig'],
+    ['stream through the page cache', (folder) => ({ stream: join(folder, 'warm.mig') }), 'warm.mig'],
     ['internal snapshot', (folder) => ({ image: join(folder, 'disk.qcow2'), snapshot: 'warm' }), 'disk.qcow2'],
   ])('%s', async (kind, target, name) => {
     const folder = tempFolder()
     if (kind === 'internal snapshot') await (await Qcow2Image.create(join(folder, 'disk.qcow2'), { size: 1 << 20 })).close()
     const guest = await Guest.boot(qemu)
     await guest.run(3)
-    const report = await save(guest.qmp, { memory: target(folder), direct: kind.endsWith('past the page cache') })
+    const report = await save(guest.qmp, { memory: target(folder), direct: / (past|through) /.exec(kind) === null ? undefined : kind.includes('past') })
     await guest.run(3)
     expect(guest.errors).toEqual([])
     await guest.kill()
@@ -85,6 +87,7 @@ describeWithQemu('files', (qemu) => {
     const link = `${file}-link`
     symlinkSync(file, link)
     const guest = await Guest.boot(qemu)
+    await guest.run(1)
     await save(guest.qmp, { memory: target(file) })
     const { tick } = await memoryOf(file)
     const abort = new AbortController()
@@ -102,6 +105,7 @@ describeWithQemu('files', (qemu) => {
     const folder = tempFolder()
     const [base, top] = [join(folder, 'base.qcow2'), join(folder, 'top.qcow2')]
     const guest = await Guest.boot(qemu)
+    await guest.run(1)
     await save(guest.qmp, { memory: base })
     await save(guest.qmp, { memory: { ramImage: top, backing: 'base.qcow2' } })
     for (const [ramImage, backing] of [[base, 'base.qcow2'], [top, 'top.qcow2'], [base, top]] as const) {

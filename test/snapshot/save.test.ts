@@ -81,6 +81,36 @@ describeWithQemu('save', (qemu) => {
     await expectUnharmed(guest)
   })
 
+  test('stop: the guest runs again before its memory is durable', async () => {
+    const guest = await Guest.boot(qemu)
+    await guest.run(3)
+    const stream = memory()
+    const kept = deviceStreamSink(stream)
+    const sink: SaveSink = {
+      ...kept,
+      finish: async (summary) => {
+        await guest.run(2)
+        await kept.finish(summary)
+      },
+    }
+    const report = await saveTo(guest.qmp, sink, { mode: 'stop' })
+    expect(report.stoppedFor).toBeLessThan(report.took)
+    expect((await memoryOf(stream)).problems).toEqual([])
+    await expectUnharmed(guest)
+  })
+
+  test('stop: memory that cannot be made durable leaves the VM running and its disks as they were', async () => {
+    const folder = (await Guest.boot(qemu, { paused: true })).folder
+    const image = await disk(qemu, folder)
+    const guest = await Guest.boot(qemu, { disks: [image] })
+    const overlay = join(guest.folder, 'overlay.qcow2')
+    const kept = deviceStreamSink(memory())
+    const sink: SaveSink = { ...kept, finish: () => guest.run(2).then(() => Promise.reject(new Error('no room'))) }
+    await expect(saveTo(guest.qmp, sink, { mode: 'stop', disks: [{ node: 'd0', overlay }] })).rejects.toThrow('no room')
+    expect(await activeFiles(guest.qmp)).toEqual([image])
+    await expectUnharmed(guest)
+  })
+
   test('a paused guest stays paused', async () => {
     const guest = await Guest.boot(qemu)
     await guest.run(3)
