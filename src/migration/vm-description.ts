@@ -130,10 +130,19 @@ function fieldProblem(field: unknown, where: string, depth: number): string | un
   if (!isCount(field['size'])) return `${name}: size is not a count of bytes`
   if (field['array_len'] !== undefined && !isCount(field['array_len'])) return `${name}: array_len is not a count`
   if (field['index'] !== undefined && !isCount(field['index'])) return `${name}: index is not a count`
+  markNullPointer(field)
   const inner = field['struct'] ?? (field['fields'] === undefined ? undefined : field)
   if (inner === undefined) return undefined
   if (!isObject(inner)) return `${name}: struct is not an object`
   return structProblem(inner, name, depth + 1)
+}
+
+/** QEMU 7.2 describes a missing element of an array of structures as one without fields, later ones as a `nullptr`. */
+function markNullPointer(field: Record<string, unknown>): void {
+  const struct = field['struct']
+  if (!isObject(struct) || Object.keys(struct).length > 0) return
+  delete field['struct']
+  field['type'] = 'nullptr'
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {

@@ -66,6 +66,21 @@ describe('vmstate show', () => {
     expect(stdout).toMatch(/^pc\.ram +4 MiB +\d+ +\d+ +\d+$/m)
   })
 
+  test('a stream cut in the middle of the memory is refused where it ends, a byte of a sector or not', async () => {
+    const stream = file('vm.mig', state.subarray(0, 100_001))
+    expect(await run(['vmstate', 'show', stream])).toMatchObject({ code: 1, stdout: '', stderr: expect.stringMatching(/the stream ends here.*\(offset 100001\)/) as string })
+  })
+
+  test('a stream cut behind the memory is shown as long as it is, and what cannot be explained is said', async () => {
+    const length = state.length - 1001
+    const stream = file('vm.mig', state.subarray(0, length))
+    const { code, stdout } = await run(['vmstate', 'show', stream])
+    expect(code).toBe(0)
+    expect(stdout).toContain(`(${length} bytes)\n`)
+    expect(stdout).toMatch(/^device state without a description: \d+ bytes; the stream may be cut short$/m)
+    expect((await run(['vmstate', 'show', file('whole.mig', state)])).stdout).not.toContain('without a description')
+  })
+
   test('the fields of one device', async () => {
     const { stdout } = await run(['vmstate', 'show', '--device', 'cpu', savedImage()])
     expect(JSON.parse(stdout)).toHaveProperty(['env.regs'])

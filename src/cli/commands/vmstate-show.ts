@@ -57,6 +57,8 @@ interface Summary {
   readonly pageSize: number
   readonly ram: readonly BlockSummary[]
   readonly devices: readonly { name: string; instance: number; version: number; length: number }[]
+  /** Bytes of device state that no VM description explains. */
+  readonly unexplained: number
 }
 
 function summarise(name: string, vm: VmState): Summary {
@@ -69,6 +71,7 @@ function summarise(name: string, vm: VmState): Summary {
     pageSize: vm.ram.pageSize,
     ram: vm.ram.blocks.map((block) => summariseBlock(vm, block)),
     devices: vm.devices.map(({ name, instanceId, versionId, length }) => ({ name, instance: instanceId, version: versionId, length })),
+    unexplained: vm.tailOffset === undefined ? 0 : vm.streamOffset + vm.streamLength - vm.tailOffset,
   }
 }
 
@@ -79,7 +82,7 @@ function summariseBlock(vm: VmState, block: RamBlock): BlockSummary {
 }
 
 function summaryLines(summary: Summary): string[] {
-  const { name, machine, uuid, capabilities, streamLength, pageSize, ram, devices } = summary
+  const { name, machine, uuid, capabilities, streamLength, pageSize, ram, devices, unexplained } = summary
   const lines = [`VM state: ${name}`, `machine: ${machine ?? 'not recorded'}`]
   if (uuid !== undefined) lines.push(`uuid: ${uuid}`)
   if (capabilities.length > 0) lines.push(`capabilities: ${capabilities.join(', ')}`)
@@ -93,6 +96,7 @@ function summaryLines(summary: Summary): string[] {
   for (const device of devices) {
     lines.push(`    ${device.name}${device.instance === 0 ? '' : ` (${device.instance})`}, version ${device.version}, ${device.length} bytes`)
   }
+  if (unexplained > 0) lines.push(`device state without a description: ${unexplained} bytes; the stream may be cut short`)
   return lines
 }
 

@@ -168,7 +168,7 @@ export class Opener {
     const host = await this.bytes(spec.place, { ...how, readOnly })
     try {
       const format = spec.format ?? (await probe(host))
-      if (format === 'raw') return openedRaw(spec, rawImage(partOf(host, spec.part)))
+      if (format === 'raw') return openedRaw(spec, partOf(host, spec.part))
       return await this.#openQcow2(spec, host, { ...how, readOnly }, [...above, identity])
     } catch (error) {
       await host.close()
@@ -228,9 +228,10 @@ function partOf(host: BlockDevice, part: ImageSpec['part']): BlockDevice {
   return slice(host, offset, size)
 }
 
-function openedRaw(spec: ImageSpec, device: BlockDevice): OpenedImage {
+function openedRaw(spec: ImageSpec, host: BlockDevice): OpenedImage {
   const { shown: filename, place } = spec
-  return { filename, format: 'raw', place, device, host: device, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
+  const device = rawImage(host)
+  return { filename, format: 'raw', place, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
 }
 
 /** `qcow2` by its magic, else `raw`. */
