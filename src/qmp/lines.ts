@@ -2,6 +2,7 @@
  * Splits a byte stream into lines of JSON. Owns the framing only: QEMU ends each message with CR LF
  * and never puts a line feed inside one.
  */
+import { concat } from '../bytes/concat.ts'
 import { QmpError } from './error.ts'
 
 const lineFeed = 10
@@ -40,19 +41,9 @@ export class LineSplitter {
   }
 
   #take(): string {
-    const whole = this.#parts.length === 1 ? this.#parts[0]! : join(this.#parts, this.#length)
+    const whole = this.#parts.length === 1 ? this.#parts[0]! : concat(this.#parts)
     this.#parts = []
     this.#length = 0
     return new TextDecoder().decode(whole)
   }
-}
-
-function join(parts: readonly Uint8Array[], length: number): Uint8Array {
-  const whole = new Uint8Array(length)
-  let at = 0
-  for (const part of parts) {
-    whole.set(part, at)
-    at += part.length
-  }
-  return whole
 }
