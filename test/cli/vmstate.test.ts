@@ -61,7 +61,9 @@ describe('vmstate show', () => {
   })
 
   test('for people', async () => {
-    const { stdout } = await run(['vmstate', 'show', savedImage()])
+    const image = savedImage()
+    const { stdout } = await run(['vmstate', 'show', image])
+    expect(stdout).toContain(`VM state: ${image}@snap1\n`)
     expect(stdout).toMatch(/^machine: pc-/m)
     expect(stdout).toMatch(/^pc\.ram +4 MiB +\d+ +\d+ +\d+$/m)
   })

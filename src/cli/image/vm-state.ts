@@ -40,7 +40,11 @@ async function openImageOrStream<O extends OptionDefinitions>(context: Context<O
   if (opened.image === undefined || opened.snapshot !== undefined) return opened
   const saved = [...opened.image.snapshots].filter(({ vmStateSize }) => vmStateSize > 0)
   await opened.close()
-  if (saved.length === 1) return opener.name(`${name}@${saved[0]!.id}`, { readOnly: true, withoutBacking: true })
+  if (saved.length === 1) {
+    // opened by its id, which no other snapshot has, and shown by its name
+    const only = await opener.name(`${name}@${saved[0]!.id}`, { readOnly: true, withoutBacking: true })
+    return { ...only, filename: `${name}@${saved[0]!.name}` }
+  }
   const names = saved.map((snapshot) => `${name}@${snapshot.name}`).join(', ')
   throw new ExitError(1, saved.length === 0 ? `${name} has no snapshot with VM state` : `name one of ${names}`)
 }
