@@ -9,6 +9,7 @@ import * as fs from 'node:fs'
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { Qcow2Error, UnsupportedError, type IoOperation } from '../core/errors.ts'
+import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { BaseDevice, type BlockLimits, type CallOptions, type WriteZeroesOptions } from './device.ts'
 import { fileError, openError } from './file-error.ts'
 import { fileIdentity } from './file-lock.ts'
@@ -20,23 +21,25 @@ export type { FileHandle }
 /** Options of {@link openFile}. */
 export interface FileOptions extends CallOptions {
   /** Default false: the file must be writable. */
-  readonly readOnly?: boolean
+  readonly readOnly?: boolean | undefined
   /**
    * Direct I/O: requests go to the disk past the page cache (`O_DIRECT`), and must then be aligned as
    * `limits` says; `pad()` lifts that. Refused with `ERR_UNSUPPORTED` where the system or the
    * filesystem has none.
    */
-  readonly direct?: boolean
+  readonly direct?: boolean | undefined
   /** `'wx'`: the file must not exist and is created; `'w'`: it is created, or emptied. As Node's flags. */
-  readonly create?: 'wx' | 'w'
+  readonly create?: 'wx' | 'w' | undefined
   /**
    * Requests of at most this many bytes are made synchronously: about five times faster when the page
    * cache has the bytes, and a fifth for one after the other with `direct`, but the event loop stands
    * still while the disk is waited for; it turns at least once in 32 MiB. `limits.optimalTransfer` is then
    * at most this. Default 0: never.
    */
-  readonly syncLimit?: number
+  readonly syncLimit?: number | undefined
 }
+
+const fileOptions: OptionNames<FileOptions> = { readOnly: true, direct: true, create: true, syncLimit: true, signal: true }
 
 /** The system transfers a little less than 2 GiB at a time; this divides into whole pages. */
 const maxTransfer = 1 << 30
@@ -101,6 +104,7 @@ export class FileDevice extends BaseDevice {
 
   /** See {@link openFile}. */
   static async open(file: string | URL | FileHandle, options: FileOptions = {}): Promise<FileDevice> {
+    refuseUnknownOptions('openFile', options, fileOptions)
     options.signal?.throwIfAborted()
     const { descriptor, path, handle } = await openDescriptor(file, options)
     try {

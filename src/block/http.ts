@@ -10,9 +10,9 @@ import { ReadOnlyDevice } from './read-only.ts'
 /** Options of {@link openHttp}. */
 export interface HttpOptions extends CallOptions {
   /** Sent with every request, for example `authorization`. */
-  readonly headers?: Readonly<Record<string, string>>
+  readonly headers?: Readonly<Record<string, string>> | undefined
   /** Used in place of the global `fetch`. */
-  readonly fetch?: typeof globalThis.fetch
+  readonly fetch?: typeof globalThis.fetch | undefined
 }
 
 /**

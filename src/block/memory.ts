@@ -4,11 +4,11 @@ import { anyRequest, BaseDevice, type BlockLimits, type WriteOptions } from './d
 /** Options of {@link MemoryDevice}. */
 export interface MemoryOptions {
   /** Writes past the end extend the device, as they do a file; default false, as a disk. */
-  readonly growable?: boolean
+  readonly growable?: boolean | undefined
   /** Refuse changes. Default false. */
-  readonly readOnly?: boolean
+  readonly readOnly?: boolean | undefined
   /** Demands to pose on callers, for trying how they cope; default none. */
-  readonly limits?: Partial<BlockLimits>
+  readonly limits?: Partial<BlockLimits> | undefined
 }
 
 /** Bytes in memory as a `BlockDevice`. Discarded ranges read as zeroes. */

@@ -15,15 +15,15 @@ import { SlabPool } from './slab.ts'
 /** Options of {@link ReadAheadPrefetcher}. */
 export interface ReadAheadOptions extends CallOptions {
   /** First byte; default 0. */
-  readonly offset?: number
+  readonly offset?: number | undefined
   /** Byte to stop before; default the size of the device. */
-  readonly end?: number
+  readonly end?: number | undefined
   /** Bytes of a request; a multiple of the device's request alignment. Default 1 MiB. */
-  readonly chunkSize?: number
+  readonly chunkSize?: number | undefined
   /** Chunks held beyond the one being consumed, at most. Default 4. */
-  readonly window?: number
+  readonly window?: number | undefined
   /** Default `fixedWindow(window)`. */
-  readonly policy?: WindowPolicy
+  readonly policy?: WindowPolicy | undefined
 }
 
 interface Chunk {

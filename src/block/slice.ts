@@ -14,9 +14,9 @@ import { FilterDevice } from './filter.ts'
 /** Options of {@link slice}. */
 export interface SliceOptions {
   /** Refuse writes even where the inner device takes them. */
-  readonly readOnly?: boolean
+  readonly readOnly?: boolean | undefined
   /** Closing the slice leaves the inner device open, so that several slices can share it. */
-  readonly keepOpen?: boolean
+  readonly keepOpen?: boolean | undefined
 }
 
 /**

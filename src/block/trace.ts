@@ -29,7 +29,7 @@ export interface TraceLog {
 /** Options of {@link trace}. */
 export interface TraceOptions {
   /** Milliseconds; default `performance.now`. A simulated disk has its own. */
-  readonly clock?: () => number
+  readonly clock?: (() => number) | undefined
 }
 
 /** Passes everything and pushes each request to `log` in order of submission. */

@@ -33,29 +33,29 @@ export interface WriteSink {
 /** Options of {@link AlignedWriteQueue}. */
 export interface WriteQueueOptions extends CallOptions {
   /** Bytes of a full request; rounded up to a multiple of `alignment`. Default 1 MiB. */
-  readonly slabSize?: number
+  readonly slabSize?: number | undefined
   /** Most requests in flight; from 2 on a disk streams. Default 4. */
-  readonly depth?: number
+  readonly depth?: number | undefined
   /**
    * Every request starts at a multiple of this and, but for the last, is a multiple of it long: the
    * cluster size of an image, so that no cluster is split over two requests. Default 4096 or the sink's.
    */
-  readonly alignment?: number
+  readonly alignment?: number | undefined
   /**
    * The last request is padded with zeroes to a multiple of this, a divisor of `alignment`; 1 pads nothing. Default: the
    * sink's rule, else `alignment`.
    */
-  readonly padTo?: number
+  readonly padTo?: number | undefined
   /** Bytes stored so far, without gaps before them; how many will come is not known. */
-  readonly onProgress?: (progress: { readonly done: number }) => void
+  readonly onProgress?: ((progress: { readonly done: number }) => void) | undefined
 }
 
 /** Options of {@link deviceSink}. */
 export interface DeviceSinkOptions {
   /** Where in the device the first byte goes; a multiple of its request alignment. Default 0. */
-  readonly offset?: number
+  readonly offset?: number | undefined
   /** Default true: a flush of the queue flushes the device. */
-  readonly durable?: boolean
+  readonly durable?: boolean | undefined
 }
 
 /**

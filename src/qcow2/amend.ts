@@ -3,8 +3,10 @@
  * the data file's name. Works on the file itself; the image must not be open.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { withSource, type Source } from '../block/source.ts'
 import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { CheckContext } from './check-context.ts'
 import { CheckCollector } from './check-report.ts'
 import { runCheck, type CheckState } from './check.ts'
@@ -29,17 +31,25 @@ export interface AmendOptions extends CallOptions {
   readonly dataFileRaw?: false | undefined
 }
 
+const amendOptions: OptionNames<AmendOptions> = { version: true, refcountBits: true, lazyRefcounts: true, dataFile: true, dataFileRaw: true, signal: true }
+
 /**
- * Changes an image as asked. Cluster size, extended L2 entries and compression type cannot change.
+ * Changes an image as asked. The file is opened and closed again, a device given stays open. Cluster size, extended L2
+ * entries and compression type cannot change.
  *
  * Order: an upgrade comes first, then the refcounts, then a downgrade; each ends with one write of the
  * header, before which nothing that the image refers to has changed. A crash leaves the image before
  * or after a step.
  * @throws Qcow2Error `ERR_CORRUPT` for an image that is not sound, `ERR_RANGE` if a count does not fit the
  * new width; UnsupportedError for a downgrade of what version 2 does not have; RangeError, TypeError for
- * options outside the format.
+ * options outside the format and unknown ones.
  */
-export async function amendImage(host: BlockDevice, options: AmendOptions): Promise<void> {
+export async function amendImage(source: Source, options: AmendOptions): Promise<void> {
+  refuseUnknownOptions('amendImage', options, amendOptions)
+  return withSource(source, { signal: options.signal }, (host) => amendHost(host, options))
+}
+
+async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void> {
   const state = await checkedState(host, options)
   const { header } = state.context
   const version = options.version ?? header.version

@@ -7,19 +7,22 @@
  */
 import { BaseDevice, anyRequest, type BlockDevice, type BlockLimits } from '../block/device.ts'
 import { equalBytes } from '../bytes/equal.ts'
+import { withTarget, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
+import { refuseUnknownOptions } from '../core/options.ts'
 import { streamPieces } from './convert-plan.ts'
-import { allocatorFor, deviceContent, writeImage, type ConvertToQcow2Options, type ImageContent } from './convert.ts'
+import { allocatorFor, conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options, type ImageContent } from './convert.ts'
 
 /**
- * Writes a raw disk that arrives as a stream into `host` as a new qcow2 image, in one pass. The target's
- * whole content is replaced. The disk has the size of the stream, rounded up to 512 bytes; progress tells
+ * Writes a raw disk that arrives as a stream into `target` as a new qcow2 image, in one pass. The whole content of a
+ * device is replaced; a path names a file that does not exist yet. The disk has the size of the stream, rounded up to 512 bytes; progress tells
  * as `total` what has arrived.
- * @throws what `convertToQcow2` throws, and what the stream does. After an error the host is not a qcow2 image.
+ * @throws what `convertToQcow2` throws, and what the stream does. After an error the target is not a qcow2 image.
  */
-export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, host: BlockDevice, options: ConvertToQcow2Options = {}): Promise<void> {
+export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, target: Source, options: ConvertToQcow2Options = {}): Promise<void> {
+  refuseUnknownOptions('convertStreamToQcow2', options, conversionOptions)
   let end = 0
-  await writeImage(host, { ...options, size: 0 }, {
+  await withTarget(target, options, (host) => writeImage(host, { ...options, size: 0 }, {
     allocate: allocatorFor(host, host),
     source: undefined,
     pieces: (_, pieceSize) => streamPieces(chunks, pieceSize),
@@ -28,7 +31,7 @@ export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, ho
       options.onProgress?.({ done: end, total: end })
     },
     finalSize: () => end,
-  })
+  }))
 }
 
 /**
@@ -39,6 +42,7 @@ export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, ho
  * the two passes: what was sent is not an image then.
  */
 export async function convertToQcow2Stream(source: BlockDevice, send: (bytes: Uint8Array) => Promise<void>, options: ConvertToQcow2Options = {}): Promise<void> {
+  refuseUnknownOptions('convertToQcow2Stream', options, conversionOptions)
   const { signal, onProgress } = options
   const total = 2 * source.size
   const pass = async (target: BlockDevice, before: number): Promise<void> => {

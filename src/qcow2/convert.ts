@@ -6,6 +6,7 @@ import { isZero } from '../bytes/zero.ts'
 import { zeroRun } from '../bytes/zero-run.ts'
 import { batchBytes, CodecPool } from '../codec/worker-pool.ts'
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { withTarget, type Source } from '../block/source.ts'
 import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
 import { runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
@@ -14,6 +15,7 @@ import type { LayoutOptions } from './create.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
 import { InFlight } from '../core/in-flight.ts'
+import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { hostFile } from './open.ts'
 
 /** How far a conversion is. */
@@ -67,18 +69,31 @@ function pieceSize(source: BlockDevice, target: BlockDevice, boundary: number): 
 }
 
 /**
- * Writes the content of `source` into `host` as a new qcow2 image. The target's whole content is
- * replaced. Memory stays below 32 MiB whatever the size.
+ * Writes the content of `source` into `target` as a new qcow2 image. The whole content of a device is replaced, and it
+ * stays open; a path names a file that does not exist yet, which is made and closed again. Memory stays below 32 MiB
+ * whatever the size.
+ *
+ * `source` is a device, because a path does not tell what is meant: the disk in an image is
+ * `await Qcow2Image.open(path)`, the bytes of a raw file are `await openFile(path)`.
  *
  * With `backing` the image becomes an overlay: only what `source` itself holds is copied, not what it
  * has from its own backing file, which must read like the backing file named.
- * @throws what reading the source or writing the host throws; RangeError or TypeError for options the
- * format does not allow. After an error the host is not a qcow2 image.
+ * @throws what reading the source or writing the target throws; RangeError or TypeError for options the
+ * format does not allow, and unknown ones; `ERR_EXISTS` for the path of a file. After an error the target is not a qcow2 image.
  */
-export async function convertToQcow2(source: BlockDevice, host: BlockDevice, options: ConvertToQcow2Options = {}): Promise<void> {
+export async function convertToQcow2(source: BlockDevice, target: Source, options: ConvertToQcow2Options = {}): Promise<void> {
   const { onProgress } = options
-  await writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, progressOver(source, onProgress)))
+  refuseUnknownOptions('convertToQcow2', options, conversionOptions)
+  await withTarget(target, options, (host) =>
+    writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, progressOver(source, onProgress))),
+  )
   onProgress?.({ done: source.size, total: source.size })
+}
+
+/** The options that all conversions to qcow2 take. */
+export const conversionOptions: OptionNames<ConvertToQcow2Options> = {
+  ...{ clusterSize: true, version: true, refcountBits: true, extendedL2: true, lazyRefcounts: true, compressionType: true, backing: true },
+  ...{ compressed: true, workers: true, sparseSize: true, onProgress: true, signal: true },
 }
 
 /** Where the content of a new image comes from. */
@@ -239,7 +254,8 @@ function addWrite(writes: InFlight, file: HostFile, offset: number, bytes: Uint8
 
 /**
  * Makes `target` read like `source`: any devices, images among them. A growable target gets the size of
- * the source; any other must be at least as large, and keeps what lies behind. Durable when it resolves.
+ * the source; any other must be at least as large, and keeps what lies behind. Durable when it resolves. Both are
+ * devices, because a path does not tell whether the bytes of a file or the disk in it are meant.
  * @throws RangeError if the target is too small; what reading and writing throw.
  */
 export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {

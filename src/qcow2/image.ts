@@ -12,21 +12,20 @@ import {
   type MapOptions,
   type WriteZeroesOptions,
 } from '../block/device.ts'
-import { openFile } from '../block/file.ts'
-import { checkImageLocks, holdImageFile } from '../block/file-lock.ts'
-import { openSource, type Source } from '../block/source.ts'
+import { holdImageFile } from '../block/file-lock.ts'
+import { openSource, pathOf, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
+import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { Bitmaps } from './bitmaps.ts'
 import { checkOpenImage } from './check-open.ts'
 import type { CheckReport } from './check-report.ts'
 import type { CheckOptions } from './check.ts'
-import { freshState, planLayout, writeLayout, type LayoutOptions } from './create.ts'
-import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
 import { mapLayer } from './map.ts'
-import { assembleEngine, hostFile, openEngine, readState, type OpenEngineOptions } from './open.ts'
+import { createEngine, type CreateOptions } from './new-image.ts'
+import { openEngine, type OpenEngineOptions } from './open.ts'
 import { readLayer } from './read.ts'
-import { createDataFile, openBacking, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
 import { resizeDisk } from './resize.ts'
 import { closeEngine } from './shutdown.ts'
 import { Snapshots } from './snapshots.ts'
@@ -48,18 +47,18 @@ export interface OpenOptions extends ReferenceOptions, CallOptions {
   readonly passphrase?: string | Uint8Array | undefined
 }
 
-/** Options of {@link Qcow2Image.create}. */
-export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<ReferenceOptions, 'backing' | 'dataFile'>, CallOptions {
-  /** Virtual size of the disk in bytes; rounded up to a multiple of 512. An overlay may leave it to its backing file. */
-  readonly size?: number | undefined
-  /** Direct I/O for paths: past the page cache. Default false. */
-  readonly direct?: boolean | undefined
-  /** Requests of at most this many bytes to the new file are made synchronously; see `openFile`. Default 0. */
-  readonly syncLimit?: number | undefined
-  /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
-  readonly exclusive?: boolean | undefined
-  /** Encrypt guest data. Default: not. */
-  readonly encryption?: EncryptionOptions | undefined
+const openOptions: OptionNames<OpenOptions> = {
+  readOnly: true,
+  direct: true,
+  syncLimit: true,
+  forceShare: true,
+  passphrase: true,
+  references: true,
+  backing: true,
+  dataFile: true,
+  cacheSize: true,
+  probeBackingFormat: true,
+  signal: true,
 }
 
 /**
@@ -99,12 +98,15 @@ export class Qcow2Image extends BaseDevice {
    * Opens an image, and what it refers to under the policy of the options.
    * @throws Qcow2Error `ERR_FORMAT` not an image or malformed, `ERR_UNSUPPORTED` features this library
    * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`, `ERR_BUSY` a
-   * running QEMU uses the file, or an image of this process is open for writing on it and this one would write too.
+   * running QEMU uses the file, or an image of this process is open for writing on it and this one would write too;
+   * TypeError for an unknown option.
    */
   static async open(source: Source, options: OpenOptions = {}): Promise<Qcow2Image> {
-    options.signal?.throwIfAborted()
+    refuseUnknownOptions('Qcow2Image.open', options, openOptions)
+    const { direct, syncLimit, forceShare, signal } = options
+    signal?.throwIfAborted()
     const readOnly = options.readOnly === true || isReadOnly(source)
-    const device = await openSource(source, { ...defined(options), readOnly })
+    const device = await openSource(source, { readOnly, direct, syncLimit, forceShare, signal })
     let release: (() => void) | undefined
     try {
       if (!device.readOnly) release = holdImageFile(device)
@@ -127,22 +129,11 @@ export class Qcow2Image extends BaseDevice {
 
   /**
    * Makes a new image and opens it for writing. A device must be empty or is overwritten.
-   * @throws RangeError or TypeError for options outside the format, `ERR_EXISTS` with `exclusive`.
+   * @throws RangeError or TypeError for options outside the format and unknown ones, `ERR_EXISTS` with `exclusive`.
    */
   static async create(target: Source, options: CreateOptions): Promise<Qcow2Image> {
-    options.signal?.throwIfAborted()
-    const { references, probeBackingFormat, cacheSize } = options
-    const context = await rootContext(pathOf(target), { references, probeBackingFormat, cacheSize }, openNested)
-    if (options.size !== undefined) return createImage(target, { ...options, size: options.size }, context)
-    const { backing } = options
-    if (backing === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')
-    const device = await openBacking(backing.file, backing.format, context)
-    try {
-      return await createImage(target, { ...options, size: device.size }, { ...context, sizedBy: device })
-    } catch (error) {
-      await device.close()
-      throw error
-    }
+    const { engine, release } = await createEngine(target, options, openNested)
+    return new Qcow2Image(engine, release)
   }
 
   /** Virtual size of the disk in bytes: that of the header rounded down to a multiple of 512, as in QEMU. */
@@ -260,72 +251,16 @@ export class Qcow2Image extends BaseDevice {
   }
 }
 
-async function createImage(target: Source, options: CreateOptions & LayoutOptions, context: ReferenceContext): Promise<Qcow2Image> {
-  const layout = planLayout(options)
-  if (options.encryption !== undefined) checkEncryption(options)
-  const device = await createTarget(target, options)
-  const host = hostFile(device)
-  let release: (() => void) | undefined
-  try {
-    release = holdImageFile(device)
-    if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
-    await writeLayout(host, layout)
-    const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
-    const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
-    if (options.encryption !== undefined) engine.cipher = await (await encryptionCode()).encryptEmptyImage(engine, options.encryption)
-    engine.unchanged = false
-    engine.untouched = false
-    return Qcow2Image.over(engine, release)
-  } catch (error) {
-    release?.()
-    if (device !== target) await device.close()
-    throw error
-  }
-}
-
-/** A fresh file for a path; anything else as it is. A file that a running QEMU uses is left alone. */
-async function createTarget(target: Source, options: CreateOptions): Promise<BlockDevice> {
-  if (typeof target !== 'string' && !(target instanceof URL)) return openSource(target)
-  const { direct, syncLimit } = options
-  const flags = { ...(direct === undefined ? {} : { direct }), ...(syncLimit === undefined ? {} : { syncLimit }) }
-  try {
-    return await openFile(target, { ...flags, create: 'wx' })
-  } catch (error) {
-    if (options.exclusive === true || !Qcow2Error.is(error, 'ERR_EXISTS')) throw error
-  }
-  await checkImageLocks(target, 'write')
-  return openFile(target, { ...flags, create: 'w' })
-}
-
-/** Preallocated clusters would read as decrypted zeroes, and version 2 knows only legacy AES. */
-function checkEncryption({ encryption, preallocation = 'off', version, dataFile }: CreateOptions): void {
-  if (preallocation !== 'off' || dataFile !== undefined) throw new TypeError('encryption goes with neither preallocation nor a data file')
-  if (version === 2 && encryption?.format === 'luks') throw new TypeError('version 2 has only the legacy encryption aes; use version 3')
-}
-
-/** Loaded for encrypted images only: Node's ciphers take a few milliseconds to load. */
-const encryptionCode = (): Promise<typeof import('./encryption.ts')> => import('./encryption.ts')
-
 /** How the engine gets the cipher of an encrypted image; without a passphrase it refuses such images. */
 function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'signal'>): OpenEngineOptions['openCipher'] {
-  return passphrase === undefined ? undefined : async (content, host) => (await encryptionCode()).openDataCipher(passphrase, content, host, signal)
-}
-
-/** The options a caller gave, without those set to undefined. */
-function defined(options: OpenOptions): { direct?: boolean; syncLimit?: number; forceShare?: boolean; signal?: AbortSignal } {
-  const { direct, syncLimit, forceShare, signal } = options
-  return Object.fromEntries(Object.entries({ direct, syncLimit, forceShare, signal }).filter(([, value]) => value !== undefined))
+  if (passphrase === undefined) return undefined
+  // for encrypted images only: Node's ciphers take a few milliseconds to load
+  return async (content, host) => (await import('./encryption.ts')).openDataCipher(passphrase, content, host, signal)
 }
 
 function isReadOnly(source: Source): boolean {
   if (source instanceof URL) return source.protocol !== 'file:'
   return typeof source === 'object' && 'readOnly' in source && source.readOnly
-}
-
-function pathOf(source: Source): string | undefined {
-  if (typeof source === 'string') return source
-  if (source instanceof URL) return source.protocol === 'file:' ? decodeURIComponent(source.pathname) : undefined
-  return 'path' in source && typeof source.path === 'string' ? source.path : undefined
 }
 
 async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {

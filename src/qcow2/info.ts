@@ -67,7 +67,7 @@ export interface ImageInfo {
  * Reads the facts of an image file, which is opened and closed again; a device given stays open.
  * @throws FormatError, UnsupportedError if the header or a table cannot be understood; what `openSource` throws.
  */
-export function readImageInfo(source: Source, options: CallOptions & { readonly forceShare?: boolean } = {}): Promise<ImageInfo> {
+export function readImageInfo(source: Source, options: CallOptions & { readonly forceShare?: boolean | undefined } = {}): Promise<ImageInfo> {
   return withSource(source, { ...options, readOnly: true }, infoOfHost)
 }
 

@@ -35,6 +35,7 @@ export function repairImage(source: Source, options: RepairOptions): Promise<Che
 }
 
 async function repairHost(host: BlockDevice, options: RepairOptions): Promise<CheckReport> {
+  checkRepair(options.repair)
   if (host.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'repair: the device is open read-only; open it for writing')
   const before = await runCheck(host, options)
   const fixed = options.repair === 'leaks' ? await repairLeaks(before) : await repairAll(host, before, options)
@@ -50,6 +51,11 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   }
   if (after.report.corruptions === 0 && after.report.checkErrors === 0) await clearStateBits(after.context)
   return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks, repaired }
+}
+
+/** @throws TypeError for anything but the two kinds of repair */
+function checkRepair(repair: unknown): void {
+  if (repair !== 'leaks' && repair !== 'all') throw new TypeError(`repair must be 'leaks' or 'all', not ${JSON.stringify(repair)}`)
 }
 
 /** Nothing is wrong but COPIED flags. */

@@ -69,7 +69,7 @@ export class SnapshotWriter extends Resource implements UnfinishedSnapshot {
     this.#area = new VmStateArea(engine)
     const { depth, signal } = options
     this.#signal = signal
-    this.#queue = new AlignedWriteQueue(this.#area, { ...(depth === undefined ? {} : { depth }), ...(signal === undefined ? {} : { signal }) })
+    this.#queue = new AlignedWriteQueue(this.#area, { depth, signal })
     engine.snapshotHolds.unfinished.add(this)
   }
 

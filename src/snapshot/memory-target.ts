@@ -36,7 +36,7 @@ export interface MemoryTargetOptions extends CallOptions {
    */
   readonly direct?: boolean | undefined
   /** Which files an image may open as its backing file; see {@link Qcow2Image.open}. */
-  readonly references?: OpenOptions['references']
+  readonly references?: OpenOptions['references'] | undefined
 }
 
 /** An open {@link MemoryTarget}. */

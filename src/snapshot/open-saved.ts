@@ -25,7 +25,7 @@ export interface OpenSavedOptions extends CallOptions {
 export async function openSaved(source: Source | Qcow2Image, options: OpenSavedOptions = {}): Promise<PageSource> {
   const { signal, syncLimit } = options
   if (source instanceof Qcow2Image) return openImage(source, false, options)
-  const device = await openSource(source, { readOnly: true, forceShare: true, signal, ...(syncLimit !== undefined && { syncLimit }) })
+  const device = await openSource(source, { readOnly: true, forceShare: true, signal, syncLimit })
   const isImage = await begins(device, [0x51, 0x46, 0x49, 0xfb], options).catch(async (error: unknown) => {
     await device.close()
     throw error

@@ -11,7 +11,8 @@ import { ramFlag } from '../migration/format.ts'
 import type { MigrationRecord, RamBlock, RamPagesRecord } from '../migration/records.ts'
 import { StreamRest } from '../migration/stream-rest.ts'
 import { encodeRecord } from '../migration/writer.ts'
-import { Qcow2Image, type CreateOptions } from '../qcow2/image.ts'
+import { Qcow2Image } from '../qcow2/image.ts'
+import type { CreateOptions } from '../qcow2/new-image.ts'
 import type { SnapshotInfo } from '../qcow2/snapshot-info.ts'
 import { absentRanges } from './ram-image-absent.ts'
 import { alignBlock, encodeLayout, type RamImageBlock, type RamImageLayout } from './ram-image-layout.ts'
@@ -49,7 +50,7 @@ export interface NewRamImageOptions extends Omit<RamImageWriterOptions, 'unit' |
   /** Direct I/O for paths: past the page cache. Default: where the file system takes it, but not over a backing file. */
   readonly direct?: boolean | undefined
   /** Which files the image may open as its backing file; see {@link Qcow2Image.create}. */
-  readonly references?: CreateOptions['references']
+  readonly references?: CreateOptions['references'] | undefined
 }
 
 /**

@@ -60,8 +60,9 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
    * is damaged, `ERR_STREAM` if the rest of the stream is
    */
   static async open(source: Source, options: OpenRamImageOptions = {}): Promise<RamImage> {
+    const { snapshot: _, ...how } = options
     const given = source instanceof Qcow2Image
-    const image = given ? source : await Qcow2Image.open(source, { readOnly: true, ...options })
+    const image = given ? source : await Qcow2Image.open(source, { readOnly: true, ...how })
     const owned: AsyncDisposable[] = given ? [] : [image]
     try {
       const [disk, jsonLength] = await findSnapshot(image, options)

@@ -137,7 +137,7 @@ export async function revertEagerly(saved: SavedVm, options: RevertOptions): Pro
 async function withSource<T>(saved: SavedVm, options: OpenSavedOptions, task: (source: PageSource) => Promise<T>): Promise<T> {
   options.signal?.throwIfAborted()
   if (isPageSource(saved)) return task(saved)
-  await using source = await openSaved(saved, { syncLimit: faultRead, ...options })
+  await using source = await openSaved(saved, { ...options, syncLimit: options.syncLimit ?? faultRead })
   return await task(source)
 }
 

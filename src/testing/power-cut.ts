@@ -17,9 +17,9 @@ export type Survival = (request: RecordedRequest, sector: number) => boolean
 /** Options of {@link powerCut}. */
 export interface PowerCutOptions {
   /** Moment of the cut: events with a smaller number have happened. Default: after the last. */
-  readonly at?: number
+  readonly at?: number | undefined
   /** Default: everything submitted has arrived. */
-  readonly survives?: Survival
+  readonly survives?: Survival | undefined
 }
 
 /**

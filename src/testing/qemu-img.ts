@@ -18,7 +18,7 @@ export interface QemuCheck {
 /** Options of the functions that ask qemu-img. */
 export interface QemuImgOptions {
   /** Path of the program; default `qemu-img` on the `PATH`. */
-  readonly qemuImg?: string
+  readonly qemuImg?: string | undefined
 }
 
 /** `qemu-img check`, with `repair` as its `-r`; `undefined` where there is no qemu-img. */

@@ -5,7 +5,7 @@ import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { BlobDevice, MemoryDevice, openHttp, openSource, readAhead, type BlockDevice } from '../../src/block.ts'
+import { BlobDevice, MemoryDevice, openFile, openHttp, openSource, readAhead, type BlockDevice } from '../../src/block.ts'
 import { withSource } from '../../src/block/source.ts'
 import { blockDeviceSuite, pattern } from '../suites/block-device.ts'
 import { expectBytes } from '../support/bytes.ts'
@@ -175,4 +175,14 @@ describe('a file on a web server', () => {
       expectBytes(await device.read(1000, 5000), content.subarray(1000, 6000))
     },
   )
+})
+
+test('an option that does not exist is refused, not ignored', async () => {
+  const path = join(tempFolder(), 'disk')
+  writeFileSync(path, new Uint8Array(512))
+  const misspelled = { readonly: true } as object
+  await expect(openFile(path, misspelled)).rejects.toThrow("openFile: there is no option 'readonly'; there are create, direct, readOnly, signal, syncLimit")
+  await expect(openSource(path, misspelled)).rejects.toThrow(TypeError)
+  await using device = await openFile(path, { nothing: undefined } as object)
+  expect(device.size).toBe(512)
 })

@@ -3,9 +3,12 @@ import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { openFile } from '../../src/block/file.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
+import { amendImage } from '../../src/qcow2/amend.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
+import { compactImage } from '../../src/qcow2/compact.ts'
 import { convertToQcow2, copyDevice, type ConvertToQcow2Options } from '../../src/qcow2/convert.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { readImageInfo } from '../../src/qcow2/info.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { diskOf, type DiskPiece } from '../support/disk.ts'
 import { tempFolder } from '../support/temp.ts'
@@ -167,4 +170,23 @@ describeWithQemu('convert', (qemu) => {
     await copyDevice(image, target)
     expect(Buffer.compare(readFileSync(`${folder}/out.raw`), bytes)).toBe(0)
   })
+})
+
+test('the path of a target is a file that does not exist yet', async () => {
+  const path = `${tempFolder()}/copy.qcow2`
+  const content = new Uint8Array(100_352).fill(7)
+  await convertToQcow2(new MemoryDevice(content), path)
+  await using image = await Qcow2Image.open(path, { readOnly: true })
+  expect(Buffer.compare(await contentOf(image), content)).toBe(0)
+  // it could be the source itself
+  await expect(convertToQcow2(image, path)).rejects.toMatchObject({ code: 'ERR_EXISTS' })
+  expect(await checkImage(path)).toMatchObject({ corruptions: 0, leaks: 0 })
+})
+
+test('amend and compact take a path', async () => {
+  const path = `${tempFolder()}/disk.qcow2`
+  await convertToQcow2(new MemoryDevice(1 << 20), path)
+  await amendImage(path, { refcountBits: 8 })
+  expect(await readImageInfo(path)).toMatchObject({ refcountBits: 8 })
+  expect(await compactImage(path)).toBe(0)
 })

@@ -13,8 +13,11 @@ import type { Source } from '../../src/block/source.ts'
 import { trace, type TracedRequest } from '../../src/block/trace.ts'
 import { allocateAligned } from '../../src/block/slab.ts'
 import { Qcow2Error } from '../../src/core/errors.ts'
+import { amendImage } from '../../src/qcow2/amend.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
-import { Qcow2Image, type CreateOptions } from '../../src/qcow2/image.ts'
+import { convertToQcow2 } from '../../src/qcow2/convert.ts'
+import { Qcow2Image } from '../../src/qcow2/image.ts'
+import type { CreateOptions } from '../../src/qcow2/new-image.ts'
 import { readImageInfo } from '../../src/qcow2/info.ts'
 import { repairImage } from '../../src/qcow2/repair.ts'
 import { codeOf } from '../support/code.ts'
@@ -128,6 +131,17 @@ describe('references', () => {
     expect(image.size).toBe(MiB + 512)
     expect((await image.read(MiB, 1))[0]).toBe(5)
     expect(await codeOf(Qcow2Image.create(join(folder, 'other.qcow2'), {}))).toBe('TypeError')
+  })
+
+  test('options that do not exist are refused before anything is made or opened', async () => {
+    const path = join(tempFolder(), 'disk.qcow2')
+    await expect(Qcow2Image.create(path, { size: MiB, clustersize: 4096 } as CreateOptions)).rejects.toThrow("Qcow2Image.create: there is no option 'clustersize'")
+    await expect(openFile(path)).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+    await (await Qcow2Image.create(path, { size: MiB })).close()
+    await expect(Qcow2Image.open(path, { readonly: true } as object)).rejects.toThrow(TypeError)
+    await expect(convertToQcow2(new MemoryDevice(512), `${path}.copy`, { compress: true } as object)).rejects.toThrow(TypeError)
+    await expect(amendImage(path, { refcountbits: 8 } as object)).rejects.toThrow(TypeError)
+    await expect(repairImage(path, { repair: 'leak' as 'leaks' })).rejects.toThrow("repair must be 'leaks' or 'all', not \"leak\"")
   })
 
   test('a deep chain reads through, and tells where', async () => {

@@ -2,7 +2,7 @@
  * What `-o` says of a new image: parsing, qemu-img's `Formatting` line, and the rules between the
  * options in qemu-img's words, which scripts match. The layout itself is the engine's.
  */
-import type { CreateOptions } from '../../qcow2/image.ts'
+import type { CreateOptions } from '../../qcow2/new-image.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { didYouMean } from '../nearest.ts'
 import { optionSize } from '../size.ts'

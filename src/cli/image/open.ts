@@ -140,7 +140,7 @@ export class Opener {
     if (place.kind === 'null') return new NullDevice(place.size)
     const locking = place.kind === 'file' ? place.locking : undefined
     const source = place.kind === 'file' ? place.path : place.url
-    const device = await openSource(source, { readOnly, signal, locking, forceShare: forceShare ?? false, ...(direct === true ? { direct } : { syncLimit }) })
+    const device = await openSource(source, { readOnly, signal, locking, forceShare, ...(direct === true ? { direct } : { syncLimit }) })
     return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : place.url.href)
   }
 
