@@ -15,7 +15,7 @@ const layers: Record<string, readonly string[]> = {
   bytes: ['core'],
   codec: ['core', 'bytes'],
   block: ['core', 'bytes'],
-  qmp: ['core'],
+  qmp: ['core', 'bytes'],
   qcow2: ['core', 'bytes', 'codec', 'block'],
   migration: ['core', 'bytes', 'codec', 'block'],
   snapshot: ['core', 'bytes', 'block', 'qcow2', 'migration', 'qmp'],
