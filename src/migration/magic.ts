@@ -1,4 +1,7 @@
-/** Names what a file is when it is not a migration stream, for error messages and for opening. */
+/** The first bytes: the header of a migration stream, and what a file is that does not begin with one. */
+import { hex, streamError, streamMagic, streamVersion } from './format.ts'
+import type { ParserInput } from './input.ts'
+import type { HeaderRecord } from './records.ts'
 
 const magics: readonly (readonly [name: string, bytes: readonly number[]])[] = [
   ['a qcow2 image; its VM state is behind a snapshot', [0x51, 0x46, 0x49, 0xfb]],
@@ -17,4 +20,18 @@ const magics: readonly (readonly [name: string, bytes: readonly number[]])[] = [
 export function describeMagic(bytes: Uint8Array): string {
   const found = magics.find(([, magic]) => magic.every((byte, i) => bytes[i] === byte))
   return found === undefined ? '' : `; this is ${found[0]}`
+}
+
+/** Reads the header, `be32 magic, be32 version`. @throws FormatError that names what else it may be. */
+export function readHeader(input: ParserInput): HeaderRecord {
+  const offset = input.offset
+  input.require(8)
+  const magic = input.u32()
+  if (magic !== streamMagic) {
+    const found = describeMagic(input.bytes.subarray(input.at - 4, input.end))
+    throw streamError('header', 'magic', `not a QEMU migration stream: the magic is ${hex(magic)}, expected ${hex(streamMagic)}${found}`, offset)
+  }
+  const version = input.u32()
+  if (version !== streamVersion) throw streamError('header', 'version', `version is ${version}, expected ${streamVersion}`, offset + 4)
+  return { kind: 'header', offset, length: 8, version }
 }

@@ -1,7 +1,8 @@
 /** Reading a stream from any byte source: the parser with an asynchronous front. */
 import type { CallOptions } from '../block/device.ts'
 import { chunksOf, type ByteSource } from './byte-source.ts'
-import { MigrationParser, type ParserOptions } from './parser.ts'
+import type { ParserOptions } from './framing.ts'
+import { MigrationParser } from './parser.ts'
 import type { MigrationRecord } from './records.ts'
 
 /** Options of {@link readMigration}. */

@@ -5,7 +5,7 @@
  */
 import { viewOf } from '../bytes/view.ts'
 import { limits, sectionByte, streamError } from './format.ts'
-import type { DeviceLength } from './parser.ts'
+import type { DeviceLength } from './framing.ts'
 
 /** A field of a device section, or of a structure within one. */
 export interface FieldDescription {
