@@ -17,7 +17,7 @@ const magics: readonly (readonly [name: string, bytes: readonly number[]])[] = [
 ]
 
 /** `; this is …`, or nothing if the first bytes are not known. */
-export function describeMagic(bytes: Uint8Array): string {
+function describeMagic(bytes: Uint8Array): string {
   const found = magics.find(([, magic]) => magic.every((byte, i) => bytes[i] === byte))
   return found === undefined ? '' : `; this is ${found[0]}`
 }

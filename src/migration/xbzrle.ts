@@ -40,28 +40,3 @@ export function applyXbzrle(delta: Uint8Array, page: Uint8Array, offset = 0): vo
     position += changed
   }
 }
-
-/**
- * The delta that makes `next` of `previous`.
- * @returns `undefined` if it would need more than `limit` bytes: send the page raw.
- */
-export function encodeXbzrle(previous: Uint8Array, next: Uint8Array, limit: number = next.length): Uint8Array | undefined {
-  const out = new Uint8Array(limit)
-  let length = 0
-  const run = (value: number): void => {
-    if (value > 0x7f) out[length++] = (value & 0x7f) | 0x80
-    out[length++] = value > 0x7f ? value >> 7 : value
-  }
-  for (let at = 0; ; ) {
-    const start = at
-    while (at < next.length && next[at] === previous[at]) at++
-    if (at === next.length) return out.slice(0, length)
-    const changed = at
-    while (at < next.length && next[at] !== previous[at]) at++
-    if (length + 4 + at - changed > limit) return undefined
-    run(changed - start)
-    run(at - changed)
-    out.set(next.subarray(changed, at), length)
-    length += at - changed
-  }
-}

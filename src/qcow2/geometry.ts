@@ -9,7 +9,7 @@ import { FormatError } from '../core/errors.ts'
 import { maxClusterBits, maxL1Bytes, minClusterBits, minExtendedClusterBits } from './limits.ts'
 
 /** Subclusters in a cluster with extended L2 entries. */
-export const subclustersPerCluster = 32
+const subclustersPerCluster = 32
 
 /** What a header says about the shape of an image. */
 export interface Shape {
@@ -97,21 +97,6 @@ export function l1Index(geometry: Geometry, guest: number): number {
 /** Index of the L2 entry, within its table, that describes a guest offset. */
 export function l2Index(geometry: Geometry, guest: number): number {
   return Math.floor((guest - l1Index(geometry, guest) * geometry.bytesPerL1Entry) / geometry.clusterSize)
-}
-
-/** Distance of an offset from the start of its cluster. */
-export function offsetInCluster(geometry: Geometry, offset: number): number {
-  return offset - Math.floor(offset / geometry.clusterSize) * geometry.clusterSize
-}
-
-/** `offset` rounded down to a cluster. */
-export function clusterStart(geometry: Geometry, offset: number): number {
-  return Math.floor(offset / geometry.clusterSize) * geometry.clusterSize
-}
-
-/** `offset` rounded up to a cluster. */
-export function clusterEnd(geometry: Geometry, offset: number): number {
-  return Math.ceil(offset / geometry.clusterSize) * geometry.clusterSize
 }
 
 /** Clusters that `bytes` bytes need. */

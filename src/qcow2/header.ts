@@ -25,7 +25,7 @@ import { checkShape } from './geometry.ts'
 import { maxBackingFileName, maxL1Bytes, maxRefcountTableBytes, maxSnapshots } from './limits.ts'
 
 /** Bytes of the part of the header this library knows. */
-export const knownHeaderLength = 112
+const knownHeaderLength = 112
 const v2HeaderLength = 72
 const magic = 0x5146_49fb
 

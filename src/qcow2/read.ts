@@ -65,7 +65,7 @@ function readData(engine: Engine, guest: number, host: number, target: Uint8Arra
 }
 
 /** Fills `target` from a backing file; past its end, or without one, there are zeroes. Its damage is told from damage of the image above. */
-export function readBacking(backing: BlockDevice | undefined, guest: number, target: Uint8Array): Promise<void> {
+function readBacking(backing: BlockDevice | undefined, guest: number, target: Uint8Array): Promise<void> {
   const present = backing === undefined ? 0 : Math.min(target.length, Math.max(0, backing.size - guest))
   if (present < target.length) target.fill(0, present)
   return backing === undefined || present === 0 ? done : backing.readInto(guest, target.subarray(0, present)).catch(failInBacking)

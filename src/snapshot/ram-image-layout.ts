@@ -42,7 +42,7 @@ export interface RamImageLayout {
 }
 
 /** RAM blocks begin at multiples of this: the largest cluster size, and the usual huge page. */
-export const blockAlignment: number = 2 << 20
+const blockAlignment: number = 2 << 20
 /** Bytes of the trailer. */
 export const trailerLength = 16
 

@@ -1,6 +1,22 @@
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import { applyXbzrle, encodeXbzrle } from '../../src/migration/xbzrle.ts'
+import { applyXbzrle } from '../../src/migration/xbzrle.ts'
+
+/** The delta that makes `next` of `previous`, plainly. */
+function encodeXbzrle(previous: Uint8Array, next: Uint8Array): Uint8Array {
+  const out: number[] = []
+  const run = (length: number): number => (length > 0x7f ? out.push((length & 0x7f) | 0x80, length >> 7) : out.push(length))
+  for (let at = 0; ; ) {
+    const start = at
+    while (at < next.length && next[at] === previous[at]) at++
+    if (at === next.length) return Uint8Array.from(out)
+    const changed = at
+    while (at < next.length && next[at] !== previous[at]) at++
+    run(changed - start)
+    run(at - changed)
+    out.push(...next.subarray(changed, at))
+  }
+}
 
 const page = fc.uint8Array({ minLength: 4096, maxLength: 4096 })
 
@@ -26,7 +42,6 @@ test('a delta makes the new page of the old', () => {
       const next = Uint8Array.from(old)
       for (const [at, bytes] of changes) next.set(bytes.subarray(0, 4096 - at), at)
       const delta = encodeXbzrle(old, next)
-      if (delta === undefined) return
       const target = Uint8Array.from(old)
       applyXbzrle(delta, target)
       expect(Buffer.from(target).equals(next)).toBe(true)

@@ -12,7 +12,7 @@
 import { viewOf } from '../../bytes/view.ts'
 import { FormatError, UnsupportedError } from '../../core/errors.ts'
 
-export const luksHeaderSize = 592
+const luksHeaderSize = 592
 export const keySlotCount = 8
 const slotsAt = 208
 const slotSize = 48
