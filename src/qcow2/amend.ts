@@ -55,13 +55,16 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   const version = options.version ?? header.version
   const refcountOrder = Math.log2(options.refcountBits ?? 2 ** header.refcountOrder)
   checkOptions(options, header, version, refcountOrder)
+  const isDowngrade = version === 2 && header.version === 3
+  if (isDowngrade) refuseDowngrade(state)
   if (version === 3 && header.version === 2) await upgrade(host, state, options)
   if (refcountOrder !== header.refcountOrder) {
     const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true })
     await rebuildRefcounts(context, { refcountOrder })
   }
   await changeFields(host, options)
-  if (version === 2 && header.version === 3) await downgrade(host, options)
+  // what the first check counted is still true: neither new refcounts nor a new header move data or its tables
+  if (isDowngrade) await downgrade(host, state, options)
 }
 
 async function checkedState(host: BlockDevice, options: CallOptions): Promise<CheckState> {
@@ -128,14 +131,9 @@ async function changeFields(host: BlockDevice, options: AmendOptions): Promise<v
   )
 }
 
-/**
- * Version 2 has no zero clusters, so they go first: each becomes unallocated, or a cluster of written
- * zeroes where it has one that nothing else refers to. All of that reads the same, so a crash in between
- * leaves a sound version 3, perhaps with leaks: the references given up are still counted.
- */
-async function downgrade(host: BlockDevice, options: AmendOptions): Promise<void> {
-  const state = await checkedState(host, options)
-  const { header, cluster0 } = state.context
+/** @throws UnsupportedError for what version 2 does not have */
+function refuseDowngrade(state: CheckState): void {
+  const { header } = state.context
   const missing: string[] = []
   if ((header.incompatibleFeatures & incompatible.dataFile) !== 0n) missing.push('external data file')
   if ((header.incompatibleFeatures & incompatible.extendedL2) !== 0n) missing.push('extended L2 entries')
@@ -146,7 +144,15 @@ async function downgrade(host: BlockDevice, options: AmendOptions): Promise<void
     if (snapshot.vmStateSize >= 2 ** 32) missing.push(`the VM state size of snapshot ${snapshot.id}`)
   }
   if (missing.length > 0) throw new UnsupportedError(`amend: version 2 does not have: ${missing.join(', ')}`, missing)
-  const shared = await removeZeroClusters(host, state, cluster0.backingFile !== undefined)
+}
+
+/**
+ * Version 2 has no zero clusters, so they go first: each becomes unallocated, or a cluster of written
+ * zeroes where it has one that nothing else refers to. All of that reads the same, so a crash in between
+ * leaves a sound version 3, perhaps with leaks: the references given up are still counted.
+ */
+async function downgrade(host: BlockDevice, state: CheckState, options: AmendOptions): Promise<void> {
+  const shared = await removeZeroClusters(host, state, state.context.cluster0.backingFile !== undefined)
   if (shared > 0) await repairImage(host, { repair: 'leaks', signal: options.signal })
   await rewriteHeader(
     host,

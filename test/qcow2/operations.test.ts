@@ -252,6 +252,12 @@ describe('amend', () => {
     await (await Qcow2Image.create(host, { size: 1 << 20, clusterSize: 16384, extendedL2: true, compressionType: 'zstd' })).flush()
     await expect(amendImage(host, { version: 2 })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED', features: ['extended L2 entries', 'compression type zstd'] })
     await expect(amendImage(host, { refcountBits: 3 })).rejects.toThrow(RangeError)
+    // nor is anything else changed that was asked for along with it
+    const narrow = new MemoryDevice(0, { growable: true })
+    await (await Qcow2Image.create(narrow, { size: 1 << 20, clusterSize: 16384, extendedL2: true, refcountBits: 8 })).flush()
+    const before = narrow.bytes.slice()
+    await expect(amendImage(narrow, { version: 2, refcountBits: 16, lazyRefcounts: false })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
+    expect(Buffer.compare(narrow.bytes, before)).toBe(0)
     await expect(amendImage(host, { dataFile: 'x' })).rejects.toThrow(TypeError)
   })
 })
