@@ -5,7 +5,8 @@
 export * from "./core/errors.ts"
 export type { LuksHeader, LuksKeySlot } from './codec/crypto/luks-header.ts'
 export { amendImage, type AmendOptions } from './qcow2/amend.ts'
-export { Bitmaps, type AddBitmapOptions, type DirtyRange } from './qcow2/bitmaps.ts'
+export { Bitmaps, type AddBitmapOptions } from './qcow2/bitmaps.ts'
+export type { DirtyRange } from './qcow2/bitmaps-bits.ts'
 export type { CheckFinding, CheckReport } from './qcow2/check-report.ts'
 export { checkImage, type CheckOptions } from './qcow2/check.ts'
 export { commitImage, type CommitOptions } from './qcow2/commit.ts'
