@@ -36,10 +36,12 @@ export class StoredRefcounts {
       const high = table.getUint32(index * 8)
       const low = table.getUint32(index * 8 + 4)
       if (high === 0 && low === 0) continue
-      const offset = high * 0x1_0000_0000 + ((low & 0xffff_fe00) >>> 0)
+      const inLow = (low & 0xffff_fe00) >>> 0
+      const offset = high * 0x1_0000_0000 + inLow
       this.offsets[index] = offset
       if ((low & 0x1ff) !== 0) this.#reserved.add(index)
-      if (offset % geometry.clusterSize !== 0 || high >= 0x8000_0000) {
+      // beyond 2^53 the number has lost what tells whether it is aligned
+      if (inLow % geometry.clusterSize !== 0 || high >= 0x8000_0000) {
         this.#unreadable.add(index)
       } else if (index < used && offset > 0 && offset < this.#context.host.size) {
         const cluster = offset / geometry.clusterSize

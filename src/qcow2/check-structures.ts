@@ -19,8 +19,8 @@ export interface CheckedSnapshots {
   readonly table: Uint8Array
   /** Bytes of the table, without the last record's padding. */
   readonly length: number
-  /** The table breaks rules that rewriting it can restore. */
-  readonly rewrite: boolean
+  /** Corruptions of the table itself, which rewriting it repairs. */
+  readonly toRewrite: number
   /** The L1 tables worth walking. */
   readonly l1Tables: readonly L1Location[]
 }
@@ -36,44 +36,47 @@ export async function checkSnapshotTable(context: CheckContext, count: boolean):
   }
   const walk = await walkTable(context, records)
   if (count) context.reference(header.snapshotsOffset, walk.length, owner.snapshotTable)
-  return { ...walk, rewrite: walk.rewrite || tooMany > 0 }
+  return { ...walk, toRewrite: walk.toRewrite + tooMany }
 }
 
 /** Goes through the records one by one; what a table holds is known only after decoding what precedes. */
 async function walkTable(context: CheckContext, count: number): Promise<CheckedSnapshots> {
   const table = await readTable(context, count)
   const l1Tables: L1Location[] = []
-  let rewrite = false
+  let toRewrite = 0
   let next = 0
   let length = 0
   for (let index = 0; index < count; index++) {
     const offset = context.header.snapshotsOffset + next
     const report = (message: string): void => context.report.corruption({ structure: 'snapshot table', offset, message })
     length = next + snapshotRecordLength(table, next)
-    const record = rawRecord(table, next)
-    if (!checkExtraData(context, record, report)) rewrite = true
+    const record = rawRecord(table, next, context.geometry.clusterSize)
+    if (!checkExtraData(context, record, report)) toRewrite++
     const l1Table = checkL1Location(context, record, report)
     if (l1Table !== undefined) l1Tables.push(l1Table)
     next = Math.ceil(length / 8) * 8
   }
-  return { table: table.subarray(0, Math.min(table.length, next)), length, rewrite, l1Tables }
+  return { table: table.subarray(0, Math.min(table.length, next)), length, toRewrite, l1Tables }
 }
 
 /** The fields a check looks at; the others may hold anything. */
 interface RawRecord {
   readonly id: string
   readonly l1TableOffset: number
+  /** The offset is a multiple of the cluster size, which a number beyond 2^53 does not tell. */
+  readonly isAligned: boolean
   readonly l1Size: number
   readonly extraDataLength: number
 }
 
-function rawRecord(table: Uint8Array, at: number): RawRecord {
+function rawRecord(table: Uint8Array, at: number, clusterSize: number): RawRecord {
   const view = viewOf(table)
   const extraDataLength = view.getUint32(at + 36)
   const idAt = at + 40 + extraDataLength
   return {
     id: new TextDecoder().decode(table.subarray(idAt, idAt + view.getUint16(at + 12))),
     l1TableOffset: view.getUint32(at) * 0x1_0000_0000 + view.getUint32(at + 4),
+    isAligned: view.getUint32(at + 4) % clusterSize === 0,
     l1Size: view.getUint32(at + 8),
     extraDataLength,
   }
@@ -94,7 +97,7 @@ function checkExtraData(context: CheckContext, record: RawRecord, report: (messa
 
 function checkL1Location(context: CheckContext, record: RawRecord, report: (message: string) => void): L1Location | undefined {
   const { clusterSize } = context.geometry
-  if (record.l1TableOffset % clusterSize !== 0) {
+  if (!record.isAligned) {
     report(`snapshot ${record.id}: its L1 table offset ${record.l1TableOffset} is not a multiple of ${clusterSize}`)
     return undefined
   }

@@ -42,7 +42,7 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   if (fixed === undefined) return { ...before.report, checkErrors: before.report.checkErrors + 1 }
   let after = await runCheck(host, options)
   const repaired = goneFindings(before.report.findings.filter((finding) => !isFlag(finding)), after.report)
-  const mayFixCopied = options.repair === 'all' || isClean(after.report, after.repairs.length)
+  const mayFixCopied = options.repair === 'all' || isClean(after)
   if (mayFixCopied && after.repairs.length > 0) {
     const flags = after.report.findings.filter(isFlag)
     fixed.corruptions += await repairEntries(after.context, after.repairs, 'copied')
@@ -58,9 +58,9 @@ function checkRepair(repair: unknown): void {
   if (repair !== 'leaks' && repair !== 'all') throw new TypeError(`repair must be 'leaks' or 'all', not ${JSON.stringify(repair)}`)
 }
 
-/** Nothing is wrong but COPIED flags. */
-function isClean(report: CheckReport, copiedFlags: number): boolean {
-  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= copiedFlags
+/** Nothing is wrong but COPIED flags, and the form of the snapshot table, which says nothing of any counter. */
+function isClean({ report, repairs, snapshots }: CheckState): boolean {
+  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= repairs.length + snapshots.toRewrite
 }
 
 /** A COPIED flag that contradicts a counter: which of the two is wrong shows when the counters are right. */
@@ -89,11 +89,11 @@ async function repairAll(host: BlockDevice, before: CheckState, options: RepairO
   const zeroed = await repairEntries(before.context, before.repairs, 'zero')
   // the entries that were zeroed referred to clusters, so the counting starts over
   const state = zeroed === 0 ? before : await runCheck(host, options)
-  if (!state.rebuild && !state.snapshots.rewrite) {
+  if (!state.rebuild && state.snapshots.toRewrite === 0) {
     const fixed = await repairCounters(state, true)
     return { ...fixed, corruptions: fixed.corruptions + zeroed }
   }
-  const snapshots = state.snapshots.rewrite ? repairedSnapshots(state) : undefined
+  const snapshots = state.snapshots.toRewrite > 0 ? repairedSnapshots(state) : undefined
   const counted = await runCheck(host, { ...options, omitRefcounts: true, omitSnapshotTable: snapshots !== undefined })
   await rebuildRefcounts(counted.context, { snapshots, keep: state.context.expected })
   const rebuilt = await runCheck(host, options)

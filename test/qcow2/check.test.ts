@@ -86,6 +86,16 @@ describeWithQemu('check', (qemu) => {
     { region: 750553654, position: 0, how: 'other cluster', value: 1329585016 },
     { region: 0, position: 0, how: 'zero', value: 0 },
   ]
+  /** A snapshot's L1 table whose offset is a multiple of the cluster size but for its last bit, 2^63 away from it. */
+  const farL1Table: Damage[] = [
+    { region: 1905177005, position: 27756761, how: 'zero', value: 0 },
+    { region: 492990957, position: 0, how: 'other cluster', value: 1324204295 },
+  ]
+  /** A COPIED flag, and a snapshot without the extra data of version 3: the one can be repaired without the other. */
+  const flagAndTable: Damage[] = [
+    { region: 0, position: 0, how: 'flip COPIED', value: 0 },
+    { region: 1008242631, position: 480290853, how: 'zero', value: 0 },
+  ]
   const damagedBy = (which: number, list: readonly Damage[]): Uint8Array => damage([...images.values()][which % images.size]!, list)
 
   test('sound images: every number equals qemu-img, nothing is found', async () => {
@@ -118,7 +128,7 @@ describeWithQemu('check', (qemu) => {
         if (zeroFlagInV2(ours) || ours.checkErrors > 0) return
         expect(asQemu(ours)).toEqual(theirs.report)
       }),
-      { numRuns },
+      { numRuns, examples: [[[23480792, farL1Table]]] },
     )
   }, 600_000)
 
@@ -144,7 +154,7 @@ describeWithQemu('check', (qemu) => {
         expect(verdict.report['leaks']).toBeLessThanOrEqual(theirs.report['leaks']!)
         expect(verdict.report['corruptions']).toBeLessThanOrEqual(theirs.report['corruptions']!)
       }),
-      { numRuns: Math.ceil(numRuns / 2), examples: [[[2, longL1Table]], [[979159796, tableAtEnd]]] },
+      { numRuns: Math.ceil(numRuns / 2), examples: [[[2, longL1Table]], [[979159796, tableAtEnd]], [[17, flagAndTable]]] },
     )
   }, 600_000)
 
