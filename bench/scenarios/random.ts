@@ -1,73 +1,67 @@
 /** Random requests of 4 KiB to a qcow2 image, beside `qemu-img bench`. */
 import { execFileSync } from 'node:child_process'
 import { join } from 'node:path'
-import { allocateAligned } from '../../src/block.ts'
 import { Qcow2Image, type OpenOptions } from '../../src/index.ts'
 import { measure, type GroupResult, type Measured, type Variant } from '../harness.ts'
 import { findQemus } from '../qemu.ts'
+import { inOwnNode, requestSize, step, throughFs, throughImage, type Load } from '../random-requests.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
 
-const requestSize = 4096
-/** How far the next request lies from the last, as `qemu-img bench -S`: no two are near each other. */
-const step = 32_440_320
-
-interface Load {
-  readonly path: string
+interface LoadBeside extends Load {
   readonly qemuImg: string
-  readonly depth: number
-  readonly count: number
-  readonly write: boolean
 }
 
-/** Keeps `depth` requests in flight until all are done. Timed without opening and closing, as qemu-img bench is. */
-async function ours({ path, depth, count, write }: Load, options: OpenOptions): Promise<Measured> {
-  await using image = await Qcow2Image.open(path, { ...options, readOnly: !write })
-  let left = count
-  let offset = 0
-  const lane = async (): Promise<void> => {
-    const bytes = allocateAligned(requestSize)
-    while (left-- > 0) {
-      const at = offset
-      offset = (offset + step) % image.size
-      await (write ? image.write(at, bytes) : image.readInto(at, bytes))
-    }
-  }
-  const before = performance.now()
-  await Promise.all(Array.from({ length: depth }, lane))
-  return { seconds: (performance.now() - before) / 1000 }
-}
-
-function theirs({ path, qemuImg, depth, count, write }: Load, args: readonly string[]): Measured {
+function theirs({ path, qemuImg, depth, count, write }: LoadBeside, args: readonly string[]): Measured {
   const printed = execFileSync(qemuImg, ['bench', '-f', 'qcow2', ...args, ...(write ? ['-w'] : []), '-c', String(count), '-d', String(depth), '-s', String(requestSize), '-S', String(step), path], { encoding: 'utf8' })
   return { seconds: Number(/completed in ([\d.]+) seconds/.exec(printed)?.[1]) }
 }
 
-const inProcess = (id: string, title: string, load: Load, options: OpenOptions): Variant => ({ id, title, run: () => ours(load, options) })
-const qemu = (id: string, load: Load, args: readonly string[]): Variant => ({ id, title: `qemu-img bench ${args.join(' ')}`, run: () => theirs(load, args) })
+const inProcess = (id: string, title: string, load: Load, options: OpenOptions): Variant => ({ id, title, run: () => throughImage(load, options) })
+const plainFs = (id: string, title: string, load: Load, synchronous: boolean): Variant => ({ id, title, run: () => throughFs(load, synchronous) })
+const qemu = (id: string, load: LoadBeside, args: readonly string[]): Variant => ({ id, title: `qemu-img bench ${args.join(' ')}`, run: () => theirs(load, args) })
 
-async function directGroup(context: ScenarioContext, load: Load): Promise<GroupResult> {
+/** What Node's own calls reach stands beside ours: no library over them can be faster. */
+async function directGroup(context: ScenarioContext, load: LoadBeside): Promise<GroupResult> {
   const { depth, count, write } = load
-  const one = depth === 1
-  return measure(
-    {
-      id: `direct-${write ? 'write' : 'read'}-${depth}`,
-      title: `${count} random ${write ? 'writes' : 'reads'} of 4 KiB, O_DIRECT, depth ${depth}`,
-      bytes: count * requestSize,
-      variants: [
-        inProcess('qcow2', 'this library', load, { direct: true }),
-        ...(one ? [inProcess('qcow2-sync', 'this library, synchronous', load, { direct: true, syncLimit: requestSize })] : []),
-        qemu('qemu-native', load, ['-t', 'none', '-n']),
-        ...(one ? [] : [qemu('qemu-threads', load, ['-t', 'none'])]),
-      ],
-      ratios: one
-        ? [{ fast: 'qcow2-sync', slow: 'qemu-native', goal: 1.15 }, { fast: 'qcow2', slow: 'qemu-native' }]
-        : [{ fast: 'qcow2', slow: 'qemu-threads', goal: 0.95 }, { fast: 'qcow2', slow: 'qemu-native' }],
-    },
-    context,
-  )
+  const call = write ? 'write' : 'read'
+  const direct = inProcess('qcow2', 'this library', load, { direct: true })
+  const plain = plainFs('fs', `fs.${call}`, load, false)
+  const native = qemu('qemu-native', load, ['-t', 'none', '-n'])
+  const group = { id: `direct-${call}-${depth}`, title: `${count} random ${call}s of 4 KiB, O_DIRECT, depth ${depth}`, bytes: count * requestSize }
+  if (depth === 1) {
+    const variants = [
+      direct,
+      inProcess('qcow2-sync', 'this library, synchronous', load, { direct: true, syncLimit: requestSize }),
+      plain,
+      plainFs('fs-sync', `fs.${call}Sync`, load, true),
+      native,
+    ]
+    const ratios = [
+      { fast: 'qcow2-sync', slow: 'qemu-native', goal: 1.15 },
+      { fast: 'fs-sync', slow: 'qemu-native' },
+      { fast: 'qcow2', slow: 'qemu-native' },
+      { fast: 'fs', slow: 'qemu-native' },
+    ]
+    return measure({ ...group, variants, ratios }, context)
+  }
+  const variants = [
+    direct,
+    { id: 'qcow2-uring', title: 'this library, UV_USE_IO_URING=1', run: () => inOwnNode(load, { UV_USE_IO_URING: '1' }) },
+    plain,
+    native,
+    qemu('qemu-threads', load, ['-t', 'none']),
+  ]
+  const ratios = [
+    { fast: 'qcow2', slow: 'qemu-threads', goal: 0.95 },
+    { fast: 'qcow2-uring', slow: 'qemu-threads' },
+    { fast: 'fs', slow: 'qemu-threads' },
+    { fast: 'qcow2', slow: 'fs' },
+    { fast: 'qcow2', slow: 'qemu-native' },
+  ]
+  return measure({ ...group, variants, ratios }, context)
 }
 
-async function cachedGroup(context: ScenarioContext, load: Load): Promise<GroupResult> {
+async function cachedGroup(context: ScenarioContext, load: LoadBeside): Promise<GroupResult> {
   return measure(
     {
       id: 'cached-read',
@@ -122,6 +116,8 @@ export const scenario: Scenario = {
   title: 'Random requests of 4 KiB',
   about:
     'An allocated image of random bytes is read and written in requests of 4 KiB far from each other, past the page cache and out of it. ' +
-    'Beside it is qemu-img bench with the same offsets, with native and threaded I/O; both are timed without opening and closing.',
+    'Beside it is qemu-img bench with the same offsets, with native and threaded I/O; both are timed without opening and closing. ' +
+    'fs.read and fs.write move the same bytes of the file with nothing in between: what they miss is missed by Node itself, whose thread pool ' +
+    'hands each request to a thread and back.',
   run,
 }

@@ -41,6 +41,9 @@ export interface FileOptions extends CallOptions {
 
 const fileOptions: OptionNames<FileOptions> = { readOnly: true, direct: true, create: true, syncLimit: true, signal: true }
 
+/** What `fs.read` and `fs.write` have in common. */
+type Transfer = (fd: number, bytes: Uint8Array, at: number, length: number, offset: number, moved: (error: Error | null, count: number) => void) => void
+
 /** The system transfers a little less than 2 GiB at a time; this divides into whole pages. */
 const maxTransfer = 1 << 30
 
@@ -131,11 +134,14 @@ export class FileDevice extends BaseDevice {
     return this.#asOne(() => this.#readLastSector(offset, target, odd))
   }
 
-  protected async onWrite(offset: number, source: Uint8Array): Promise<void> {
+  protected onWrite(offset: number, source: Uint8Array): Promise<void> {
     const end = offset + source.length
     this.#submittedEnd = Math.max(this.#submittedEnd, end)
-    await this.#transfer('write', offset, source)
-    this.#size = Math.max(this.#size, end)
+    const writing = this.#transfer('write', offset, source)
+    if (end <= this.#size) return writing
+    return writing.then(() => {
+      this.#size = Math.max(this.#size, end)
+    })
   }
 
   /** Past the end the file only gets longer: the new bytes are a hole and read as zeroes. */
@@ -213,26 +219,19 @@ export class FileDevice extends BaseDevice {
   #transfer(operation: 'read' | 'write', offset: number, bytes: Uint8Array): Promise<void> {
     if (bytes.length <= this.#syncLimit && this.#syncBytes < syncStretch) return this.#transferSync(operation, offset, bytes)
     this.#syncBytes = 0
-    return this.#call(operation, (settle) => {
-      let at = 0
-      const next = (): void => {
-        const length = Math.min(bytes.length - at, maxTransfer)
-        if (operation === 'read') fs.read(this.#fd, bytes, at, length, offset + at, moved)
-        else fs.write(this.#fd, bytes, at, length, offset + at, moved)
-      }
-      const moved = (error: Error | null, count: number): void => {
-        if (error !== null) {
-          settle(error)
-          return
-        }
-        const before = at
-        at += this.#usable(count, bytes.length - at)
-        if (at === bytes.length) settle(null)
-        else if (at === before) settle(new Error(operation === 'read' ? endOfFile : 'the system wrote nothing'))
-        else next()
-      }
-      next()
-    }, offset, bytes.length)
+    return this.#call(operation, (settle) => this.#move(operation, offset, bytes, 0, settle), offset, bytes.length)
+  }
+
+  /** Moves the bytes from `at` on, as often as the system stops short. Nearly all requests are one call: little is made for each. */
+  #move(operation: 'read' | 'write', offset: number, bytes: Uint8Array, at: number, settle: (error: Error | null) => void): void {
+    const rest = bytes.length - at
+    const call: Transfer = operation === 'read' ? fs.read : fs.write
+    call(this.#fd, bytes, at, Math.min(rest, maxTransfer), offset + at, (error, count) => {
+      const moved = error === null ? this.#usable(count, rest) : 0
+      if (error !== null || moved === rest) settle(error)
+      else if (moved === 0) settle(new Error(operation === 'read' ? endOfFile : 'the system wrote nothing'))
+      else this.#move(operation, offset, bytes, at + moved, settle)
+    })
   }
 
   // eslint-disable-next-line @typescript-eslint/require-await -- async turns what it throws into a rejection

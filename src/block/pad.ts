@@ -75,9 +75,10 @@ class PaddedDevice extends FilterDevice {
 
   protected override async onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
     const end = offset + source.length
-    const release = await this.#lock(offset, end)
+    const release = this.#tryLock(offset, end) ?? (await this.#lock(offset, end))
     try {
-      await this.#writePadded(offset, source, options)
+      if (this.#passes(offset, end, source)) await this.inner.write(offset, source, options)
+      else await this.#writePadded(offset, source, options)
       this.#size = Math.max(this.#size, end)
     } finally {
       release()
@@ -218,10 +219,13 @@ class PaddedDevice extends FilterDevice {
     return aligned && isMemoryAligned(memory, this.#memoryAlignment)
   }
 
-  async #lock(offset: number, end: number): Promise<Release> {
-    const start = offset - (offset % this.#alignment)
-    const stop = roundUp(end, this.#alignment)
-    return this.#writing.tryAcquire(start, stop) ?? this.#writing.acquire(start, stop)
+  /** The sectors of `[offset, end)` without waiting, or undefined if another write has one of them. */
+  #tryLock(offset: number, end: number): Release | undefined {
+    return this.#writing.tryAcquire(offset - (offset % this.#alignment), roundUp(end, this.#alignment))
+  }
+
+  #lock(offset: number, end: number): Promise<Release> {
+    return this.#writing.acquire(offset - (offset % this.#alignment), roundUp(end, this.#alignment))
   }
 
   #takeBounce(): Uint8Array {
