@@ -1,10 +1,11 @@
 /** The parser beside memcpy, the index of a stored stream beside reading the file, a RAM image beside the plain file. */
 import { closeSync, fsyncSync, openSync, readSync, rmSync, statSync, writeFileSync, writeSync } from 'node:fs'
 import { join } from 'node:path'
-import { openFile } from '../../src/block.ts'
+import { openFile, ReadAheadPrefetcher } from '../../src/block.ts'
 import { MigrationParser, VmState } from '../../src/migration.ts'
 import { RamImageWriter } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
+import { fio, hasFio } from '../fio.ts'
 import { measure, type GroupResult, type Measured, type Variant } from '../harness.ts'
 import { GuestMemory } from '../load.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
@@ -119,8 +120,8 @@ function readWhole(path: string): undefined {
   return undefined
 }
 
-async function indexFile(path: string): Promise<undefined> {
-  await using vm = await VmState.index(await openFile(path, { readOnly: true }))
+async function indexFile(path: string, direct: boolean): Promise<undefined> {
+  await using vm = await VmState.index(await openFile(path, { readOnly: true, direct }))
   if (vm.devices.length === 0) throw new Error('no devices found')
   return undefined
 }
@@ -133,8 +134,35 @@ async function fileGroup(context: ScenarioContext, path: string): Promise<GroupR
       title: 'Indexing a stored stream',
       note: 'the file is in the page cache: the storage is as fast as it can be',
       bytes: size,
-      variants: [variant('ours', 'VmState.index', () => indexFile(path)), variant('read', 'read(2), 1 MiB at a time', () => readWhole(path))],
+      variants: [variant('ours', 'VmState.index', () => indexFile(path, false)), variant('read', 'read(2), 1 MiB at a time', () => readWhole(path))],
       ratios: [{ fast: 'ours', slow: 'read' }],
+    },
+    context,
+  )
+}
+
+async function readAheadWhole(path: string): Promise<undefined> {
+  await using device = await openFile(path, { readOnly: true, direct: true })
+  await using prefetcher = new ReadAheadPrefetcher(device)
+  while ((await prefetcher.next()) !== undefined) continue
+  return undefined
+}
+
+async function storageGroup(context: ScenarioContext, path: string): Promise<GroupResult> {
+  const { size } = statSync(path)
+  const whole = size - (size % chunkSize)
+  const variants = [
+    variant('ours', 'VmState.index, O_DIRECT', () => indexFile(path, true)),
+    variant('read', 'read ahead, nothing done with the bytes, O_DIRECT', () => readAheadWhole(path)),
+  ]
+  if (hasFio) variants.push(variant('fio', 'fio libaio 1 MiB x 8: read only', () => fio({ file: path, bytes: whole, operation: 'read', direct: true })))
+  return measure(
+    {
+      id: 'migration-index-direct',
+      title: 'Indexing a stored stream past the page cache',
+      bytes: size,
+      variants,
+      ratios: [{ fast: 'ours', slow: 'read', goal: 0.95 }, ...(hasFio ? [{ fast: 'ours', slow: 'fio' }] : [])],
     },
     context,
   )
@@ -204,14 +232,15 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
   const path = join(context.folder, 'stream')
   writeFileSync(path, stream)
   const index = await fileGroup(context, path)
+  const storage = await storageGroup(context, path)
   rmSync(path)
   const image = await imageGroup(context, halfZero(stream))
   const walked = header.variants[0]!
   const nanoseconds = ((walked.cpuSeconds ?? walked.seconds).median * 1e9) / pages
-  const groups = [memory, header, index, image]
+  const groups = [memory, header, index, storage, image]
   return {
     groups,
-    figures: [groupFigure(memory), groupFigure(index), groupFigure(image)],
+    figures: [groupFigure(memory), groupFigure(index), groupFigure(storage), groupFigure(image)],
     notes: [`Header walk: ${nanoseconds.toFixed(1)} ns of processor time a page (goal: at most 40).`],
   }
 }
