@@ -30,6 +30,16 @@ export interface PageCounts {
   duplicate: number
 }
 
+/** Pages of a RAM block that lie beside their stream, in bytes. A page that is only partly within counts whole. */
+export interface PageRange {
+  /** Index of the block. */
+  readonly block: number
+  readonly offset: number
+  readonly length: number
+  /** Where the first byte is in the device that holds the pages; or that they are zero, or that the stream had none. */
+  readonly content: number | 'zero' | 'absent'
+}
+
 /** A page that is not stored raw. */
 export interface EncodedPage {
   readonly kind: 'xbzrle' | 'compressed'
@@ -103,6 +113,25 @@ export class RamIndex {
       entries.set(page, set ? pagesOffset + page * this.pageSize : zeroPage)
       if (set) this.counts.normal++
       else this.counts.zero++
+    }
+  }
+
+  /** Takes in pages that lie beside their stream, at `base` and more in the file; of ranges that overlap the last counts. */
+  addRanges(ranges: readonly PageRange[], base: number): void {
+    for (const { block, offset, length, content } of ranges) {
+      const entries = this.entries[block]!
+      const end = Math.ceil((offset + length) / this.pageSize)
+      for (let page = Math.floor(offset / this.pageSize); page < end; page++) {
+        const position = typeof content === 'number' ? base + content - offset + page * this.pageSize : content === 'zero' ? zeroPage : absentPage
+        entries.set(page, position)
+      }
+    }
+    for (const entries of this.entries) {
+      for (let page = 0; page < entries.pages; page++) {
+        const entry = entries.get(page)
+        if (entry === zeroPage) this.counts.zero++
+        else if (entry !== absentPage) this.counts.normal++
+      }
     }
   }
 

@@ -3,16 +3,19 @@
  * index; owns opening what is around the stream (libvirt's header, compression) and the devices.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { join } from '../block/join.ts'
 import { MemoryDevice } from '../block/memory.ts'
 import { pad } from '../block/pad.ts'
 import { isBlockDevice, openSource, type Source } from '../block/source.ts'
 import { decompressStream, type FileCompression } from '../codec/decompress-stream.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
+import { concat } from '../bytes/concat.ts'
 import { deviceChunks } from './byte-source.ts'
 import { capabilitiesOf } from './configuration.ts'
 import { readLibvirtHeader, type LibvirtSaveHeader } from './container.ts'
 import { decodeStruct, type DeviceValue } from './device-fields.ts'
+import type { PageRange } from './ram-index.ts'
 import { RamState } from './ram-state.ts'
 import type { ConfigurationRecord } from './records.ts'
 import type { DeviceDescription, VmDescription } from './vm-description.ts'
@@ -76,24 +79,32 @@ export class VmState extends Resource {
   readonly streamLength: number
   /** File offset of device state that no VM description explains; undefined in a complete stream. */
   readonly tailOffset: number | undefined
+  /** The pages are not in the stream but lie beside it, as those of a RAM image do: only `plainStream` gives a stream that QEMU loads. */
+  readonly pagesBeside: boolean
   /** The device all offsets refer to: the one given or opened, or the spool. */
   readonly storage: BlockDevice
   readonly #owned: readonly BlockDevice[]
   readonly #rest: StreamIndex['rest']
 
-  private constructor(storage: BlockDevice, owned: readonly BlockDevice[], libvirt: LibvirtSaveHeader | undefined, streamOffset: number, index: StreamIndex) {
+  private constructor(
+    storage: BlockDevice,
+    owned: readonly BlockDevice[],
+    index: StreamIndex,
+    how: { readonly libvirt?: LibvirtSaveHeader | undefined; readonly streamOffset: number; readonly pagesBeside: boolean },
+  ) {
     super()
     this.storage = storage
     this.#owned = owned
     this.#rest = index.rest
-    this.libvirt = libvirt
+    this.libvirt = how.libvirt
+    this.pagesBeside = how.pagesBeside
     this.configuration = index.configuration
     this.ram = new RamState(storage, index.blocks, index.ram)
     this.ramSection = index.ramSection
     this.devices = index.devices.map((device, i) => deviceState(device, index.description?.devices[i]))
     this.description = index.description
-    this.streamOffset = streamOffset
-    this.streamLength = index.end - streamOffset
+    this.streamOffset = how.streamOffset
+    this.streamLength = index.end - how.streamOffset
     this.tailOffset = index.tailOffset
   }
 
@@ -119,11 +130,29 @@ export class VmState extends Resource {
       const storage = compression === undefined ? padded : await decompress(padded, offset, compression, options)
       const streamOffset = compression === undefined ? offset : 0
       const index = await indexStream(storage, streamOffset, options)
-      return new VmState(storage, owned, libvirt, streamOffset, index)
+      return new VmState(storage, owned, index, { libvirt, streamOffset, pagesBeside: false })
     } catch (error) {
       for (const each of owned) await each.close()
       throw error
     }
+  }
+
+  /**
+   * A VM whose pages lie beside its stream: `before` and `after` are the stream without them, as {@link VmState.rest} gives
+   * it, `pages` is the device that `ranges` refer to. It stays open.
+   * @throws FormatError (`ERR_STREAM`) for a damaged stream
+   */
+  static async beside(
+    { before, after }: { readonly before: Uint8Array; readonly after: Uint8Array },
+    pages: BlockDevice,
+    ranges: readonly PageRange[],
+    options: CallOptions = {},
+  ): Promise<VmState> {
+    const stream = new MemoryDevice(concat([before, after]), { readOnly: true })
+    const index = await indexStream(stream, 0, options)
+    index.ram.addRanges(ranges, stream.size)
+    const rest = { before: [{ offset: 0, length: before.length }], after: [{ offset: before.length, length: after.length }] }
+    return new VmState(join(stream, pages), [stream], { ...index, rest }, { streamOffset: 0, pagesBeside: true })
   }
 
   /** Machine type, for example `pc-q35-9.0`; machine types up to 2.3 do not write it. */

@@ -7,6 +7,8 @@ import { slice } from '../block/slice.ts'
 import type { Source } from '../block/source.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { isZero, RamPart, ramPartCapacity } from '../migration/ram-part.ts'
+import type { PageRange } from '../migration/ram-index.ts'
+import { VmState } from '../migration/vm-state.ts'
 import { splitStream, type StreamParts } from '../migration/stream-parts.ts'
 import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
 import type { SnapshotDevice } from '../qcow2/snapshot-device.ts'
@@ -42,6 +44,7 @@ const restLimit = 1 << 30
 export class RamImage extends SavedVm<RamImageBlockContent> {
   /** The stream without its pages, before and behind the place where they belong. */
   readonly rest: { readonly before: Uint8Array; readonly after: Uint8Array }
+  readonly #disk: BlockDevice
   readonly #owned: readonly AsyncDisposable[]
 
   private constructor(layout: RamImageLayout, rest: Uint8Array, parts: StreamParts, disk: SnapshotDevice, owned: readonly AsyncDisposable[]) {
@@ -50,6 +53,7 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
       return { ...block, content: block.absent.length === 0 ? content : absentAsZero(content, block.absent) }
     }))
     this.rest = { before: rest.subarray(0, layout.pagesAt), after: rest.subarray(layout.pagesAt) }
+    this.#disk = disk
     this.#owned = owned
   }
 
@@ -74,6 +78,15 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
     }
   }
 
+  /**
+   * The RAM image that an open snapshot is; undefined if it is another one. The snapshot stays open.
+   * @throws what {@link RamImage.open} throws
+   */
+  static async at(disk: SnapshotDevice, options: CallOptions = {}): Promise<RamImage | undefined> {
+    const jsonLength = await layoutLength(disk.vmState, options)
+    return jsonLength === undefined ? undefined : RamImage.#read(disk, jsonLength, [], options)
+  }
+
   static async #read(disk: SnapshotDevice, jsonLength: number, owned: readonly AsyncDisposable[], options: CallOptions): Promise<RamImage> {
     const { vmState } = disk
     const restLength = vmState.size - trailerLength - jsonLength
@@ -93,6 +106,23 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
     const block = this.block(which)
     checkRange(offset, length, block.length)
     return block.content.read(offset, length, options)
+  }
+
+  /**
+   * The saved VM as a {@link VmState}: devices decoded, pages by their kind, exports and comparison. A page that the image
+   * stores counts as data, also if it is full of zeroes. Usable while the RAM image is open.
+   */
+  async vmState(options?: CallOptions): Promise<VmState> {
+    this.assertOpen()
+    const ranges: PageRange[] = []
+    for (const [index, { content, length, position, absent }] of this.blocks.entries()) {
+      ranges.push({ block: index, offset: 0, length, content: 'zero' })
+      for await (const found of content.map(options)) {
+        if (!found.zero) ranges.push({ block: index, offset: found.start, length: found.length, content: position + found.start })
+      }
+      for (const [offset, size] of absent) ranges.push({ block: index, offset, length: size, content: 'absent' })
+    }
+    return VmState.beside(this.rest, this.#disk, ranges, options)
   }
 
   /**

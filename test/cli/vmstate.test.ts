@@ -5,6 +5,8 @@ import { gunzipSync, gzipSync } from 'node:zlib'
 import { describe, expect, test } from 'vitest'
 import { VmState } from '../../src/migration/vm-state.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
+import { capture as storeStream } from '../../src/snapshot/capture.ts'
+import { RamImageWriter } from '../../src/snapshot/ram-image-writer.ts'
 import { checkGuestMemory } from '../support/guest.ts'
 import { tempFolder } from '../support/temp.ts'
 import { run } from './run.ts'
@@ -148,6 +150,34 @@ describe('vmstate export', () => {
     const { code, stdout } = await run(['vmstate', 'diff', source, output])
     expect(stdout).toBe('The VMs are equal.\n')
     expect(code).toBe(0)
+  })
+})
+
+describe('a RAM image', () => {
+  /** The VM of `state`, and one over it as an incremental save makes it. */
+  async function ramImages(): Promise<{ base: string; top: string }> {
+    const folder = tempFolder()
+    const base = join(folder, 'base.qcow2')
+    const top = join(folder, 'top.qcow2')
+    await storeStream(state, RamImageWriter.to(base))
+    await storeStream(state, RamImageWriter.to(top, { backing: { file: 'base.qcow2', format: 'qcow2' } }))
+    return { base, top }
+  }
+
+  test('is shown, extracted, compared and exported like its stream', async () => {
+    const stream = file('vm.mig', state)
+    const { base, top } = await ramImages()
+    for (const image of [base, top, `${base}@ram`]) {
+      const shown = JSON.parse((await run(['vmstate', 'show', '--output=json', image])).stdout) as Shown
+      const plain = JSON.parse((await run(['vmstate', 'show', '--output=json', stream])).stdout) as Shown
+      expect(shown).toMatchObject({ machine: plain.machine, devices: plain.devices })
+      expect(await run(['vmstate', 'diff', image, stream])).toMatchObject({ code: 0, stdout: 'The VMs are equal.\n' })
+      const ram = await run(['vmstate', 'extract', image, 'pc.ram', '-'])
+      expect(Buffer.compare(ram.bytes, (await run(['vmstate', 'extract', stream, 'pc.ram', '-'])).bytes)).toBe(0)
+      const output = join(tempFolder(), 'exported')
+      expect(await run(['vmstate', 'export', image, output])).toMatchObject({ code: 0, stderr: '' })
+      expect(await run(['vmstate', 'diff', output, stream])).toMatchObject({ code: 0 })
+    }
   })
 })
 

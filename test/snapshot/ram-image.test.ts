@@ -7,6 +7,8 @@ import { MemoryDevice } from '../../src/block/memory.ts'
 import { ramFlag } from '../../src/migration/format.ts'
 import { MigrationParser } from '../../src/migration/parser.ts'
 import type { RamBlock, RamPagesRecord } from '../../src/migration/records.ts'
+import { plainStream } from '../../src/migration/convert.ts'
+import { diffVmStates } from '../../src/migration/diff.ts'
 import { VmState } from '../../src/migration/vm-state.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { RamImage } from '../../src/snapshot/ram-image.ts'
@@ -89,6 +91,31 @@ describe('captures', () => {
     }
     expect(again.ram.counts.duplicate).toBe(0)
     expect(await again.decodeDevices()).toEqual(await vm.decodeDevices())
+  })
+
+  test.each(storable)('%s: looked into, it is the VM of its stream', async (name) => {
+    const stream = capture(name)
+    const device = memoryImage()
+    await store(stream, device)
+    await using ram = await RamImage.open(reopened(device))
+    await using stored = await ram.vmState()
+    await using vm = await VmState.index(new MemoryDevice(stream))
+    expect(stored.pagesBeside).toBe(true)
+    expect(stored.configuration).toEqual({ ...vm.configuration })
+    expect(await stored.decodeDevices()).toEqual(await vm.decodeDevices())
+    const comparison = await diffVmStates(vm, stored)
+    expect(comparison).toMatchObject({ ram: [], devices: [] })
+    for (const { name: block, length } of vm.ram.blocks) {
+      expect(sha256(await stored.ram.read(block, 0, length))).toBe(expected[name]!.ram_sha256![block])
+      for (let offset = 0; offset < length; offset += 4096) {
+        const kind = vm.ram.pageKind(block, offset)
+        // a stored cluster may have pages of zeroes in it
+        if (kind !== 'zero') expect(stored.ram.pageKind(block, offset)).toBe(kind)
+        else expect(stored.ram.pageKind(block, offset)).not.toBe('absent')
+      }
+    }
+    await using again = await VmState.index(new MemoryDevice(await bytesOf(plainStream(stored))))
+    expect(await diffVmStates(vm, again)).toMatchObject({ ram: [], devices: [] })
   })
 
   test.each(['qemu100-bgsnap.mig', 'qemu72-bgsnap.mig'])('%s: each cluster with content is written once, though pages come out of order', async (name) => {
@@ -224,6 +251,8 @@ describe('against a plain model', () => {
         const after = new Map(second)
         await using ram = await RamImage.open(join(folder, 'top.qcow2'))
         const content = await ram.read('ram', 0, pageCount * 4096)
+        await using vm = await ram.vmState()
+        expect(sha256(await vm.ram.read('ram', 0, pageCount * 4096))).toBe(sha256(content))
         let changed = 0
         for (let page = 0; page < pageCount; page++) {
           const fill = after.get(page) ?? 0

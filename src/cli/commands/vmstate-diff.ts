@@ -12,7 +12,7 @@ export const vmstateDiff = command({
   summary: 'Compare two saved VMs: which pages and which device fields differ',
   options: { ...outputOption, ...forceShareOption, ...objectOption },
   arguments: [
-    { name: 'VM1', help: 'IMAGE@SNAPSHOT, or a stream file' },
+    { name: 'VM1', help: 'IMAGE@SNAPSHOT, a RAM image, or a stream file' },
     { name: 'VM2', help: 'the other' },
   ],
   exitCodes: { 0: 'the VMs are equal', 1: 'they differ', 2: 'they could not be compared' },

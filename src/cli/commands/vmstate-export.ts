@@ -13,14 +13,14 @@ export const vmstateExport = command({
   summary: 'Write a saved VM as a migration stream that QEMU can load',
   description: ["Start QEMU with the same machine and -incoming 'file:STREAM' (or pipe it in with -incoming 'exec:cat STREAM')."],
   options: {
-    form: { value: 'FORM', choices: forms, help: "'stored' (default): the bytes as they are; 'plain': every page once, uncompressed, for any QEMU; 'without-ram': devices only" },
+    form: { value: 'FORM', choices: forms, help: "'stored' (default): the bytes as they are (of a RAM image, as 'plain'); 'plain': every page once, uncompressed, for any QEMU; 'without-ram': devices only" },
     ...progressOption,
     ...quietOption,
     ...forceShareOption,
     ...objectOption,
   },
   arguments: [
-    { name: 'VM', help: 'IMAGE@SNAPSHOT, or a stream file' },
+    { name: 'VM', help: 'IMAGE@SNAPSHOT, a RAM image, or a stream file' },
     { name: 'OUTPUT', help: "the file to write; '-' for stdout" },
   ],
   examples: [
@@ -31,7 +31,9 @@ export const vmstateExport = command({
     const opened = await openVmState(context, context.args[0]!)
     try {
       const { vm } = opened
-      await writeStream(context, context.args[1]!, streamOf(vm, context.options.form ?? 'stored', context.signal), vm.streamLength, context.progress())
+      const pages = vm.pagesBeside ? vm.ram.counts.normal * vm.ram.pageSize : 0
+      const stream = streamOf(vm, context.options.form ?? 'stored', context.signal)
+      await writeStream(context, context.args[1]!, stream, vm.streamLength + pages, context.progress())
       return 0
     } finally {
       await opened.close()
@@ -40,7 +42,7 @@ export const vmstateExport = command({
 })
 
 function streamOf(vm: VmState, form: string, signal: AbortSignal): AsyncIterable<Uint8Array> {
-  if (form === 'plain') return plainStream(vm, { signal })
   if (form === 'without-ram') return strippedStream(vm, { signal })
+  if (form === 'plain' || vm.pagesBeside) return plainStream(vm, { signal })
   return contentOf(slice(vm.storage, vm.streamOffset, vm.streamLength, { readOnly: true }), signal)
 }

@@ -21,7 +21,7 @@ export const vmstateExtract = command({
     ...objectOption,
   },
   arguments: [
-    { name: 'VM', help: 'IMAGE@SNAPSHOT, or a stream file' },
+    { name: 'VM', help: 'IMAGE@SNAPSHOT, a RAM image, or a stream file' },
     { name: 'PART', word: true, help: 'a RAM block such as pc.ram, or a device' },
     { name: 'OUTPUT', help: "the file to write; '-' for stdout" },
   ],

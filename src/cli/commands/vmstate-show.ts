@@ -16,7 +16,7 @@ export const vmstateShow = command({
     ...forceShareOption,
     ...objectOption,
   },
-  arguments: [{ name: 'VM', help: 'IMAGE@SNAPSHOT, or a stream file' }],
+  arguments: [{ name: 'VM', help: 'IMAGE@SNAPSHOT, a RAM image, or a stream file' }],
   examples: [
     { line: 'qcow2 vmstate show vm.qcow2@running', shows: 'what is saved' },
     { line: 'qcow2 vmstate show vm.qcow2@running --device cpu --output=json', shows: 'the registers of the CPU' },

@@ -1,6 +1,6 @@
 /** Finding the VM state a name means: a snapshot's, or a stream file itself. */
-import type { BlockDevice } from '../../block/device.ts'
 import { VmState } from '../../migration/vm-state.ts'
+import { RamImage } from '../../snapshot/ram-image.ts'
 import type { Context, OptionDefinitions } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { couldNotOpen, type OpenedImage } from './open.ts'
@@ -20,7 +20,7 @@ export interface OpenedVmState {
 export async function openVmState<O extends OptionDefinitions>(context: Context<O>, name: string): Promise<OpenedVmState> {
   const opened = await openImageOrStream(context, name)
   try {
-    const vm = await VmState.index(stateOf(opened), { keepOpen: true, signal: context.signal })
+    const vm = await indexed(opened, context.signal)
     const close = async (): Promise<void> => {
       await vm.close()
       await opened.close()
@@ -33,24 +33,26 @@ export async function openVmState<O extends OptionDefinitions>(context: Context<
   }
 }
 
+/** The VM state: of a RAM image with its pages, which are the disk of the snapshot. */
+async function indexed({ snapshot, host, filename }: OpenedImage, signal: AbortSignal): Promise<VmState> {
+  if (snapshot === undefined) return VmState.index(host, { keepOpen: true, signal })
+  if (snapshot.vmState.size === 0) throw new ExitError(1, `${filename} has no VM state`)
+  const ram = await RamImage.at(snapshot, { signal })
+  return ram === undefined ? VmState.index(snapshot.vmState, { keepOpen: true, signal }) : ram.vmState({ signal })
+}
+
 /** An image at a snapshot with VM state, or a file taken as it is. */
 async function openImageOrStream<O extends OptionDefinitions>(context: Context<O>, name: string): Promise<OpenedImage> {
   const opener = openerFor(context)
-  const opened = await opener.name(name, { readOnly: true, withoutBacking: true })
+  const opened = await opener.name(name, { readOnly: true })
   if (opened.image === undefined || opened.snapshot !== undefined) return opened
   const saved = [...opened.image.snapshots].filter(({ vmStateSize }) => vmStateSize > 0)
   await opened.close()
   if (saved.length === 1) {
     // opened by its id, which no other snapshot has, and shown by its name
-    const only = await opener.name(`${name}@${saved[0]!.id}`, { readOnly: true, withoutBacking: true })
+    const only = await opener.name(`${name}@${saved[0]!.id}`, { readOnly: true })
     return { ...only, filename: `${name}@${saved[0]!.name}` }
   }
   const names = saved.map((snapshot) => `${name}@${snapshot.name}`).join(', ')
   throw new ExitError(1, saved.length === 0 ? `${name} has no snapshot with VM state` : `name one of ${names}`)
-}
-
-function stateOf(opened: OpenedImage): BlockDevice {
-  if (opened.snapshot === undefined) return opened.host
-  if (opened.snapshot.vmState.size === 0) throw new ExitError(1, `${opened.filename} has no VM state`)
-  return opened.snapshot.vmState
 }
