@@ -15,6 +15,8 @@ import { applyXbzrle } from './xbzrle.ts'
 const maxRead = 1 << 20
 /** Bytes between two pages' contents that are read along rather than skipped. */
 const maxGap = 4096
+/** Buffers of {@link maxRead} that are kept for the next read. */
+const mostSpans = 4
 
 /** The RAM blocks of a saved VM. */
 export class RamState {
@@ -26,6 +28,8 @@ export class RamState {
   readonly counts: Readonly<PageCounts>
   readonly #index: RamIndex
   readonly #device: BlockDevice
+  /** For pages with their heads between them; used again: the first touch of fresh memory costs ten copies. */
+  readonly #spans: Uint8Array[] = []
 
   constructor(device: BlockDevice, blocks: readonly RamBlock[], index: RamIndex) {
     this.#device = device
@@ -128,13 +132,16 @@ export class RamState {
       await this.#device.readInto(start, target.subarray(from - offset, to - offset), options)
       return to - from
     }
-    const span = await this.#device.read(start, end - start, options)
+    const buffer = this.#spans.pop() ?? new Uint8Array(maxRead)
+    const span = buffer.subarray(0, end - start)
+    await this.#device.readInto(start, span, options)
     for (let page = first; page < last; page++) {
       const begin = Math.max(from, page * pageSize)
       const position = entries.get(page) + (begin - page * pageSize) - start
       const length = Math.min(to, (page + 1) * pageSize) - begin
       target.set(span.subarray(position, position + length), begin - offset)
     }
+    if (this.#spans.length < mostSpans) this.#spans.push(buffer)
     return to - from
   }
 

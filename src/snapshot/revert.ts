@@ -16,10 +16,10 @@ import type { PageSource } from './page-source.ts'
 import { PostcopySource, type PostcopyOptions, type RevertReport } from './postcopy-source.ts'
 
 /**
- * Reads of up to a cluster are made synchronously unless the caller says otherwise: what a guest waits for is mostly
- * in the page cache, where a turn through the thread pool costs more than the read.
+ * Reads of up to a cluster, in a stream with the heads of its pages, are made synchronously unless the caller says
+ * otherwise: what a guest waits for is mostly in the page cache, where a turn through the thread pool costs more than the read.
  */
-const faultRead = 65_536
+const faultRead = 73_728
 
 /** A saved VM: an open one, or what {@link openSaved} opens. */
 export type SavedVm = PageSource | Source | Qcow2Image
