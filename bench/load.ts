@@ -23,6 +23,14 @@ export class GuestMemory {
     return [...this.#blocks.values()].reduce((sum, block) => sum + block.length, 0)
   }
 
+  /**
+   * Writes to every page. Starting a child process makes all memory of this one copy-on-write, and the first write to
+   * each page after it a fault: that is no part of a load, and an emulator's memory has it behind itself.
+   */
+  touch(): void {
+    for (const block of this.#blocks.values()) for (let at = 0; at < block.length; at += 4096) block[at] = block[at]!
+  }
+
   store(record: RamPagesRecord): void {
     const memory = this.block(record.block.name)
     const { bytes, count, flags, lengths, pageOffsets, pageSize, positions } = record

@@ -197,7 +197,10 @@ function oursLoads({ memory, context }: Setup, image: string): Variant {
   return {
     id: 'ours',
     title: 'loadVmState, O_DIRECT, parse, copy',
-    prepare: () => settleDisk(context.folder),
+    prepare() {
+      settleDisk(context.folder)
+      memory.touch()
+    },
     async run() {
       await using source = await Qcow2Image.open(await openFile(image, { direct: true, readOnly: true }), { readOnly: true })
       await using snapshot = await source.snapshots.open('snap')
