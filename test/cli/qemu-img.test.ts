@@ -357,26 +357,11 @@ describeWithQemu('beside the real program', (qemu) => {
     expect(await run(line)).toMatchObject({ code: 1, stderr: 'qcow2: An external data file cannot hold compressed clusters; leave out -c\n' })
   })
 
-  test('resize --preallocation takes whole clusters', async () => {
-    const folder = tempFolder()
-    for (const [before, after] of [['31k', '96k'], ['33k', '96k'], ['33k', '128k'], ['31k', '40k'], ['1000k', '2M']] as const) {
-      const lengths: number[] = []
-      for (const resize of [(...line: string[]) => run(line), (...line: string[]) => qemu.img(...line)]) {
-        const path = join(folder, `disk${lengths.length}`)
-        await qemu.imgOk('create', '-q', '-f', 'qcow2', path, before)
-        expect(await resize('resize', '-q', '--preallocation=full', path, after)).toMatchObject({ code: 0 })
-        expect(await qemu.img('check', '-q', path)).toMatchObject({ code: 0 })
-        lengths.push(statSync(path).size)
-      }
-      expect({ before, after, length: lengths[0] }).toEqual({ before, after, length: lengths[1] })
-    }
-  })
-
   test('bench sends the requests it announces, and refuses what cannot be sent', async () => {
     const path = join(tempFolder(), 'disk')
     await qemu.imgOk('create', '-q', '-f', 'qcow2', path, '4M')
     const timeless = ({ code, stdout, stderr }: { code: number; stdout: string; stderr: string }): object => ({ code, stdout: stdout.replace(/\d+\.\d{3} seconds/, 'TIME'), stderr })
-    const lines = ['-c 100', '-c 100 -w --flush-interval 10 -d 4', '-c 9 -w --flush-interval 4 -d 2 --no-drain', '-c 3 -s 4M', '-c 5 -S 1M -s 64k', '-w --flush-interval 10 -d 40', '-c 10 --flush-interval 64', '-U -w', '-d 0']
+    const lines = ['-c 100', '-c 100 -w --flush-interval 10 -d 4', '-c 9 -w --flush-interval 4 -d 2 --no-drain', '-c 3 -s 4M', '-c 5 -S 1M -s 64k', '-w --flush-interval 10 -d 40', '-c 10 --flush-interval 64', '-U -w', '-c 0', '-s 0', '-d 0']
     for (const line of lines) {
       const argv = ['bench', ...line.split(' '), path]
       expect({ line, ...timeless(await run(argv, { program: 'qemu-img' })) }).toEqual({ line, ...timeless(await qemu.img(...argv)) })
