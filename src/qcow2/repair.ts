@@ -162,14 +162,10 @@ async function repairEntries(context: CheckContext, repairs: readonly MappingRep
 function patchEntry(bytes: Uint8Array, repair: MappingRepair, at: number, extendedL2: boolean): void {
   if (repair.kind === 'copied') {
     bytes[at] = bytes[at]! ^ 0x80
-  } else if (extendedL2) {
-    // every subcluster zero, no host cluster
-    bytes.fill(0, at, at + 8)
-    bytes.fill(0xff, at + 8, at + 12)
-    bytes.fill(0, at + 12, at + 16)
   } else {
     bytes.fill(0, at, at + 8)
-    bytes[at + 7] = 1
+    // with subclusters the bitmap behind it says which are zero; the others stay the backing file's
+    if (!extendedL2) bytes[at + 7] = 1
   }
 }
 

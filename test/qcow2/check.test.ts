@@ -187,6 +187,22 @@ describeWithQemu('check', (qemu) => {
     expect(await qemu.io('-r', '-c', 'read -P 5 0 64k', path)).toMatchObject({ code: 0 })
   })
 
+  test('a damaged offset without data is dropped: the guest reads what it read, zeroes and the backing file', async () => {
+    const [base, path] = [`${folder}/below.raw`, `${folder}/offset.qcow2`]
+    writeFileSync(base, Buffer.alloc(128 << 10, 0xff))
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', '-o', 'extended_l2=on', '-b', base, '-F', 'raw', path)
+    await qemu.io('-c', 'write -P 1 4k 2k', '-c', 'write -z 4k 2k', path)
+    const bytes = readFileSync(path)
+    const l2 = Number(bytes.readBigUInt64BE(Number(bytes.readBigUInt64BE(40))) & 0x00ff_ffff_ffff_fe00n)
+    bytes[l2 + 6] = bytes[l2 + 6]! | 2
+    const device = new MemoryDevice(Uint8Array.from(bytes), { growable: true })
+    expect(await repairImage(device, { repair: 'all' })).toMatchObject({ corruptions: 0, leaks: 0 })
+    writeFileSync(path, await device.read(0, device.size))
+    expect(await qemuCheck(qemu, path)).toMatchObject({ code: 0 })
+    const { code, stdout } = await qemu.io('-r', '-c', 'read -P 0xff 0 4k', '-c', 'read -P 0 4k 2k', '-c', 'read -P 0xff 6k 122k', path)
+    expect({ code, failed: stdout.includes('failed') }).toEqual({ code: 0, failed: false })
+  })
+
   test('a snapshot table QEMU refuses is rewritten', async () => {
     const bytes = Buffer.from(images.get('4 KiB clusters, two snapshots')!)
     const table = Number(bytes.readBigUInt64BE(64))
