@@ -10,6 +10,7 @@ const loaders: Readonly<Record<string, () => Promise<CommandDefinition>>> = {
   create: async () => (await import('./commands/create.ts')).createCommand,
   convert: async () => (await import('./commands/convert.ts')).convertCommand,
   dd: async () => (await import('./commands/dd.ts')).ddCommand,
+  bench: async () => (await import('./commands/bench.ts')).benchCommand,
   resize: async () => (await import('./commands/resize.ts')).resizeCommand,
   snapshot: async () => (await import('./commands/snapshot.ts')).snapshotCommand,
   bitmap: async () => (await import('./commands/bitmap.ts')).bitmapCommand,

@@ -10,6 +10,7 @@ import { didYouMean } from './nearest.ts'
 import { parse, type ParsedLine } from './parse.ts'
 import { Interrupted } from './process.ts'
 import { progressFor, type Progress, type ProgressStyle } from './progress.ts'
+import { asQemuImg } from './qemu-img.ts'
 import type { Terminal } from './terminal.ts'
 import { version } from './version.ts'
 
@@ -127,8 +128,7 @@ async function report(error: unknown, terminal: Terminal, path: string): Promise
   const message = error instanceof Error ? error.message : String(error)
   if (message === '' && error instanceof ExitError) return
   const advice = error instanceof UsageError ? ` (see '${[program, path, '--help'].filter((word) => word !== '').join(' ')}')` : ''
-  // called by the other name it speaks as that program does, whose lines scripts match
-  await stderr.write(`${program}: ${program === 'qemu-img' ? message : oneLine(message) + advice}\n`)
+  await stderr.write(`${program === 'qemu-img' ? asQemuImg(path, message) : `${program}: ${oneLine(message)}${advice}`}\n`)
   const debug = env['QCOW2_DEBUG']
   if (debug !== undefined && debug !== '' && error instanceof Error) await stderr.write(`${error.stack ?? ''}\n`)
 }

@@ -47,8 +47,8 @@ class Percentages implements Progress {
   }
 
   finish(): void {
-    this.update(1, 1)
-    void this.#terminal.stdout.write('\n')
+    // once more if it was told already, as qemu-img does
+    void this.#terminal.stdout.write('    (100.00/100%)\r\n')
   }
 
   abandon(): void {

@@ -25,7 +25,7 @@ export interface AmendOptions extends CallOptions {
   /** 1, 2, 4, 8, 16, 32 or 64. Rebuilds all refcount structures. */
   readonly refcountBits?: number | undefined
   readonly lazyRefcounts?: boolean | undefined
-  /** Name of the external data file, of an image that has one. */
+  /** Name of the external data file, of an image that has one; empty takes the name out, so that whoever opens the image must say it. */
   readonly dataFile?: string | undefined
   /** `false`: the data file alone need no longer read like the disk. It cannot be set later. */
   readonly dataFileRaw?: false | undefined
@@ -122,8 +122,8 @@ async function changeFields(host: BlockDevice, options: AmendOptions): Promise<v
       const lazy = lazyRefcounts ?? (header.compatibleFeatures & compatible.lazyRefcounts) !== 0n
       const compatibleFeatures = (header.compatibleFeatures & ~compatible.lazyRefcounts) | (lazy ? compatible.lazyRefcounts : 0n)
       const autoclearFeatures = dataFileRaw === false ? header.autoclearFeatures & ~autoclear.rawDataFile : header.autoclearFeatures
-      const name = dataFile === undefined ? undefined : new TextEncoder().encode(dataFile)
-      const extensions: readonly Extension[] = name === undefined ? content.extensions : withExtension(content.extensions, extensionType.dataFile, name)
+      const name = dataFile === undefined || dataFile === '' ? undefined : new TextEncoder().encode(dataFile)
+      const extensions: readonly Extension[] = dataFile === undefined ? content.extensions : withExtension(content.extensions, extensionType.dataFile, name)
       if (header.version === 2) return content
       return { ...content, extensions, header: { ...header, compatibleFeatures, autoclearFeatures } }
     },

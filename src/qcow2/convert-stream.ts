@@ -11,7 +11,8 @@ import { withTarget, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions } from '../core/options.ts'
 import { streamPieces } from './convert-plan.ts'
-import { allocatorFor, conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options, type ImageContent } from './convert.ts'
+import { allocatorFor, conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options } from './convert.ts'
+import { DataProgress } from './convert-progress.ts'
 
 /**
  * Writes a raw disk that arrives as a stream into `target` as a new qcow2 image, in one pass. The whole content of a
@@ -43,18 +44,16 @@ export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, ta
  */
 export async function convertToQcow2Stream(source: BlockDevice, send: (bytes: Uint8Array) => Promise<void>, options: ConvertToQcow2Options = {}): Promise<void> {
   refuseUnknownOptions('convertToQcow2Stream', options, conversionOptions)
-  const { signal, onProgress } = options
-  const total = 2 * source.size
-  const pass = async (target: BlockDevice, before: number): Promise<void> => {
-    const onPiece: ImageContent['onPiece'] = ({ start, length }) => onProgress?.({ done: before + start + length, total })
-    await writeImage(target, { ...options, size: source.size, inOrder: true }, deviceContent(source, allocatorFor(source, source), options, onPiece))
-    onProgress?.({ done: before + source.size, total })
-  }
+  const { signal } = options
+  const progress = new DataProgress(options.onProgress, 2)
+  const pass = (target: BlockDevice): Promise<void> =>
+    writeImage(target, { ...options, size: source.size, inOrder: true }, deviceContent(source, allocatorFor(source, source), options, progress))
   const dry = new DryRun()
-  await pass(dry, 0)
+  await pass(dry)
   signal?.throwIfAborted()
   await send(dry.header)
-  await pass(new InOrder(dry.header, send), source.size)
+  await pass(new InOrder(dry.header, send))
+  progress.finish()
 }
 
 /** The first pass: takes everything and keeps the header. */

@@ -10,21 +10,14 @@ import { withTarget, type Source } from '../block/source.ts'
 import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
 import { runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
-import { convertPieces, type ConvertPiece } from './convert-plan.ts'
+import { convertPieces, type ConvertPiece, type PlanOptions } from './convert-plan.ts'
+import { DataProgress, type ProgressListener } from './convert-progress.ts'
 import type { LayoutOptions } from './create.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { hostFile } from './open.ts'
-
-/** How far a conversion is. */
-export interface ConvertProgress {
-  /** Bytes of the source that are dealt with. */
-  readonly done: number
-  /** Size of the source in bytes. */
-  readonly total: number
-}
 
 /** Options of {@link copyDevice}. */
 export interface CopyOptions extends CallOptions {
@@ -35,8 +28,8 @@ export interface CopyOptions extends CallOptions {
   readonly sparseSize?: number | undefined
   /** The target reads as zeroes everywhere: zeroes need not be written at all. Default: it does if it had to grow from empty. */
   readonly targetIsZero?: boolean | undefined
-  /** Bytes done, of how many. */
-  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
+  /** Called after every MiB of data that is copied, and at the end. */
+  readonly onProgress?: ProgressListener
 }
 
 /** Options of {@link convertToQcow2}. */
@@ -49,8 +42,8 @@ export interface ConvertToQcow2Options
   readonly workers?: number | undefined
   /** 0 allocates all clusters, also those of zeroes. Default 4096; any other value means the same here. */
   readonly sparseSize?: number | undefined
-  /** Bytes done, of how many. */
-  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
+  /** Called after every MiB of data that is copied, and at the end. */
+  readonly onProgress?: ProgressListener
 }
 
 /** Bytes from which zeroes take no space, as `qemu-img convert -S`. */
@@ -82,12 +75,12 @@ function pieceSize(source: BlockDevice, target: BlockDevice, boundary: number): 
  * format does not allow, and unknown ones; `ERR_EXISTS` for the path of a file. After an error the target is not a qcow2 image.
  */
 export async function convertToQcow2(source: BlockDevice, target: Source, options: ConvertToQcow2Options = {}): Promise<void> {
-  const { onProgress } = options
   refuseUnknownOptions('convertToQcow2', options, conversionOptions)
+  const progress = new DataProgress(options.onProgress)
   await withTarget(target, options, (host) =>
-    writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, progressOver(source, onProgress))),
+    writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, progress)),
   )
-  onProgress?.({ done: source.size, total: source.size })
+  progress.finish()
 }
 
 /** The options that all conversions to qcow2 take. */
@@ -113,12 +106,18 @@ export function deviceContent(
   source: BlockDevice,
   allocate: ImageContent['allocate'],
   { backing, sparseSize = defaultSparseSize, signal }: ConvertToQcow2Options,
-  onPiece: ImageContent['onPiece'],
+  progress: DataProgress,
 ): ImageContent {
   const skipBacking = backing !== undefined
   const pieces: ImageContent['pieces'] = (boundary, pieceSize) =>
-    convertPieces(source, { boundary, pieceSize, skipZeroes: !skipBacking && sparseSize > 0, skipBacking, signal })
-  return { source: pad(source), allocate, pieces, onPiece }
+    countedPieces(source, { boundary, pieceSize, skipZeroes: !skipBacking && sparseSize > 0, skipBacking, signal }, progress)
+  return { source: pad(source), allocate, pieces, onPiece: (piece) => progress.add(piece) }
+}
+
+/** The pieces of a source, after those that count for the progress were counted. */
+async function* countedPieces(source: BlockDevice, options: PlanOptions, progress: DataProgress): AsyncGenerator<ConvertPiece, void, undefined> {
+  await progress.count(() => convertPieces(source, options))
+  yield* convertPieces(source, options)
 }
 
 /** Options of {@link writeImage}: of a conversion, and of the writer. */
@@ -259,7 +258,8 @@ function addWrite(writes: InFlight, file: HostFile, offset: number, bytes: Uint8
  * @throws RangeError if the target is too small; what reading and writing throw.
  */
 export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {
-  const { sparseSize = defaultSparseSize, signal, onProgress } = options
+  const { sparseSize = defaultSparseSize, signal } = options
+  const progress = new DataProgress(options.onProgress)
   const fresh = target.growable && target.size === 0
   const blank = (options.targetIsZero ?? fresh) && sparseSize > 0
   if (target.growable && target.size !== source.size) await target.resize(source.size)
@@ -268,12 +268,12 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   }
   const copy: Copy = { source: pad(source), target: pad(target), sparseSize, blank, signal }
   const length = pieceSize(source, target, 4096)
-  const pieces = convertPieces(source, { boundary: 4096, pieceSize: length, skipZeroes: blank, skipBacking: false, signal })
+  const pieces = countedPieces(source, { boundary: 4096, pieceSize: length, skipZeroes: blank, skipBacking: false, signal }, progress)
   const allocate = allocatorFor(source, target)
-  const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: progressOver(source, onProgress), signal }
+  const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: (piece) => progress.add(piece), signal }
   await runLanes(pieces, lane, (job) => copyPiece(copy, job))
   await target.flush({ signal })
-  onProgress?.({ done: source.size, total: source.size })
+  progress.finish()
 }
 
 /** Takes memory that both devices transfer from and to directly. */
@@ -307,9 +307,4 @@ async function copyPiece({ source, target, sparseSize, blank, signal }: Copy, jo
     at = end
   }
   await writes.settle()
-}
-
-/** Tells how far pieces of the source are dealt with. */
-function progressOver(source: BlockDevice, onProgress: CopyOptions['onProgress']): (piece: ConvertPiece) => void {
-  return ({ start, length }) => onProgress?.({ done: start + length, total: source.size })
 }

@@ -4,11 +4,10 @@
  *
  *   | header | refcount table | refcount blocks | L1 table | L2 tables, data (if preallocated) |
  */
-import { Qcow2Error } from '../core/errors.ts'
 import type { EngineState } from './engine.ts'
 import { encodeExtensions, extensionType, type Extension } from './extensions.ts'
 import { autoclear, compatible, encodeFeatureNames, featureNames, incompatible } from './features.ts'
-import { clustersFor, geometryOf, maxDiskSize, refcountClusters, requiredL1Size, type Geometry } from './geometry.ts'
+import { clustersFor, geometryOf, maxDiskSize, refcountClusters, requiredL1Size, tooLarge, type Geometry } from './geometry.ts'
 import { encodeHeaderCluster, type CompressionType, type Header, type HeaderCluster } from './header.ts'
 import type { HostFile, Piece } from './host-file.ts'
 import { copiedFlag, offsetHigh, offsetLow } from './l2-entry.ts'
@@ -87,7 +86,7 @@ export function planLayout(options: LayoutOptions): Layout {
   const others = 1 + l1Clusters + l2Clusters + dataClusters
   const refcounts = refcountClusters(geometry, others)
   if (size > maxDiskSize(geometry) || l1Size * 8 > maxL1Bytes || refcounts.table * clusterSize > maxRefcountTableBytes) {
-    throw new Qcow2Error('ERR_RANGE', `size is ${size} bytes; with clusters of ${clusterSize} bytes at most ${maxDiskSize(geometry)}, larger clusters allow more`)
+    throw tooLarge(size, geometry)
   }
   const blocksAt = (1 + refcounts.table) * clusterSize
   const l1At = blocksAt + refcounts.blocks * clusterSize

@@ -5,7 +5,7 @@
  *   guest offset  = | l1 index | l2 index | offset in cluster |
  *   host cluster  = | refcount table index | index in refcount block |
  */
-import { FormatError } from '../core/errors.ts'
+import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { maxClusterBits, maxL1Bytes, minClusterBits, minExtendedClusterBits } from './limits.ts'
 
 /** Subclusters in a cluster with extended L2 entries. */
@@ -112,6 +112,11 @@ export function requiredL1Size(geometry: Geometry, size: number): number {
 /** The largest disk the format can address with this geometry, in bytes. */
 export function maxDiskSize(geometry: Geometry): number {
   return Math.min((maxL1Bytes / 8) * geometry.bytesPerL1Entry, Number.MAX_SAFE_INTEGER)
+}
+
+/** A disk of `size` bytes is more than {@link maxDiskSize}. */
+export function tooLarge(size: number, geometry: Geometry): Qcow2Error {
+  return new Qcow2Error('ERR_RANGE', `size is ${size} bytes; with clusters of ${geometry.clusterSize} bytes at most ${maxDiskSize(geometry)}, larger clusters allow more`)
 }
 
 /**

@@ -4,7 +4,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { bitmapTableSize } from './bitmaps-directory.ts'
-import { geometryOf, refcountClusters, type Geometry } from './geometry.ts'
+import { geometryOf, maxDiskSize, refcountClusters, tooLarge, type Geometry } from './geometry.ts'
 import type { BitmapInfo } from './info.ts'
 
 /** The image to be made. Defaults are those of creating one. */
@@ -38,7 +38,10 @@ export interface Measurement {
 /** Bytes of a LUKS1 header with eight slots of 4000 stripes of a 64-byte key. */
 const luksBytes = 0x1f9000
 
-/** Measures an image of a disk of `size` bytes, of which `dataBytes`, in whole clusters, hold data. */
+/**
+ * Measures an image of a disk of `size` bytes, of which `dataBytes`, in whole clusters, hold data.
+ * @throws Qcow2Error `ERR_RANGE` for a size that clusters of this size cannot address.
+ */
 export function measureQcow2(size: number, options: MeasureOptions = {}, dataBytes = 0): Measurement {
   const geometry = geometryOf({
     clusterBits: Math.log2(options.clusterSize ?? 65536),
@@ -46,6 +49,7 @@ export function measureQcow2(size: number, options: MeasureOptions = {}, dataByt
     extendedL2: options.extendedL2 === true,
   })
   const { clusterSize } = geometry
+  if (size > maxDiskSize(geometry)) throw tooLarge(size, geometry)
   const rounded = roundUp(size, clusterSize)
   const luks = options.luks === true ? roundUp(luksBytes, clusterSize) : 0
   const metadata = metadataBytes(geometry, rounded)

@@ -93,7 +93,7 @@ describe('progress', () => {
     expect(lines[0]).toBe('    (0.00/100%)')
     expect(lines.at(-2)).toBe('    (100.00/100%)')
     expect(lines.at(-1)).toBe('\n')
-    expect(lines).toHaveLength(102)
+    expect(lines).toHaveLength(103)
     expect(ours.stderr.bytes).toHaveLength(0)
   })
 

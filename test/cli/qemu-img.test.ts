@@ -1,7 +1,7 @@
 /** What scripts written for qemu-img ask for beyond ordinary images: damaged ones, parts, bitmaps over NBD. */
 import { readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, test, vi } from 'vitest'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { listen } from '../../src/nbd/socket.ts'
 import { NbdServer } from '../../src/nbd/server.ts'
@@ -293,4 +293,117 @@ describeWithQemu('bitmaps over NBD', (qemu) => {
       await ended
     }
   })
+})
+
+describeWithQemu('beside the real program', (qemu) => {
+  /** What both print and exit with, each called as `qemu-img`. */
+  async function both(...line: string[]): Promise<void> {
+    const { code, stdout, stderr } = await run(line, { program: 'qemu-img' })
+    expect({ code, stdout, stderr }).toEqual(await qemu.img(...line))
+  }
+
+  test('progress counts the data that is copied', async () => {
+    const folder = tempFolder()
+    const [disk, copy] = [join(folder, 'disk'), join(folder, 'copy')]
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', disk, '128M')
+    for (const at of ['0', '2M', '4M', '32M']) await qemu.io('-c', `write ${at} 1M`, disk)
+    await both('convert', '-p', '-O', 'qcow2', disk, copy)
+    await both('convert', '-p', '-O', 'raw', disk, copy)
+    await both('rebase', '-p', '-u', '-b', '', disk)
+  })
+
+  test('a name with a colon stays one that opens the file', async () => {
+    const folder = tempFolder()
+    const before = process.cwd()
+    process.chdir(folder)
+    try {
+      await qemu.imgOk('create', '-q', '-f', 'qcow2', 'base', '1M')
+      await qemu.imgOk('create', '-q', '-f', 'qcow2', '-b', 'base', '-F', 'qcow2', 'file:a:top')
+      const lines = async (info: Promise<{ stdout: string }>): Promise<string[]> => (await info).stdout.split('\n').filter((line) => /^image|^backing|^ {4}"/.test(line) && !line.includes('actual-size'))
+      for (const output of qemu.major >= 10 ? ['human', 'json'] : ['human']) {
+        const info = ['info', `--output=${output}`, 'file:a:top']
+        expect(await lines(run(info))).toEqual(await lines(qemu.img(...info)))
+      }
+      await both('check', 'file:a:top')
+      await both('map', 'file:a:top')
+    } finally {
+      process.chdir(before)
+    }
+  })
+
+  test('without the name of its data file an image asks for it', async () => {
+    const folder = tempFolder()
+    const [disk, data] = [join(folder, 'disk'), join(folder, 'data')]
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', '-o', `data_file=${data}`, disk, '1M')
+    expect(await run(['amend', '-o', 'data_file=', disk])).toMatchObject({ code: 0, stderr: '' })
+    await both('map', disk)
+    await both('map', '--image-opts', `driver=qcow2,file.filename=${disk},data-file.driver=file,data-file.filename=${data}`)
+    expect(await run(['amend', '-o', `data_file=${data}`, disk])).toMatchObject({ code: 0 })
+    await both('map', disk)
+    const plain = join(folder, 'plain')
+    await numbered(plain, false)
+    const surplus = ['map', '--image-opts', `driver=qcow2,file.filename=${plain},data-file.driver=file,data-file.filename=${data}`]
+    const refusal = "'data-file' can only be set for images with an external data file\n"
+    expect(await qemu.img(...surplus)).toMatchObject({ code: 1, stderr: expect.stringContaining(refusal) as string })
+    expect(await run(surplus)).toMatchObject({ code: 1, stderr: expect.stringContaining(refusal) as string })
+  })
+
+  test('compressed clusters and an external data file exclude each other', async () => {
+    const folder = tempFolder()
+    const [disk, copy] = [join(folder, 'disk'), join(folder, 'copy')]
+    await numbered(disk, false)
+    const line = ['convert', '-c', '-O', 'qcow2', '-o', `data_file=${join(folder, 'data')}`, disk, copy]
+    expect((await qemu.img(...line)).code).toBe(1)
+    expect(await run(line)).toMatchObject({ code: 1, stderr: 'qcow2: An external data file cannot hold compressed clusters; leave out -c\n' })
+  })
+
+  test('bench sends the requests it announces, and refuses what cannot be sent', async () => {
+    const path = join(tempFolder(), 'disk')
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', path, '4M')
+    const timeless = ({ code, stdout, stderr }: { code: number; stdout: string; stderr: string }): object => ({ code, stdout: stdout.replace(/\d+\.\d{3} seconds/, 'TIME'), stderr })
+    const lines = ['-c 100', '-c 100 -w --flush-interval 10 -d 4', '-c 9 -w --flush-interval 4 -d 2 --no-drain', '-c 3 -s 4M', '-c 5 -S 1M -s 64k', '-w --flush-interval 10 -d 40', '-c 10 --flush-interval 64', '-U -w', '-c 0', '-s 0', '-d 0']
+    for (const line of lines) {
+      const argv = ['bench', ...line.split(' '), path]
+      expect({ line, ...timeless(await run(argv, { program: 'qemu-img' })) }).toEqual({ line, ...timeless(await qemu.img(...argv)) })
+    }
+    expect(await run(['bench', '-q', '-w', '--pattern', '7', '-c', '3', '-s', '64k', '-S', '128k', '-o', '64k', path])).toMatchObject({ code: 0, stdout: '' })
+    const { stdout } = await qemu.io('-c', 'read -P 0 0 64k', '-c', 'read -P 7 64k 64k', '-c', 'read -P 0 128k 64k', '-c', 'read -P 7 320k 64k', '-c', 'read -P 0 384k 64k', path)
+    expect(stdout).not.toContain('failed')
+    expect(await run(['bench', '-c', '5', '-o', '5M', path])).toMatchObject({ code: 1 })
+  })
+
+  test('what a running QEMU holds is told in words scripts look for', async () => {
+    const path = join(tempFolder(), 'disk')
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', path, '1M')
+    const vm = qemu.system('-nodefaults', '-display', 'none', '-S', '-monitor', 'stdio', '-drive', `if=none,file=${path}`)
+    const ended = new Promise((resolve) => vm.once('close', resolve))
+    try {
+      await new Promise((resolve) => vm.stdout.once('data', resolve))
+      await vi.waitFor(async () => expect((await qemu.img('info', path)).code).toBe(1))
+      for (const line of ['info', 'check', 'map', 'snapshot -l', 'bench -c 1', 'amend -o size=1M', 'bench -w -c 1', 'create -q -f qcow2']) {
+        const argv = [...line.split(' '), path, ...(line.startsWith('create') ? ['1M'] : [])]
+        const { code, stderr } = await run(argv, { program: 'qemu-img' })
+        expect({ line, code, stderr }).toEqual({ line, code: 1, stderr: (await qemu.img(...argv)).stderr })
+      }
+      expect(await run(['info', path])).toMatchObject({ code: 1, stderr: expect.stringContaining('--force-share') as string })
+    } finally {
+      vm.kill('SIGKILL')
+      await ended
+    }
+  })
+
+  test('what is too large to make is too large to measure', async () => {
+    await both('measure', '-O', 'qcow2', '-o', 'cluster_size=512', '--size', '1T')
+    await both('measure', '-O', 'qcow2', '-o', 'extended_l2=on', '--size', '1025T')
+    await both('measure', '-O', 'qcow2', '-o', 'extended_l2=on', '--size', '1024T')
+  })
+})
+
+test('an NBD export has one name, however it was given', async () => {
+  const device = new MemoryDevice(new Uint8Array(65536))
+  await using listener = await listen(new NbdServer([{ name: 'disk', device }]), { host: '127.0.0.1', port: 0 })
+  const { port } = listener.address as { port: number }
+  for (const name of [`nbd:127.0.0.1:${port}:exportname=disk`, `nbd://127.0.0.1:${port}/disk`, `json:{"driver":"nbd","host":"127.0.0.1","port":"${port}","export":"disk"}`]) {
+    expect((await run(['info', name])).stdout).toContain(`image: nbd://127.0.0.1:${port}/disk\n`)
+  }
 })

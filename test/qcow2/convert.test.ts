@@ -7,6 +7,7 @@ import { amendImage } from '../../src/qcow2/amend.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { compactImage } from '../../src/qcow2/compact.ts'
 import { convertToQcow2, copyDevice, type ConvertToQcow2Options } from '../../src/qcow2/convert.ts'
+import type { ConvertProgress } from '../../src/qcow2/convert-progress.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { readImageInfo } from '../../src/qcow2/info.ts'
 import { describeWithQemu } from '../support/qemu.ts'
@@ -111,6 +112,21 @@ test('a failing source fails the conversion, ends what is under way and leaves n
     await expect(convertToQcow2(failing, host, { compressed, workers: 2 })).rejects.toThrow('no more')
     await expect(checkImage(host)).rejects.toMatchObject({ code: 'ERR_FORMAT' })
   }
+})
+
+test('progress counts what is copied, a MiB at a time, not the holes', async () => {
+  const source = new MemoryDevice(0, { growable: true })
+  await using image = await Qcow2Image.create(source, { size: 1 << 30 })
+  for (const at of [0, 2 << 20, 512 << 20]) await image.write(at, new Uint8Array(1 << 20).fill(7))
+  const done = [1 << 20, 2 << 20, 3 << 20, 3 << 20]
+  const seen: ConvertProgress[] = []
+  const onProgress = (progress: ConvertProgress): void => void seen.push(progress)
+  await convertToQcow2(image, new MemoryDevice(0, { growable: true }), { onProgress })
+  expect(seen).toEqual(done.map((bytes) => ({ done: bytes, total: 3 << 20 })))
+  seen.length = 0
+  await using target = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 1 << 30 })
+  await copyDevice(image, target, { targetIsZero: true, onProgress })
+  expect(seen).toEqual(done.map((bytes) => ({ done: bytes, total: 3 << 20 })))
 })
 
 test('it can be aborted, and tells how far it is', async () => {

@@ -4,8 +4,9 @@ import { setBackingFile } from '../../qcow2/rebase.ts'
 import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { asksForHelp, createHelp, isAmendable, parseCreateOptions, switchOf, versionOf, type CreateValues } from '../image/create-options.ts'
-import { reasonOf, type ImageFile, type Opener, type OpenHow } from '../image/open.ts'
+import type { ImageFile, Opener, OpenHow } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
+import { reasonOf } from '../image/reasons.ts'
 import type { ImageSpec } from '../image/spec.ts'
 
 export const amendCommand = command({

@@ -5,8 +5,9 @@ import type { Context, OptionValues } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
 import { emptyFile } from '../image/new-image.ts'
-import { couldNotOpen, reasonOf, resolveBacking } from '../image/open.ts'
+import { resolveBacking } from '../image/open.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
+import { couldNotOpen, reasonOf } from '../image/reasons.ts'
 import { parsePlace } from '../image/spec.ts'
 import { parseSize } from '../size.ts'
 
@@ -84,6 +85,7 @@ export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' 
   if (options.backing !== undefined) values.set('backing_file', options.backing)
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
   if (values.has('backing_file') && !values.has('backing_fmt')) throw new ExitError(1, 'Use of backing file requires explicit backing format')
+  if (options.compress && values.has('data_file')) throw new ExitError(1, 'An external data file cannot hold compressed clusters; leave out -c')
   return { target: args.at(-1)!, format, values, sparseSize, workers }
 }
 
@@ -125,6 +127,6 @@ export async function aboutTarget<T>(target: string, task: () => Promise<T>): Pr
 export async function createFile(context: ConvertContext, target: string): Promise<BlockDevice> {
   const place = parsePlace(target)
   if (place.kind !== 'file') throw new ExitError(1, `${target}: images are made in files only; -n writes to what exists`)
-  const failed = `${target}: error while converting ${context.options['target-format'] ?? 'raw'}: Could not create '${target}'`
+  const failed = `${target}: error while converting ${context.options['target-format'] ?? 'raw'}`
   return emptyFile(context, place.path, { direct: isDirect(context.options['target-cache']), failed })
 }

@@ -86,7 +86,7 @@ function blocksOf(operands: ReadonlyMap<OperandName, string>, name: 'count' | 's
 
 function newFile(context: Context, output: string): Promise<BlockDevice> {
   const place = parsePlace(output)
-  const failed = `${output}: error while creating output image: Could not create '${output}'`
+  const failed = `${output}: error while creating output image`
   if (place.kind !== 'file') throw new ExitError(1, `${failed}: images are made in files only`)
   return emptyFile(context, place.path, { failed })
 }

@@ -3,8 +3,9 @@ import { readImageInfo, type ImageInfo } from '../../qcow2/info.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { spaceTaken } from '../image/host.ts'
-import { couldNotOpen, resolveBacking, type ImageFile, type Opener } from '../image/open.ts'
+import { resolveBacking, type ImageFile, type Opener } from '../image/open.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openerFor, outputOption, specOf } from '../image/options.ts'
+import { couldNotOpen } from '../image/reasons.ts'
 import { parseName, type ImageSpec } from '../image/spec.ts'
 import { infoText } from '../print/info.ts'
 import { prettyJson, type ImageEntry, type Json } from '../print/shapes.ts'
@@ -83,7 +84,7 @@ async function qcow2Entry(file: ImageFile): Promise<ImageEntry> {
   const info = await readImageInfo(file.host)
   const taken = await spaceTaken(file.place)
   const { backingFile, backingFormat, snapshots } = info
-  const backing = backingFile === undefined ? {} : { 'backing-filename': backingFile, 'full-backing-filename': resolveBacking(file.place, backingFile) }
+  const fullName = backingFile === undefined ? undefined : resolveBacking(file.place, backingFile)
   return {
     children: [fileChild(file, taken)],
     ...(snapshots.length === 0 ? {} : { snapshots: snapshots.map(snapshotEntry) }),
@@ -94,8 +95,9 @@ async function qcow2Entry(file: ImageFile): Promise<ImageEntry> {
     format: 'qcow2',
     ...(taken === undefined ? {} : { 'actual-size': taken }),
     'format-specific': { type: 'qcow2', data: specificData(info) },
-    ...backing,
+    ...(fullName === undefined ? {} : { 'full-backing-filename': fullName }),
     ...(info.encryption === 'none' ? {} : { encrypted: true }),
+    ...(backingFile === undefined ? {} : { 'backing-filename': backingFile }),
     'dirty-flag': info.dirty,
   }
 }

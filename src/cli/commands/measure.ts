@@ -1,3 +1,4 @@
+import { Qcow2Error } from '../../core/errors.ts'
 import { measureConversion, measureQcow2, type Measurement, type MeasureOptions } from '../../qcow2/measure.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
@@ -40,7 +41,8 @@ export const measureCommand = command({
     if (options.size === undefined && args.length === 0) throw new UsageError('Either --size N or one filename must be specified.')
     const values = parseCreateOptions(format, options.options)
     if (options.size !== undefined) values.set('size', String(imageSize(options.size)))
-    const result = args.length === 0 ? measureSize(format, values) : await measureImage()
+    const measure = async (): Promise<Result> => (args.length === 0 ? measureSize(format, values) : measureImage())
+    const result = await measure().catch(asTooLarge)
     const entry = { ...(result.bitmaps === undefined ? {} : { bitmaps: result.bitmaps }), required: result.required, 'fully-allocated': result.fullyAllocated }
     if (options.output === 'json') await print(prettyJson(entry))
     else for (const line of measureText(entry)) await print(line)
@@ -58,6 +60,10 @@ export const measureCommand = command({
 })
 
 type Result = Omit<Measurement, 'bitmaps'> & { readonly bitmaps?: number | undefined }
+
+function asTooLarge(error: unknown): never {
+  throw Qcow2Error.is(error, 'ERR_RANGE') ? new ExitError(1, 'The image size is too large (try using a larger cluster size)', { cause: error }) : error
+}
 
 function measureSize(format: 'qcow2' | 'raw', values: CreateValues): Result {
   const size = Number(values.get('size'))

@@ -1,8 +1,9 @@
 import { rebaseImage, setBackingFile } from '../../qcow2/rebase.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { couldNotOpen, resolveBacking } from '../image/open.ts'
+import { resolveBacking } from '../image/open.ts'
 import { forceShareOption, formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption } from '../image/options.ts'
+import { couldNotOpen } from '../image/reasons.ts'
 
 export const rebaseCommand = command({
   name: 'rebase',
@@ -42,14 +43,18 @@ export const rebaseCommand = command({
       if (image === undefined && compressed) throw new ExitError(1, 'Compression not supported for this file format')
       if (image === undefined) throw new ExitError(1, 'Image format driver does not support rebase')
       const name = options.backing ?? ''
+      const progress = context.progress()
+      const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
       if (name === '') {
-        await (unsafe ? setBackingFile(image, undefined) : rebaseImage(image, undefined, { compressed, signal }))
+        await (unsafe ? setBackingFile(image, undefined) : rebaseImage(image, undefined, { compressed, signal, onProgress }))
+        progress.finish()
         return 0
       }
       const format = options['backing-format']
       if (unsafe) {
         if (format === undefined) throw new ExitError(1, `Could not change the backing file to '${name}': backing format must be specified`)
         await setBackingFile(image, { file: name, format })
+        progress.finish()
         return 0
       }
       const resolved = resolveBacking(opened.place, name)
@@ -60,8 +65,6 @@ export const rebaseCommand = command({
         })
       try {
         context.leaves(`${opened.filename} keeps its old backing file and reads as before`)
-        const progress = context.progress()
-        const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
         await rebaseImage(image, { file: name, format: backing.format, device: backing.device }, { compressed, signal, onProgress })
         progress.finish()
       } finally {

@@ -10,7 +10,8 @@ import type { Reference } from '../../qcow2/references.ts'
 import type { Context } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from './create-options.ts'
-import { reasonOf, syncLimit, type OpenedImage } from './open.ts'
+import { syncLimit, type OpenedImage } from './open.ts'
+import { couldNotCreate } from './reasons.ts'
 import type { Secrets } from './secrets.ts'
 import { parseName, parsePlace } from './spec.ts'
 
@@ -33,7 +34,7 @@ export async function makeImage(name: string, format: 'qcow2' | 'raw', values: C
     if (Qcow2Error.is(error, 'ERR_RANGE')) {
       throw new ExitError(1, tooLarge('qcow2'), { cause: error })
     }
-    if (Qcow2Error.is(error)) throw new ExitError(1, `Could not create '${name}': ${reasonOf(error)}`, { cause: error })
+    if (Qcow2Error.is(error)) throw couldNotCreate(name, error)
     throw error
   }
 }
@@ -66,7 +67,7 @@ async function makeRaw(path: string, values: CreateValues, signal: AbortSignal):
   const preallocation = preallocationOf(values)
   if (size >= 2 ** 53) throw new ExitError(1, tooLarge('raw'))
   await using device = await openFile(path, { create: 'w' }).catch((error: unknown) => {
-    throw new ExitError(1, `Could not create '${path}': ${reasonOf(error)}`, { cause: error })
+    throw couldNotCreate(path, error)
   })
   await device.resize(size)
   if (preallocation !== 'off') await device.writeZeroes(0, size, { signal })
@@ -85,7 +86,7 @@ async function fill(path: string, size: number, signal: AbortSignal): Promise<vo
  */
 export async function emptyFile({ wrapDevice }: Pick<Context, 'wrapDevice'>, path: string, { direct = false, failed }: { readonly direct?: boolean; readonly failed: string }): Promise<BlockDevice> {
   const file = await openFile(path, { ...(direct ? { direct } : { syncLimit }), create: 'w' }).catch((error: unknown) => {
-    throw new ExitError(1, `${failed}: ${reasonOf(error)}`, { cause: error })
+    throw new ExitError(1, `${failed}: ${couldNotCreate(path, error).message}`, { cause: error })
   })
   return wrapDevice?.(file, path) ?? file
 }

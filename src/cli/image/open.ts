@@ -11,12 +11,14 @@ import { NullDevice } from '../../block/null.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
-import { FormatError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
+import { Qcow2Error } from '../../core/errors.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
+import { readImageInfo } from '../../qcow2/info.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
-import { ExitError } from '../errors.ts'
+import { ExitError, UsageError } from '../errors.ts'
 import { rawImage } from './raw.ts'
+import { couldNotOpen } from './reasons.ts'
 import type { Secrets } from './secrets.ts'
 import { parseName, parsePlace, type ImageSpec, type Place } from './spec.ts'
 
@@ -182,7 +184,7 @@ export class Opener {
     const { signal } = this.settings
     const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
       if (reference.kind === 'data file') {
-        const place = spec.dataFile ?? parsePlace(reference.name)
+        const place = parsePlace(reference.name)
         dataFilename = place.kind === 'file' ? place.path : reference.name
         return this.bytes(place, how)
       }
@@ -190,8 +192,20 @@ export class Opener {
       // what nobody may look at reads as zeroes
       return backing?.device ?? new MemoryDevice(0)
     }
-    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, ...this.#passphrase(spec) })
+    const dataFile = await this.#dataFile(spec, host, how)
+    if (spec.dataFile?.kind === 'file') dataFilename = spec.dataFile.path
+    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, dataFile, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
+      await dataFile?.close()
+      throw error
+    })
     return { filename: spec.shown, format: 'qcow2', place: spec.place, device: image, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
+  }
+
+  /** The data file that the options give, instead of the one the image names. */
+  async #dataFile({ dataFile }: ImageSpec, host: BlockDevice, how: OpenHow): Promise<BlockDevice | undefined> {
+    if (dataFile === undefined) return undefined
+    if (!(await readImageInfo(host)).externalData) throw new UsageError("'data-file' can only be set for images with an external data file")
+    return this.bytes(dataFile, how)
   }
 
   async #backing(spec: ImageSpec, reference: Reference, how: OpenHow, chain: readonly string[]): Promise<OpenedImage | undefined> {
@@ -265,40 +279,6 @@ function splitSnapshot(name: string): { file: string; snapshot: string } | undef
     if (existsSync(file) || parsePlaceKind(file) === 'protocol') return { file, snapshot: name.slice(at + 1) }
   }
   return undefined
-}
-
-/** The failure to open `name`, in the words scripts know. */
-export function couldNotOpen(name: string, error: unknown, { nameTwice = false }: Pick<OpenerSettings, 'nameTwice'> = {}): ExitError {
-  const advice = Qcow2Error.is(error, 'ERR_BUSY') ? `\nIs another process using the image [${name}]?` : ''
-  const reason = reasonOf(error)
-  const named = `${name}: `
-  const what = `Could not open '${name}': `
-  const again = nameTwice && (reason === noSuchFile || reason === denied) ? what : ''
-  return new ExitError(1, `${what}${again}${reason.startsWith(named) ? reason.slice(named.length) : reason}${advice}`, { cause: error })
-}
-
-const noSuchFile = 'No such file or directory'
-const denied = 'Permission denied'
-
-/** Why something failed, as the system would say it. */
-export function reasonOf(error: unknown): string {
-  const cause = error instanceof Error ? (error.cause as NodeJS.ErrnoException | undefined)?.code : undefined
-  if (cause === 'ENOENT') return noSuchFile
-  if (cause === 'EACCES' || cause === 'EPERM') return denied
-  if (cause === 'EISDIR') return 'Is a directory'
-  if (cause === 'EIO') return 'Input/output error'
-  if (cause === 'ENOSPC') return 'No space left on device'
-  // a size is refused only for what no disk can have
-  if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
-  if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
-  return error instanceof Error ? error.message : String(error)
-}
-
-/** Incompatible features as QEMU lists them: the names the image has for them, then the other bits as one number. */
-function featureList(features: readonly UnknownFeature[]): string {
-  const named = features.flatMap(({ name }) => name ?? [])
-  const mask = features.reduce((sum, { bit, name }) => (name === undefined ? sum | (1n << BigInt(bit)) : sum), 0n)
-  return [...named, ...(mask === 0n ? [] : [`Unknown incompatible feature: ${mask.toString(16)}`])].join(', ')
 }
 
 /** The images of a chain, the top first. */

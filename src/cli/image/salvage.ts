@@ -1,7 +1,7 @@
 /** Reading as much of a damaged disk as can be read: what cannot is told and reads as zeroes. */
 import { extent, type BlockDevice, type CallOptions, type Extent, type MapOptions } from '../../block/device.ts'
 import { FilterDevice } from '../../block/filter.ts'
-import { reasonOf } from './open.ts'
+import { reasonOf } from './reasons.ts'
 
 /** What is tried again one by one where a longer read fails. */
 const sector = 512

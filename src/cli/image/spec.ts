@@ -62,7 +62,7 @@ const formats = new Set(['qcow2', 'raw'])
 export function parseName(name: string, format: string | undefined): ImageSpec {
   if (name.startsWith('json:')) return fromTree(jsonTree(name.slice(5)), name, format)
   const place = parsePlace(name)
-  return { shown: place.kind === 'file' ? place.path : name, format, place }
+  return { shown: shownPlace(place, name), format, place }
 }
 
 /** The meaning of `--image-opts`. */
@@ -77,7 +77,7 @@ export function parsePlace(name: string): Place {
   if (colon <= 0 || (slash >= 0 && slash < colon)) return { kind: 'file', path: name }
   switch (name.slice(0, colon)) {
     case 'file':
-      return { kind: 'file', path: name.startsWith('file:///') ? decodeURIComponent(name.slice(7)) : name.slice(5) }
+      return { kind: 'file', path: name.startsWith('file:///') ? decodeURIComponent(name.slice(7)) : plainPath(name.slice(5)) }
     case 'nbd':
       return name.startsWith('nbd://') ? nbdUrl(name) : nbdName(name)
     case 'nbd+unix':
@@ -89,6 +89,11 @@ export function parsePlace(name: string): Place {
     default:
       throw new UsageError(`Unknown protocol '${name.slice(0, colon)}'`)
   }
+}
+
+/** With its folder, where the path alone would be read as a protocol. */
+function plainPath(path: string): string {
+  return /^[^/]+:/.test(path) ? `./${path}` : path
 }
 
 /** `nbd://host:port/name`, `nbd+unix:///name?socket=PATH`. */
@@ -212,7 +217,14 @@ function requireTree(value: string | OptionTree, name: string): OptionTree {
 function shownPlace(place: Place, text: string): string {
   if (place.kind === 'file') return place.path
   if (place.kind === 'image') return place.spec.shown
+  if (place.kind === 'nbd' && place.context === undefined) return nbdAddressUrl(place.address, place.name)
   return place.kind === 'http' ? place.url.href : text
+}
+
+/** An export as QEMU calls it, however it was named. */
+function nbdAddressUrl(address: NbdAddress, name: string): string {
+  if ('path' in address) return `nbd+unix://${name === '' ? '' : `/${name}`}?socket=${address.path}`
+  return `nbd://${address.host ?? 'localhost'}:${address.port}${name === '' ? '' : `/${name}`}`
 }
 
 /** Takes options out one by one, so that those nobody knew are left. */

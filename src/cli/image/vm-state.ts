@@ -3,7 +3,8 @@ import { VmState } from '../../migration/vm-state.ts'
 import { RamImage } from '../../snapshot/ram-image.ts'
 import type { Context, OptionDefinitions } from '../command.ts'
 import { ExitError } from '../errors.ts'
-import { couldNotOpen, type OpenedImage } from './open.ts'
+import type { OpenedImage } from './open.ts'
+import { couldNotOpen } from './reasons.ts'
 import { openerFor } from './options.ts'
 
 /** An indexed VM state and what it stands on. */

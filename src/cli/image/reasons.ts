@@ -1,0 +1,49 @@
+/** Why something failed, in the words scripts know. Owns the translation of typed errors; shows nothing. */
+import { FormatError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
+import { ExitError } from '../errors.ts'
+
+/** The failure to open `name`; with `nameTwice` a file that cannot be opened is named for itself and for its driver. */
+export function couldNotOpen(name: string, error: unknown, { nameTwice = false }: { readonly nameTwice?: boolean | undefined } = {}): ExitError {
+  const nameless = error instanceof UnsupportedError && error.features.includes('external data file')
+  const reason = nameless ? "'data-file' is required for this image" : reasonAbout(name, error)
+  const what = `Could not open '${name}': `
+  const again = nameTwice && (reason === noSuchFile || reason === denied) ? what : ''
+  return new ExitError(1, `${what}${again}${reason}`, { cause: error })
+}
+
+/** The failure to make `name`. */
+export function couldNotCreate(name: string, error: unknown): ExitError {
+  const reason = reasonAbout(name, error)
+  return new ExitError(1, Qcow2Error.is(error, 'ERR_BUSY') ? reason : `Could not create '${name}': ${reason}`, { cause: error })
+}
+
+function reasonAbout(name: string, error: unknown): string {
+  const advice = Qcow2Error.is(error, 'ERR_BUSY') ? `\nIs another process using the image [${name}]?` : ''
+  const reason = reasonOf(error)
+  const named = `${name}: `
+  return `${reason.startsWith(named) ? reason.slice(named.length) : reason}${advice}`
+}
+
+const noSuchFile = 'No such file or directory'
+const denied = 'Permission denied'
+
+/** Why something failed, as the system would say it. */
+export function reasonOf(error: unknown): string {
+  const cause = error instanceof Error ? (error.cause as NodeJS.ErrnoException | undefined)?.code : undefined
+  if (cause === 'ENOENT') return noSuchFile
+  if (cause === 'EACCES' || cause === 'EPERM') return denied
+  if (cause === 'EISDIR') return 'Is a directory'
+  if (cause === 'EIO') return 'Input/output error'
+  if (cause === 'ENOSPC') return 'No space left on device'
+  // a size is refused only for what no disk can have
+  if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
+  if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
+  return error instanceof Error ? error.message : String(error)
+}
+
+/** Incompatible features as QEMU lists them: the names the image has for them, then the other bits as one number. */
+function featureList(features: readonly UnknownFeature[]): string {
+  const named = features.flatMap(({ name }) => name ?? [])
+  const mask = features.reduce((sum, { bit, name }) => (name === undefined ? sum | (1n << BigInt(bit)) : sum), 0n)
+  return [...named, ...(mask === 0n ? [] : [`Unknown incompatible feature: ${mask.toString(16)}`])].join(', ')
+}
