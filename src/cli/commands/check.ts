@@ -46,8 +46,7 @@ export const checkCommand = command({
         throw isNoImage(error) ? couldNotOpen(filename, error) : error
       })
       const clusterSize = 2 ** (await host.read(23, 1))[0]!
-      for (const finding of inOrder(report.repaired ?? [])) await context.terminal.stderr.write(`${findingLine(finding, clusterSize, true)}\n`)
-      for (const finding of inOrder(report.findings)) await context.terminal.stderr.write(`${findingLine(finding, clusterSize, false)}\n`)
+      for (const line of findingLines(report, clusterSize)) await context.terminal.stderr.write(`${line}\n`)
       const result = checkEntry(filename, report)
       if (options.output === 'json') await print(prettyJson(result))
       else if (!options.quiet) for (const line of [...repairText(result), ...checkText(result)]) await print(line)
@@ -63,10 +62,19 @@ function isNoImage(error: unknown): boolean {
   return Qcow2Error.is(error, 'ERR_FORMAT') || Qcow2Error.is(error, 'ERR_UNSUPPORTED')
 }
 
-/** As qemu-img finds them: structures, then counters, then COPIED flags. */
-function inOrder(findings: readonly CheckFinding[]): CheckFinding[] {
-  const rank = ({ structure, flag, found }: CheckFinding): number => (structure === 'refcount' ? 1 : flag === undefined || found === undefined ? 0 : 2)
-  return [...findings].sort((a, b) => rank(a) - rank(b))
+/** As qemu-img finds them: structures, then counters, which it tells before it repairs them too, then COPIED flags. */
+function findingLines({ repaired = [], findings }: CheckReport, clusterSize: number): string[] {
+  const lines = (list: readonly CheckFinding[], among: Rank, isRepaired: boolean): string[] =>
+    list.filter((finding) => rankOf(finding) === among).map((finding) => findingLine(finding, clusterSize, isRepaired))
+  const left = (['structure', 'counter', 'flag'] as const).flatMap((rank) => lines(findings, rank, false))
+  return [...lines(repaired, 'structure', true), ...lines(repaired, 'counter', false), ...lines(repaired, 'counter', true), ...lines(repaired, 'flag', true), ...left]
+}
+
+type Rank = 'structure' | 'counter' | 'flag'
+
+function rankOf({ structure, flag, found }: CheckFinding): Rank {
+  if (structure === 'refcount') return 'counter'
+  return flag === undefined || found === undefined ? 'structure' : 'flag'
 }
 
 /** In qemu-img's words, where it has words for it. */

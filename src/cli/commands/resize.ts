@@ -65,12 +65,22 @@ async function changeSize(opened: OpenedImage, size: number, old: number, preall
   }
   try {
     await opened.device.resize(size, { signal })
-    if (preallocation !== 'off') await writeZeroBytes(opened.device, old, size, signal)
+    if (preallocation !== 'off') await preallocate(opened, old, size, signal)
     await opened.device.flush()
   } catch (error) {
     signal.throwIfAborted()
     throw new ExitError(1, reasonOf(error), { cause: error })
   }
+}
+
+/** The new part, and the rest of its last cluster, which the disk takes when it grows again. */
+async function preallocate({ device, image, host }: OpenedImage, old: number, size: number, signal: AbortSignal): Promise<void> {
+  await writeZeroBytes(device, old, size, signal)
+  if (image === undefined || image.engine.hasDataFile) return
+  await device.flush()
+  const { clusterSize } = image.engine.geometry
+  const rest = (clusterSize - (host.size % clusterSize)) % clusterSize
+  if (rest > 0) await host.write(host.size, new Uint8Array(rest), { signal })
 }
 
 /** Zeroes as data: Node cannot reserve space without writing it, so all modes of preallocation come to this. */
