@@ -13,7 +13,7 @@ export interface ConvertProgress {
 }
 
 /** What wants to know. */
-export type ProgressListener = ((progress: ConvertProgress) => void) | undefined
+type ProgressListener = ((progress: ConvertProgress) => void) | undefined
 
 /** Bytes between two calls of a listener. */
 const step = 1 << 20

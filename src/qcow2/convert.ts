@@ -11,7 +11,7 @@ import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
 import { runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
 import { convertPieces, type ConvertPiece, type PlanOptions } from './convert-plan.ts'
-import { DataProgress, type ProgressListener } from './convert-progress.ts'
+import { DataProgress, type ConvertProgress } from './convert-progress.ts'
 import type { LayoutOptions } from './create.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
@@ -29,7 +29,7 @@ export interface CopyOptions extends CallOptions {
   /** The target reads as zeroes everywhere: zeroes need not be written at all. Default: it does if it had to grow from empty. */
   readonly targetIsZero?: boolean | undefined
   /** Called after every MiB of data that is copied, and at the end. */
-  readonly onProgress?: ProgressListener
+  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
 }
 
 /** Options of {@link convertToQcow2}. */
@@ -43,7 +43,7 @@ export interface ConvertToQcow2Options
   /** 0 allocates all clusters, also those of zeroes. Default 4096; any other value means the same here. */
   readonly sparseSize?: number | undefined
   /** Called after every MiB of data that is copied, and at the end. */
-  readonly onProgress?: ProgressListener
+  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
 }
 
 /** Bytes from which zeroes take no space, as `qemu-img convert -S`. */
