@@ -1,11 +1,11 @@
-/** Called by the other name the program speaks as qemu-img does, whose lines scripts match. Owns these lines where ours are held. */
+/** Called by the other name the program speaks as qemu-img does, whose lines scripts match. Owns those lines that are worded otherwise here. */
 
 /** A failure of `command`, with the name of who speaks before it. */
 export function asQemuImg(command: string, message: string): string {
   for (const [pattern, line] of usage) {
     if (pattern.test(message)) return `qemu-img ${command}: ${message.replace(pattern, line)}\nTry 'qemu-img ${command} --help' for more info`
   }
-  return `qemu-img: ${held.reduce((text, [pattern, line]) => text.replace(pattern, line), message)}`
+  return `qemu-img: ${locks.reduce((text, [pattern, line]) => text.replace(pattern, line), message)}`
 }
 
 type Replacement = readonly [pattern: RegExp, line: string]
@@ -17,7 +17,7 @@ const usage: readonly Replacement[] = [
   [/^option '(--[^']*)' needs a value$/, "option '$1' requires an argument"],
 ]
 
-const held: readonly Replacement[] = [
+const locks: readonly Replacement[] = [
   [/a running QEMU writes to this file; forceShare.*$/m, 'Failed to get shared "write" lock'],
   [/a running QEMU (writes to this file;|reads this file and wants nobody to write).*$/m, 'Failed to get "write" lock'],
   [/a running QEMU has this file for itself$/m, 'Failed to get shared "consistent read" lock'],

@@ -61,7 +61,6 @@ const differences = [
   '| help of `-o` | 082 | other words |',
   '| sizes past 2^53 | 049 054 137 | refused |',
   '| VM state in the active image | 029 | stays in the snapshot |',
-  '| progress of sparse disks | 086 | counted otherwise |',
   '| holes of host files | 250 | Node cannot see or make them |',
   '| layout of new images, and how full a file of fixed size gets | 122 190 qemu-img-close-errors | clusters lie elsewhere |',
   '| zstd | 287 | passes with Node 22.15 and later |',

@@ -37,14 +37,13 @@ export const benchCommand = command({
   async run(context) {
     const { options, args, print, signal } = context
     const write = options.write
-    const number = (what: string, text: string | undefined, usual: number, least = 1): number => numberOf(what, text, usual, least)
-    const count = number('request count', options.count, 75000)
-    const depth = number('queue depth', options.depth, 64)
-    const size = number('buffer size', options['buffer-size'], 4096)
-    const step = number('step size', options['step-size'], 0, 0)
+    const count = numberOf('request count', options.count, 75000)
+    const depth = numberOf('queue depth', options.depth, 64)
+    const size = numberOf('buffer size', options['buffer-size'], 4096)
+    const step = numberOf('step size', options['step-size'], 0, 0)
     const start = parseSize(options.offset ?? '0')
     const pattern = Number(options.pattern ?? 0)
-    const interval = number('flush interval', options['flush-interval'], 0, 0)
+    const interval = numberOf('flush interval', options['flush-interval'], 0, 0)
     if (start === undefined) throw new UsageError(`Invalid offset specified: '${options.offset}'.`)
     if (!(pattern >= 0 && pattern <= 255)) throw new UsageError('Invalid pattern byte specified. Must be between 0 and 255.')
     if (interval > 0 && !write) throw new UsageError('--flush-interval is only available in write tests')
@@ -68,7 +67,7 @@ export const benchCommand = command({
   },
 })
 
-function numberOf(what: string, text: string | undefined, usual: number, least: number): number {
+function numberOf(what: string, text: string | undefined, usual: number, least = 1): number {
   if (text === undefined) return usual
   const value = parseSize(text)
   if (value === undefined) throw new UsageError(`Invalid ${what} specified: '${text}'.`)
