@@ -1,6 +1,7 @@
 /** Opens whatever holds a saved VM. Owns recognising it. */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { openSource, type Source } from '../block/source.ts'
+import { UncachedReads } from '../block/uncached-reads.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { Qcow2Image } from '../qcow2/image.ts'
 import type { PageSource } from './page-source.ts'
@@ -25,13 +26,16 @@ export interface OpenSavedOptions extends CallOptions {
 export async function openSaved(source: Source | Qcow2Image, options: OpenSavedOptions = {}): Promise<PageSource> {
   const { signal, syncLimit } = options
   if (source instanceof Qcow2Image) return openImage(source, false, options)
-  const device = await openSource(source, { readOnly: true, forceShare: true, signal, syncLimit })
+  const device = UncachedReads.over(await openSource(source, { readOnly: true, forceShare: true, signal, syncLimit }), syncLimit ?? 0)
   const isImage = await begins(device, [0x51, 0x46, 0x49, 0xfb], options).catch(async (error: unknown) => {
     await device.close()
     throw error
   })
   if (!isImage) return StreamSource.open(device, { signal })
-  return openImage(await Qcow2Image.open(device, { readOnly: true, signal }), true, options)
+  const saved = await openImage(await Qcow2Image.open(device, { readOnly: true, signal }), true, options)
+  // the pages of a stream are read twice, first to find them: the second time from the page cache
+  if (device instanceof UncachedReads && !(saved instanceof StreamSource)) device.start()
+  return saved
 }
 
 async function openImage(image: Qcow2Image, owned: boolean, options: OpenSavedOptions): Promise<PageSource> {

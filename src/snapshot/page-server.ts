@@ -3,6 +3,7 @@
  * background. Owns who goes first and that no page goes twice; knows nothing of the conversation around
  * the pages.
  */
+import { allocateAligned } from '../block/slab.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { RamPart, ramPartCapacity } from '../migration/ram-part.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
@@ -13,8 +14,8 @@ import { FaultQueue, type Fault } from './fault-queue.ts'
 import type { PageSource } from './page-source.ts'
 import { SendWindow } from './send-window.ts'
 
-/** Bytes of one background read. */
-const readSize = 1 << 20
+/** Bytes of one background read: what the guest asks for meanwhile waits for at most two of them. */
+const readSize = 256 << 10
 
 /** How pages are sent. */
 export interface PageServerOptions {
@@ -188,7 +189,7 @@ export class PageServer {
     let sending: { range: DataRange; reading: Promise<Uint8Array> } | undefined
     for await (const range of dataRanges(content, progress.clusterSize, size)) {
       if (!progress.pending(range.offset, range.length)) continue
-      if (buffers[turn]!.length < range.length) buffers[turn] = new Uint8Array(size)
+      if (buffers[turn]!.length < range.length) buffers[turn] = allocateAligned(size)
       const target = buffers[turn]!.subarray(0, range.length)
       const reading = content.readInto(range.offset, target).then(() => target)
       reading.catch(() => undefined) // reported where it is awaited
