@@ -12,6 +12,9 @@ import { dropFromCache } from '../live-files.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
 
 const MiB = 1 << 20
+const GiB = 1 << 30
+/** Memory that the guest has for itself. */
+const guestMiB = 64
 const firmware = resolve(import.meta.dirname, '../../test/fixtures/guest/tinybios.bin')
 
 /** What is timed, from the start of the revert. */
@@ -28,7 +31,7 @@ interface Setup {
   readonly qemu: QemuInstallation
   readonly machine: string
   readonly memory: number
-  readonly fill: string
+  readonly fills: readonly string[]
   readonly files: { readonly ram: string; readonly stream: string; readonly image: string }
   /** Written by QEMU 10's own `migrate` to a file with capability mapped-ram; absent before. */
   readonly mapped?: string
@@ -47,10 +50,10 @@ async function works(vm: QemuVm): Promise<number> {
   return performance.now()
 }
 
-function vmArguments(setup: Pick<Setup, 'machine' | 'memory' | 'fill'>): string[] {
+function vmArguments(setup: Pick<Setup, 'machine' | 'memory' | 'fills'>): string[] {
   return [
     ...['-M', setup.machine, '-m', String(setup.memory), '-bios', firmware],
-    ...['-device', `loader,file=${setup.fill},addr=0x4000000,force-raw=on`],
+    ...setup.fills.flatMap((fill, index) => ['-device', `loader,file=${fill},addr=${guestMiB * MiB + index * GiB},force-raw=on`]),
   ]
 }
 
@@ -71,12 +74,10 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
 
 /** Saves one guest in every form; all hold the same moment. */
 async function prepare(context: ScenarioContext, qemu: QemuInstallation, memory: number): Promise<Setup> {
-  const fill = join(context.folder, 'fill')
-  // three quarters of the memory behind the guest's own are random, the rest is zero
-  writeRandom(fill, Math.floor(((memory - 64) * 3) / 4))
+  const fills = writeFills(context.folder, memory)
   const [major, minor] = qemu.version.split('.')
   const files = { ram: join(context.folder, 'ram.qcow2'), stream: join(context.folder, 'saved.mig'), image: join(context.folder, 'image.qcow2') }
-  const base = { machine: `pc-i440fx-${major}.${minor}`, memory, fill }
+  const base = { machine: `pc-i440fx-${major}.${minor}`, memory, fills }
   await qemuImg(qemu, 'create', '-q', '-f', 'qcow2', files.image, String(64 * MiB))
   const vm = await QemuVm.start(qemu, [...vmArguments(base), ...drive(files.image, 'writeback')])
   let mapped: string | undefined
@@ -98,6 +99,16 @@ async function prepare(context: ScenarioContext, qemu: QemuInstallation, memory:
   const order: FaultOrder = { version: 1, clusterSize: 65_536, blocks: [], faults: [] }
   const setup: Setup = { context, qemu, ...base, files, order, latencies: new Map(), ...(mapped !== undefined && { mapped }) }
   return { ...setup, order: await recordOrder(setup) }
+}
+
+/** Three quarters of the memory behind the guest's own, below 3 GiB, are random, the rest is zero. QEMU loads less than 2 GiB at a time. */
+function writeFills(folder: string, memory: number): string[] {
+  const total = Math.min(Math.floor(((memory - guestMiB) * 3) / 4), 3072 - guestMiB)
+  return Array.from({ length: Math.ceil(total / 1024) }, (_, index) => {
+    const fill = join(folder, `fill-${index}`)
+    writeRandom(fill, Math.min(1024, total - index * 1024))
+    return fill
+  })
 }
 
 function writeRandom(file: string, mebibytes: number): void {

@@ -188,7 +188,7 @@ export function compareRefcounts(context: CheckContext, stored: StoredRefcounts)
       else report.corruption(finding)
     }
     const owners = expected.owners(cluster)
-    if ((owners & (owners - 1)) !== 0) {
+    if (!mayShare(owners)) {
       const message = `cluster ${cluster} is claimed by ${describeOwners(owners)}`
       report.overlap({ structure: 'overlap', offset: cluster * geometry.clusterSize, message })
     }
@@ -196,4 +196,9 @@ export function compareRefcounts(context: CheckContext, stored: StoredRefcounts)
     if (nextExpected === cluster) nextExpected = expected.nextUsed(cluster + 1, end)
   }
   return { highestCluster, differences, rebuild }
+}
+
+/** One kind of owner, or guest data in both forms: a cluster with counted references is copied before it is written to. */
+function mayShare(owners: number): boolean {
+  return (owners & (owners - 1)) === 0 || owners === (owner.data | owner.compressed)
 }

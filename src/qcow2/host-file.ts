@@ -3,7 +3,7 @@
  * write there makes it longer. Owns the device; knows nothing of what the bytes mean.
  */
 import type { BlockDevice } from '../block/device.ts'
-import { IoError } from '../core/errors.ts'
+import { IoError, Qcow2Error } from '../core/errors.ts'
 import { InFlight } from '../core/in-flight.ts'
 
 /** A write that is part of a batch. */
@@ -66,7 +66,10 @@ export class HostFile {
       if (this.device.size >= size) return
       try {
         await this.device.resize(size)
-      } catch (cause) {
+      } catch (error) {
+        // what has a fixed size is full, and scripts look for these words
+        if (!Qcow2Error.is(error, 'ERR_UNSUPPORTED')) throw error
+        const cause = new Error(`${error.message}: No space left on device`, { cause: error })
         throw new IoError('resize', cause, { code: 'ERR_NO_SPACE', offset: this.device.size, length: size - this.device.size })
       }
     }

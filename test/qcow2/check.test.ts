@@ -236,7 +236,7 @@ function tinyImage(l1Entry: bigint, l2Entry: bigint, refcounts: readonly number[
   refcounts.forEach((count, cluster) => bytes.writeUInt16BE(count, 1024 + cluster * 2))
   bytes.writeBigUInt64BE(l1Entry, 1536)
   bytes.writeBigUInt64BE(l2Entry, 2048)
-  return new MemoryDevice(Uint8Array.from(bytes))
+  return new MemoryDevice(Uint8Array.from(bytes), { growable: true })
 }
 
 const copied = 1n << 63n
@@ -246,6 +246,17 @@ test('metadata that data overwrote is reported as an overlap, which counting alo
   const report = await checkImage(tinyImage(2048n | copied, 1024n, [1, 1, 2, 1, 1]))
   expect(report).toMatchObject({ overlaps: 1, leaks: 0 })
   expect(report.findings.map(({ message }) => message)).toContain('cluster 2 is claimed by guest data and a refcount block')
+})
+
+test('guest data that a compressed cluster shares is no damage while the counter is right', async () => {
+  // the second L2 entry: 512 bytes of compressed data in the cluster that the first has as data
+  const device = tinyImage(2048n | copied, 2560n, [1, 1, 1, 1, 1, 2])
+  const entry = Buffer.alloc(8)
+  entry.writeBigUInt64BE((1n << 62n) | 2560n)
+  await device.write(2056, entry)
+  await device.writeZeroes(2560, 512)
+  await device.write(24, Uint8Array.of(0, 0, 0, 0, 0, 0, 4, 0))
+  expect(await checkImage(device)).toMatchObject({ corruptions: 0, overlaps: 0, leaks: 0, findings: [] })
 })
 
 test('a finding about a COPIED flag tells the entry, its index in the L1 table and the refcount', async () => {

@@ -60,7 +60,7 @@ function depthOf(opened: OpenedImage, base: string | undefined): number {
   const place = ({ place, filename }: Pick<OpenedImage, 'place' | 'filename'>): string => (place.kind === 'file' ? resolve(place.path) : filename)
   // a name means what it would mean in the image above
   const named = (above: OpenedImage): string => place({ place: parsePlace(resolveBacking(above.place, base)), filename: base })
-  const depth = chain.findIndex((image, at) => at > 0 && (image.filename === base || place(image) === named(chain[at - 1]!)))
+  const depth = chain.findIndex((image, at) => at > 0 && ((image.place.kind !== 'file' && image.filename === base) || place(image) === named(chain[at - 1]!)))
   if (depth < 0) throw new ExitError(1, `Did not find '${base}' in the backing chain of '${opened.filename}'`)
   return depth
 }

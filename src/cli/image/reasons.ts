@@ -1,5 +1,5 @@
 /** Why something failed, in the words scripts know. Owns the translation of typed errors; shows nothing. */
-import { FormatError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
+import { FormatError, IoError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
 import { ExitError } from '../errors.ts'
 
 /** The failure to open `name`; with `nameTwice` a file that cannot be opened is named for itself and for its driver. */
@@ -34,11 +34,16 @@ export function reasonOf(error: unknown): string {
   if (cause === 'EACCES' || cause === 'EPERM') return denied
   if (cause === 'EISDIR') return 'Is a directory'
   if (cause === 'EIO') return 'Input/output error'
-  if (cause === 'ENOSPC') return 'No space left on device'
+  if (cause === 'ENOSPC' || isFull(error)) return 'No space left on device'
   // a size is refused only for what no disk can have
   if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
   if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
   return error instanceof Error ? error.message : String(error)
+}
+
+/** Also what only has a fixed size, as a part of a file has. */
+function isFull(error: unknown): boolean {
+  return error instanceof IoError && error.code === 'ERR_NO_SPACE'
 }
 
 /** Incompatible features as QEMU lists them: the names the image has for them, then the other bits as one number. */
