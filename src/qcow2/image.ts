@@ -110,7 +110,7 @@ export class Qcow2Image extends BaseDevice {
     let release: (() => void) | undefined
     try {
       if (!device.readOnly) release = holdImageFile(device)
-      const context = await rootContext(pathOf(source), options, openNested)
+      const context = rootContext(pathOf(source), options, openNested)
       return new Qcow2Image(
         await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options) }),
         release,

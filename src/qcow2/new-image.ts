@@ -60,7 +60,7 @@ export async function createEngine(target: Source, options: CreateOptions, openI
   refuseUnknownOptions('Qcow2Image.create', options, createOptions)
   options.signal?.throwIfAborted()
   const { references, probeBackingFormat, cacheSize } = options
-  const context = await rootContext(pathOf(target), { references, probeBackingFormat, cacheSize }, openImage)
+  const context = rootContext(pathOf(target), { references, probeBackingFormat, cacheSize }, openImage)
   if (options.size !== undefined) return createSized(target, { ...options, size: options.size }, context)
   const { backing } = options
   if (backing === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')

@@ -53,8 +53,8 @@ export interface ReferenceContext {
   readonly path: string | undefined
   /** Path of the image that was opened first. */
   readonly root: string | undefined
-  /** Canonical paths of the images above, and of this one. */
-  readonly chain: readonly string[]
+  /** Canonical paths of the images above, and of this one; undefined for the one that was opened first: found when it is needed. */
+  readonly chain?: readonly string[]
   /** The backing file, where it is open already because a new overlay takes its size from it. */
   readonly sizedBy?: BlockDevice | undefined
   /** Opens a qcow2 image of the backing chain, read-only. */
@@ -62,12 +62,8 @@ export interface ReferenceContext {
 }
 
 /** The context of an image that nobody refers to. */
-export async function rootContext(
-  path: string | undefined,
-  options: ReferenceOptions,
-  openImage: ReferenceContext['openImage'],
-): Promise<ReferenceContext> {
-  return { options, path, root: path, chain: path === undefined ? [] : [await canonicalPath(path)], openImage }
+export function rootContext(path: string | undefined, options: ReferenceOptions, openImage: ReferenceContext['openImage']): ReferenceContext {
+  return { options, path, root: path, openImage }
 }
 
 /**
@@ -81,22 +77,27 @@ export async function openBacking(name: string, format: string | undefined, cont
   if (typeof decision !== 'boolean') return decision
   const path = decision ? reference.path : undefined
   if (path === undefined) throw refused(reference)
-  const canonical = await canonicalPath(path)
-  if (context.chain.includes(canonical)) {
-    throw new FormatError(`the backing chain loops: ${[...context.chain, canonical].join(' -> ')}`, { structure: 'header', field: 'backing_file_name' })
+  const [device, chain, canonical] = await Promise.all([openFile(path, { readOnly: true }), chainOf(context), canonicalPath(path)])
+  if (chain.includes(canonical)) {
+    await device.close()
+    throw new FormatError(`the backing chain loops: ${[...chain, canonical].join(' -> ')}`, { structure: 'header', field: 'backing_file_name' })
   }
-  const device = await openFile(path, { readOnly: true })
   try {
     const known = format ?? (await probe(device, reference, context))
     if (known === 'raw') return device
     if (known !== 'qcow2') throw new UnsupportedError(`backing file ${name}: format ${known} is not supported, qcow2 and raw are`, [known])
-    return await context.openImage(device, path, { ...context, path, chain: [...context.chain, canonical] })
+    return await context.openImage(device, path, { ...context, path, chain: [...chain, canonical] })
   } catch (error) {
     await device.close()
     // which file of the chain it is, the format's errors do not know
     if (error instanceof FormatError) error.message = `backing file ${name}: ${error.message}`
     throw error
   }
+}
+
+async function chainOf({ chain, path }: ReferenceContext): Promise<readonly string[]> {
+  if (chain !== undefined) return chain
+  return path === undefined ? [] : [await canonicalPath(path)]
 }
 
 /**

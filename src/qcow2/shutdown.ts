@@ -16,23 +16,20 @@ export async function settle(engine: Engine): Promise<void> {
 
 /** Settles a writable image, unless it was found damaged or nothing was written, and closes its files. */
 export async function closeEngine(engine: Engine): Promise<void> {
-  const closers: (() => Promise<void>)[] = [() => engine.host.device.close()]
-  if (engine.hasDataFile) closers.push(() => engine.data.device.close())
   const { backing } = engine
-  if (backing !== undefined) closers.push(() => backing.close())
-  let failure: { readonly error: unknown } | undefined
-  if (!engine.readOnly) {
-    closers.unshift(() => engine.requests.exclusive(async () => {
-      if (engine.damage === undefined && !engine.unchanged) await settle(engine)
-    }))
-  }
   await engine.marked()
-  for (const close of closers) {
-    try {
-      await close()
-    } catch (error) {
-      failure ??= { error }
-    }
-  }
+  const settled = engine.readOnly ? undefined : await outcome(engine.requests.exclusive(() => settleSound(engine)))
+  const devices = [engine.host.device, ...(engine.hasDataFile ? [engine.data.device] : []), ...(backing === undefined ? [] : [backing])]
+  const closed = await Promise.all(devices.map((device) => outcome(device.close())))
+  const failure = [settled, ...closed].find((each) => each !== undefined)
   if (failure !== undefined) throw failure.error
+}
+
+async function settleSound(engine: Engine): Promise<void> {
+  if (engine.damage === undefined && !engine.unchanged) await settle(engine)
+}
+
+/** What a promise failed with; undefined if it did not. */
+function outcome(ending: Promise<unknown>): Promise<{ readonly error: unknown } | undefined> {
+  return ending.then(() => undefined, (error: unknown) => ({ error }))
 }
