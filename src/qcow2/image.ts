@@ -39,7 +39,7 @@ export interface OpenOptions extends ReferenceOptions, CallOptions {
   readonly readOnly?: boolean | undefined
   /** Direct I/O for paths: past the page cache. Default false. */
   readonly direct?: boolean | undefined
-  /** Requests of at most this many bytes to files are made synchronously; see `openFile`. Default 0. */
+  /** Requests of at most this many bytes to files are made synchronously; see `openFile`. Default as there. */
   readonly syncLimit?: number | undefined
   /** Read an image even while a running QEMU writes to it: what is read may contradict itself. */
   readonly forceShare?: boolean | undefined

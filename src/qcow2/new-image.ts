@@ -18,7 +18,7 @@ export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<Referen
   readonly size?: number | undefined
   /** Direct I/O for paths: past the page cache. Default false. */
   readonly direct?: boolean | undefined
-  /** Requests of at most this many bytes to the new file are made synchronously; see `openFile`. Default 0. */
+  /** Requests of at most this many bytes to the new file are made synchronously; see `openFile`. Default as there. */
   readonly syncLimit?: number | undefined
   /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
   readonly exclusive?: boolean | undefined

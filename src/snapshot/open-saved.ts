@@ -12,7 +12,7 @@ import { StreamSource } from './stream-source.ts'
 export interface OpenSavedOptions extends CallOptions {
   /** Id or name of the internal snapshot of a qcow2 image; default: the RAM image in it, else its last with VM state. */
   readonly snapshot?: string | undefined
-  /** Buffered reads of at most this many bytes are made synchronously; see `openFile`. Default 0; 64 KiB in a revert. */
+  /** Buffered reads of at most this many bytes are made synchronously; see `openFile`. Default as there; 72 KiB in a revert. */
   readonly syncLimit?: number | undefined
 }
 

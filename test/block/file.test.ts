@@ -1,12 +1,13 @@
-import fs, { closeSync, constants, existsSync, openSync, readdirSync, readFileSync, readlinkSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import fs, { closeSync, constants, existsSync, openSync, readdirSync, readFileSync, readlinkSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
 import { open } from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { allocateAligned, IoError, openFile, pad, UnsupportedError } from '../../src/block.ts'
+import { allocateAligned, IoError, openFile, pad, UnsupportedError, type FileOptions } from '../../src/block.ts'
 import { pattern } from '../suites/block-device.ts'
 import { expectBytes } from '../support/bytes.ts'
+import { isInMemory } from '../../src/block/file-system.ts'
 import { tempFolder } from '../support/temp.ts'
 
 describe('opening', () => {
@@ -270,4 +271,27 @@ test('synchronous direct requests carry the same bytes, also a last sector cut s
   await device.write(8192 + 10, pattern(50, 7))
   expectBytes(await device.read(4096, 4096), pattern(4096, 6))
   expectBytes(await device.read(8192 + 10, 50), pattern(50, 7))
+})
+
+describe.runIf(isInMemory('/dev/shm'))('on a file system in memory', () => {
+  const open = async (options: FileOptions): Promise<number> => {
+    const path = `/dev/shm/qcow2-test-${process.pid}-${performance.now()}`
+    try {
+      await using file = await openFile(path, { ...options, create: 'wx' })
+      return file.limits.optimalTransfer
+    } finally {
+      rmSync(path)
+    }
+  }
+
+  test('requests of up to 512 KiB are synchronous, unless something else is asked for', async () => {
+    expect(await open({})).toBe(512 << 10)
+    expect(await open({ syncLimit: 4096 })).toBe(4096)
+    expect(await open({ syncLimit: 0 })).toBe(1 << 20)
+  })
+})
+
+test('what is on a disk, or nowhere, is not in memory', () => {
+  expect(isInMemory('/proc/self')).toBe(false)
+  expect(isInMemory(join(tempFolder(), 'missing'))).toBe(false)
 })
