@@ -14,8 +14,10 @@ import { FaultQueue, type Fault } from './fault-queue.ts'
 import type { PageSource } from './page-source.ts'
 import { SendWindow } from './send-window.ts'
 
-/** Bytes of one background read: what the guest asks for meanwhile waits for at most two of them. */
-const readSize = 256 << 10
+/** Bytes of one background read. */
+const readSize = 512 << 10
+/** The same while the guest asks for pages: what it asks for waits for the disk to end one. */
+const shortReadSize = 128 << 10
 
 /** How pages are sent. */
 export interface PageServerOptions {
@@ -188,15 +190,19 @@ export class PageServer {
     let turn = 0
     let sending: { range: DataRange; reading: Promise<Uint8Array> } | undefined
     for await (const range of dataRanges(content, progress.clusterSize, size)) {
-      if (!progress.pending(range.offset, range.length)) continue
-      if (buffers[turn]!.length < range.length) buffers[turn] = allocateAligned(size)
-      const target = buffers[turn]!.subarray(0, range.length)
-      const reading = content.readInto(range.offset, target).then(() => target)
-      reading.catch(() => undefined) // reported where it is awaited
-      if (sending !== undefined) await this.#fillRange(progress, sending.range, await sending.reading)
-      sending = { range, reading }
-      turn = 1 - turn
-      onProgress(range.offset)
+      const end = range.offset + range.length
+      for (let offset = range.offset, length: number; offset < end; offset += length) {
+        length = Math.min(end - offset, this.#window.isQuiet ? size : Math.max(shortReadSize, progress.clusterSize))
+        if (!progress.pending(offset, length)) continue
+        if (buffers[turn]!.length < length) buffers[turn] = allocateAligned(size)
+        const target = buffers[turn]!.subarray(0, length)
+        const reading = content.readInto(offset, target).then(() => target)
+        reading.catch(() => undefined) // reported where it is awaited
+        if (sending !== undefined) await this.#fillRange(progress, sending.range, await sending.reading)
+        sending = { range: { offset, length }, reading }
+        turn = 1 - turn
+        onProgress(offset)
+      }
     }
     if (sending !== undefined) await this.#fillRange(progress, sending.range, await sending.reading)
   }

@@ -64,8 +64,13 @@ export class SendWindow {
     this.#signal()
   }
 
+  /** The guest has not asked for a while. */
+  get isQuiet(): boolean {
+    return performance.now() - this.#lastRequest > quietAfter
+  }
+
   get #currentLimit(): number {
-    return performance.now() - this.#lastRequest > quietAfter ? this.#limit * quietFactor : this.#limit
+    return this.isQuiet ? this.#limit * quietFactor : this.#limit
   }
 
   #signal(): void {
