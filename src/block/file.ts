@@ -99,7 +99,7 @@ export class FileDevice extends BaseDevice {
     this.#growable = !opened.isBlockDevice
     this.#direct = options.direct === true
     this.readOnly = options.readOnly ?? false
-    this.#syncLimit = options.syncLimit ?? (opened.path !== undefined && isInMemory(opened.path) ? syncLimitInMemory : 0)
+    this.#syncLimit = options.syncLimit ?? defaultSyncLimit(opened)
     this.limits = {
       requestAlignment: opened.alignment.request,
       memoryAlignment: opened.alignment.memory,
@@ -299,6 +299,11 @@ export class FileDevice extends BaseDevice {
       })
     })
   }
+}
+
+/** The name of a host block device is in memory, its bytes are not. */
+function defaultSyncLimit({ path, isBlockDevice }: OpenedFile): number {
+  return path !== undefined && !isBlockDevice && isInMemory(path) ? syncLimitInMemory : 0
 }
 
 const endOfFile = 'the file ended early: was it truncated by another program?'

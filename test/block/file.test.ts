@@ -1,13 +1,14 @@
-import fs, { closeSync, constants, existsSync, openSync, readdirSync, readFileSync, readlinkSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import fs, { closeSync, constants, existsSync, openSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
 import { open } from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { allocateAligned, IoError, openFile, pad, UnsupportedError, type FileOptions } from '../../src/block.ts'
+import { isInMemory } from '../../src/block/file-system.ts'
 import { pattern } from '../suites/block-device.ts'
 import { expectBytes } from '../support/bytes.ts'
-import { isInMemory } from '../../src/block/file-system.ts'
+import { systemFlags } from '../support/descriptors.ts'
 import { tempFolder } from '../support/temp.ts'
 
 describe('opening', () => {
@@ -56,8 +57,8 @@ describe('direct I/O', () => {
     const path = join(tempFolder(), 'direct')
     writeFileSync(path, pattern(65_536))
     await using device = await openFile(path, { direct: true })
-    const flags = systemFlags(path)
-    expect(flags & constants.O_DIRECT).toBe(constants.O_DIRECT)
+    const [flags] = systemFlags(path)
+    expect(flags! & constants.O_DIRECT).toBe(constants.O_DIRECT)
     expect(device.limits.requestAlignment).toBeGreaterThanOrEqual(512)
     expect(device.limits.memoryAlignment).toBeGreaterThanOrEqual(1)
   })
@@ -167,20 +168,6 @@ test('a synchronous limit does not change what is stored', async () => {
   expectBytes(await device.read(4096, 100_000), pattern(100_000, 2))
 })
 
-/** The flags of this process's descriptor for `path`, as the system has them. */
-function systemFlags(path: string): number {
-  const fd = readdirSync('/proc/self/fd').find((name) => linkTarget(`/proc/self/fd/${name}`) === path)
-  return Number.parseInt(/flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${fd}`, 'utf8'))![1]!, 8)
-}
-
-function linkTarget(link: string): string | undefined {
-  try {
-    return readlinkSync(link)
-  } catch {
-    return undefined // the descriptor that listed the folder is closed by now
-  }
-}
-
 describe('closing', () => {
   test('waits for whole operations, so that no piece of one reaches the next file of that number', async () => {
     const [path, other] = [join(tempFolder(), 'zeroed'), join(tempFolder(), 'other')]
@@ -289,6 +276,21 @@ describe.runIf(isInMemory('/dev/shm'))('on a file system in memory', () => {
     expect(await open({ syncLimit: 4096 })).toBe(4096)
     expect(await open({ syncLimit: 0 })).toBe(1 << 20)
   })
+})
+
+/** A disk of this machine that may be read. */
+const disk = ['vda', 'sda', 'nvme0n1', 'loop0'].map((name) => `/dev/${name}`).find((path) => {
+  try {
+    closeSync(openSync(path, 'r'))
+    return true
+  } catch {
+    return false
+  }
+})
+
+test.runIf(disk !== undefined)('a host block device is waited for, although its name is in memory', async () => {
+  await using device = await openFile(disk!, { readOnly: true })
+  expect(device.limits.optimalTransfer).toBe(1 << 20)
 })
 
 test('what is on a disk, or nowhere, is not in memory', () => {

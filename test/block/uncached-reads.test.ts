@@ -7,6 +7,7 @@ import { openFile } from '../../src/block/file.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { allocateAligned } from '../../src/block/slab.ts'
 import { UncachedReads } from '../../src/block/uncached-reads.ts'
+import { systemFlags } from '../support/descriptors.ts'
 import { tempFolder } from '../support/temp.ts'
 
 const size = (3 << 20) + 12_345
@@ -28,20 +29,9 @@ async function open(path: string, within: number): Promise<UncachedReads> {
   return device
 }
 
-/** Descriptors of this process on a file, and whether each is for direct I/O. */
+/** Descriptors of this process on a file: whether each is for direct I/O. */
 function descriptors(path: string): boolean[] {
-  const direct = (fd: string): boolean => {
-    const [, flags] = /^flags:\s+(\d+)/m.exec(fs.readFileSync(`/proc/self/fdinfo/${fd}`, 'utf8'))!
-    return (Number.parseInt(flags!, 8) & fs.constants.O_DIRECT) !== 0
-  }
-  const target = (fd: string): string | undefined => {
-    try {
-      return fs.readlinkSync(`/proc/self/fd/${fd}`)
-    } catch {
-      return undefined // the one that lists them
-    }
-  }
-  return fs.readdirSync('/proc/self/fd').filter((fd) => target(fd) === path).map(direct)
+  return systemFlags(path).map((flags) => (flags & fs.constants.O_DIRECT) !== 0)
 }
 
 describe.each([['cached', cached], ['cold', cold]] as const)('a file that is %s', (_, within) => {

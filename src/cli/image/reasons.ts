@@ -34,6 +34,7 @@ export function reasonOf(error: unknown): string {
   if (cause === 'EACCES' || cause === 'EPERM') return denied
   if (cause === 'EISDIR') return 'Is a directory'
   if (cause === 'EIO') return 'Input/output error'
+  if (cause === 'EDQUOT') return 'Disk quota exceeded'
   if (cause === 'ENOSPC' || isFull(error)) return 'No space left on device'
   // a size is refused only for what no disk can have
   if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
