@@ -1,20 +1,17 @@
 /** A saved VM started again: by postcopy from a RAM image, by the eager ways of this library and of QEMU. */
-import { randomFillSync } from 'node:crypto'
 import * as fs from 'node:fs'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { openFile } from '../../src/block.ts'
 import { migrationStream, openSaved, revert, revertEagerly, save, type FaultOrder, type RevertReport } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
+import { guestMemoryArguments, writeGuestMemory } from '../guest-memory.ts'
 import { measureMoments, summarize, type GroupResult, type Measured, type Variant } from '../harness.ts'
 import { findQemus, qemuImg, QemuVm, type QemuInstallation } from '../qemu.ts'
 import { dropFromCache } from '../live-files.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
 
 const MiB = 1 << 20
-const GiB = 1 << 30
-/** Memory that the guest has for itself. */
-const guestMiB = 64
 const firmware = resolve(import.meta.dirname, '../../test/fixtures/guest/tinybios.bin')
 
 /** What is timed, from the start of the revert. */
@@ -53,7 +50,7 @@ async function works(vm: QemuVm): Promise<number> {
 function vmArguments(setup: Pick<Setup, 'machine' | 'memory' | 'fills'>): string[] {
   return [
     ...['-M', setup.machine, '-m', String(setup.memory), '-bios', firmware],
-    ...setup.fills.flatMap((fill, index) => ['-device', `loader,file=${fill},addr=${guestMiB * MiB + index * GiB},force-raw=on`]),
+    ...guestMemoryArguments(setup.fills),
   ]
 }
 
@@ -74,7 +71,7 @@ async function run(context: ScenarioContext): Promise<ScenarioResult> {
 
 /** Saves one guest in every form; all hold the same moment. */
 async function prepare(context: ScenarioContext, qemu: QemuInstallation, memory: number): Promise<Setup> {
-  const fills = writeFills(context.folder, memory)
+  const fills = writeGuestMemory(context.folder, memory)
   const [major, minor] = qemu.version.split('.')
   const files = { ram: join(context.folder, 'ram.qcow2'), stream: join(context.folder, 'saved.mig'), image: join(context.folder, 'image.qcow2') }
   const base = { machine: `pc-i440fx-${major}.${minor}`, memory, fills }
@@ -99,22 +96,6 @@ async function prepare(context: ScenarioContext, qemu: QemuInstallation, memory:
   const order: FaultOrder = { version: 1, clusterSize: 65_536, blocks: [], faults: [] }
   const setup: Setup = { context, qemu, ...base, files, order, latencies: new Map(), ...(mapped !== undefined && { mapped }) }
   return { ...setup, order: await recordOrder(setup) }
-}
-
-/** Three quarters of the memory behind the guest's own, below 3 GiB, are random, the rest is zero. QEMU loads less than 2 GiB at a time. */
-function writeFills(folder: string, memory: number): string[] {
-  const total = Math.min(Math.floor(((memory - guestMiB) * 3) / 4), 3072 - guestMiB)
-  return Array.from({ length: Math.ceil(total / 1024) }, (_, index) => {
-    const fill = join(folder, `fill-${index}`)
-    writeRandom(fill, Math.min(1024, total - index * 1024))
-    return fill
-  })
-}
-
-function writeRandom(file: string, mebibytes: number): void {
-  const descriptor = fs.openSync(file, 'w')
-  for (let n = 0; n < mebibytes; n++) fs.writeSync(descriptor, randomFillSync(Buffer.allocUnsafe(MiB)))
-  fs.closeSync(descriptor)
 }
 
 /** QEMU's own fastest file to load: pages at fixed places. Leaves the VM stopped. */

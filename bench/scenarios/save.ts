@@ -1,10 +1,10 @@
 /** A running guest saved: how long it stands still, and how long it takes. */
-import { randomFillSync } from 'node:crypto'
 import * as fs from 'node:fs'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { save, saveTo, type MemoryTarget, type SaveMode, type SaveReport } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
+import { fillPrefix, guestMemoryArguments, writeGuestMemory } from '../guest-memory.ts'
 import { measureMoments, type GroupResult, type Measured, type Variant } from '../harness.ts'
 import { findQemus, qemuImg, QemuVm, type QemuInstallation } from '../qemu.ts'
 import type { Scenario, ScenarioContext, ScenarioResult } from '../scenario.ts'
@@ -16,17 +16,16 @@ interface Setup {
   readonly context: ScenarioContext
   readonly qemu: QemuInstallation
   readonly memory: number
-  readonly fill: string
+  readonly fills: readonly string[]
 }
 
 async function run(context: ScenarioContext): Promise<ScenarioResult> {
   const memory = context.size ?? (context.quick ? 96 : 1024)
-  const fill = join(context.folder, 'fill')
-  fs.writeFileSync(fill, randomFillSync(Buffer.allocUnsafe(Math.floor(((memory - 64) * MiB * 3) / 4))))
+  const fills = writeGuestMemory(context.folder, memory)
   const groups: GroupResult[] = []
   const qemus = findQemus()
   for (const qemu of context.quick ? qemus.slice(0, 1) : qemus) {
-    groups.push(...(await compare({ context, qemu, memory, fill })))
+    groups.push(...(await compare({ context, qemu, memory, fills })))
   }
   const notes = qemus.length === 0 ? ['QEMU is not installed: there is nothing to save.'] : groups.filter(({ id }) => id.endsWith('stopped')).map(extremes)
   return { groups, figures: groups.map(groupFigure), notes }
@@ -72,13 +71,13 @@ function extremes({ title, variants }: GroupResult): string {
   return `${title}, milliseconds in the middle (and at most): ${each.join('; ')}`
 }
 
-async function boot({ qemu, memory, fill, context }: Setup, cache: 'writeback' | 'none' = 'writeback'): Promise<{ vm: QemuVm; disk: string }> {
+async function boot({ qemu, memory, fills, context }: Setup, cache: 'writeback' | 'none' = 'writeback'): Promise<{ vm: QemuVm; disk: string }> {
   const disk = join(context.folder, 'disk.qcow2')
-  for (const file of fs.readdirSync(context.folder)) if (file !== 'fill') fs.rmSync(join(context.folder, file))
+  for (const file of fs.readdirSync(context.folder)) if (!file.startsWith(fillPrefix)) fs.rmSync(join(context.folder, file))
   await qemuImg(qemu, 'create', '-q', '-f', 'qcow2', disk, String(64 * MiB))
   const vm = await QemuVm.start(qemu, [
     ...['-M', 'pc', '-m', String(memory), '-bios', firmware],
-    ...['-device', `loader,file=${fill},addr=0x4000000,force-raw=on`],
+    ...guestMemoryArguments(fills),
     ...['-blockdev', `driver=qcow2,node-name=d0,cache.direct=${cache === 'none' ? 'on' : 'off'},file.driver=file,file.filename=${disk}`, '-device', 'virtio-blk-pci,drive=d0'],
   ])
   for (let waited = 0; !/T [0-9a-f]{8}\n/.test(vm.serial); waited++) {

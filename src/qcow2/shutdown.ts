@@ -1,4 +1,5 @@
 /** Bringing an image to rest: everything written back, every counter as low as it can be. */
+import { InFlight } from '../core/in-flight.ts'
 import type { Engine } from './engine.ts'
 
 /**
@@ -14,22 +15,21 @@ export async function settle(engine: Engine): Promise<void> {
   } while (engine.hasUnwritten)
 }
 
-/** Settles a writable image, unless it was found damaged or nothing was written, and closes its files. */
+/** Settles a writable image, unless it was found damaged or nothing was written, and closes its files; throws the first error then. */
 export async function closeEngine(engine: Engine): Promise<void> {
-  const { backing } = engine
   await engine.marked()
-  const settled = engine.readOnly ? undefined : await outcome(engine.requests.exclusive(() => settleSound(engine)))
-  const devices = [engine.host.device, ...(engine.hasDataFile ? [engine.data.device] : []), ...(backing === undefined ? [] : [backing])]
-  const closed = await Promise.all(devices.map((device) => outcome(device.close())))
-  const failure = [settled, ...closed].find((each) => each !== undefined)
-  if (failure !== undefined) throw failure.error
+  const ending = new InFlight()
+  if (!engine.readOnly) {
+    const settled = engine.requests.exclusive(() => settleSound(engine))
+    ending.add(settled)
+    await settled.catch(() => undefined) // the files are closed all the same
+  }
+  ending.add(engine.host.device.close())
+  if (engine.hasDataFile) ending.add(engine.data.device.close())
+  if (engine.backing !== undefined) ending.add(engine.backing.close())
+  await ending.settle()
 }
 
 async function settleSound(engine: Engine): Promise<void> {
   if (engine.damage === undefined && !engine.unchanged) await settle(engine)
-}
-
-/** What a promise failed with; undefined if it did not. */
-function outcome(ending: Promise<unknown>): Promise<{ readonly error: unknown } | undefined> {
-  return ending.then(() => undefined, (error: unknown) => ({ error }))
 }
