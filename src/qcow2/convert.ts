@@ -289,22 +289,21 @@ interface Copy extends CallOptions {
   readonly blank: boolean
 }
 
+/** Writes begin in the order of the disk, so that a target that allocates does so in that order. */
 async function copyPiece({ source, target, sparseSize, blank, signal }: Copy, job: Job): Promise<void> {
   const { piece, buffer } = job
-  job.done()
   const bytes = buffer.subarray(0, piece.length)
-  if (piece.zero) {
-    if (sparseSize > 0) return target.writeZeroes(piece.start, piece.length, { unmap: true, signal })
-    bytes.fill(0)
-  } else {
-    await source.readInto(piece.start, bytes, { signal })
-  }
+  const unmap = piece.zero && sparseSize > 0
+  if (piece.zero && !unmap) bytes.fill(0)
+  else if (!piece.zero) await source.readInto(piece.start, bytes, { signal })
+  await job.turn()
   const writes = new InFlight()
   for (let at = 0; at < bytes.length; ) {
-    const { end, zero } = zeroRun(bytes, at, sparseSize)
+    const { end, zero } = unmap ? { end: bytes.length, zero: true } : zeroRun(bytes, at, sparseSize)
     if (!zero) writes.add(target.write(piece.start + at, bytes.subarray(at, end), { signal }))
-    else if (!blank) writes.add(target.writeZeroes(piece.start + at, end - at, { unmap: true, signal }))
+    else if (unmap || !blank) writes.add(target.writeZeroes(piece.start + at, end - at, { unmap: true, signal }))
     at = end
   }
+  job.done()
   await writes.settle()
 }

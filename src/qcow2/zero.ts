@@ -72,16 +72,28 @@ async function zeroWhole(engine: Engine, from: number, to: number, mode: ZeroMod
     while (at < end) {
       const turn = points.pass()
       if (turn !== undefined) await turn
-      const next = Math.min(to, Math.floor(at / clusterSize) * clusterSize + clusterSize)
-      await zeroCluster(engine, at, next, mode)
+      const clusterEnd = Math.min(to, Math.floor(at / clusterSize) * clusterSize + clusterSize)
+      const stored = storesZeroes(engine, at, mode)
+      const next = stored ? Math.max(clusterEnd, Math.min(end, at + storedBytes)) : clusterEnd
+      if (stored && mode !== 'discard') await writeLocked(engine, at, engine.host.allocate(next - at).fill(0))
+      else if (!stored) await zeroCluster(engine, at, next, mode)
       at = next
     }
   }
 }
 
+/** Bytes of zeroes written at once where the format has no entry for them. */
+const storedBytes = 1 << 20
+
+/** Version 2 cannot say "zeroes" over a backing file: they are data there. */
+function storesZeroes(engine: Engine, guest: number, mode: ZeroMode): boolean {
+  if (engine.header.version !== 2 || mode === 'forget' || engine.rawDataFile) return false
+  return mode === 'cover' || (engine.backing !== undefined && guest < engine.backing.size)
+}
+
 /** `[from, to)` lies in one cluster. */
 async function zeroCluster(engine: Engine, from: number, to: number, mode: ZeroMode): Promise<void> {
-  if (mode !== 'forget' && (await zeroInData(engine, from, to, mode))) return
+  if (mode !== 'forget' && (await zeroInData(engine, from, to))) return
   await withEntry(engine, from, (place) => zeroEntry(engine, place, from, to, mode))
 }
 
@@ -97,20 +109,15 @@ function isDone(engine: Engine, run: Run, at: number, mode: ZeroMode): boolean {
 }
 
 /**
- * Zeroes by writing data where entries cannot say it: in version 2 over a backing file, in part of a
- * compressed cluster, and, besides the entry, in a data file that has to read alone.
+ * Zeroes by writing data where entries cannot say it: in part of a compressed cluster, and, besides the entry, in a data
+ * file that has to read alone.
  * @returns true if nothing is left to do.
  */
-async function zeroInData(engine: Engine, from: number, to: number, mode: ZeroMode): Promise<boolean> {
+async function zeroInData(engine: Engine, from: number, to: number): Promise<boolean> {
   const { clusterSize } = engine.geometry
   if (engine.rawDataFile) {
     await engine.data.writeZeroes(from, Math.min(to, engine.header.size) - from)
     return false
-  }
-  const hidesBacking = mode === 'cover' || (engine.backing !== undefined && from < engine.backing.size)
-  if (engine.header.version === 2 && hidesBacking) {
-    if (mode !== 'discard') await writeLocked(engine, from, engine.host.allocate(to - from).fill(0))
-    return true
   }
   if (to - from === clusterSize) return false
   const run = newRun()

@@ -71,6 +71,39 @@ test('an image copies onto any device, and nothing of what was there remains', a
   )
 })
 
+/** Host offsets of the data of an image, in the order of the disk. */
+async function placesOf(image: Qcow2Image): Promise<number[]> {
+  const places: number[] = []
+  for await (const extent of image.map()) if (extent.kind === 'data') places.push(extent.offset!)
+  return places
+}
+
+test('what is copied into an image lies there in the order of the disk, whichever read ends first', async () => {
+  const source = new MemoryDevice(diskOf([{ length: 12 << 20, kind: 'noise' }]))
+  const readInto = source.readInto.bind(source)
+  let reads = 0
+  const uneven = Object.assign(source, {
+    readInto: async (offset: number, target: Uint8Array) => {
+      await new Promise((resolve) => setTimeout(resolve, reads++ % 4 === 0 ? 6 : 1))
+      await readInto(offset, target)
+    },
+  })
+  await using target = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: source.size })
+  await copyDevice(uneven, target)
+  expect(await placesOf(target)).toHaveLength(1)
+  expect(Buffer.compare(await contentOf(target), source.bytes)).toBe(0)
+})
+
+test('zeroes that version 2 stores over a backing file lie in the order of the disk', async () => {
+  const backing = { file: 'base.raw', format: 'raw' }
+  const size = (8 << 20) + 70_144
+  const references = (): MemoryDevice => new MemoryDevice(new Uint8Array(size).fill(0xbb))
+  await using target = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size, version: 2, backing, references })
+  await copyDevice(new MemoryDevice(size), target)
+  expect(await placesOf(target)).toHaveLength(1)
+  expect((await contentOf(target)).every((byte) => byte === 0)).toBe(true)
+})
+
 test('an overlay holds only what its source holds itself, zeroes included', async () => {
   await fc.assert(
     fc.asyncProperty(disk, fc.array(fc.record({ at: fc.nat(), length: fc.integer({ min: 1, max: 40_000 }), zero: fc.boolean() }), { maxLength: 5 }), fc.constantFrom(512, 4096, 65536), async (bytes, writes, clusterSize) => {
