@@ -6,7 +6,7 @@
  *
  * Within this process a list of the images that are open for writing does the same.
  */
-import type { BigIntStats } from 'node:fs'
+import { stat as lookUp, type BigIntStats } from 'node:fs'
 import { readFile, stat } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 import { Qcow2Error } from '../core/errors.ts'
@@ -68,6 +68,13 @@ function fileBeneath(
 /** Names a file, whatever path leads to it. */
 export function fileIdentity({ dev, ino }: BigIntStats): string {
   return `${dev}:${ino}`
+}
+
+/** The identity of the file at `path`; undefined if there is none. */
+export function identityAt(path: string): Promise<string | undefined> {
+  return new Promise((found) => {
+    lookUp(path, { bigint: true }, (error, stat) => found(error === null ? fileIdentity(stat) : undefined))
+  })
 }
 
 function statOf(file: string | URL | FileHandle): Promise<BigIntStats> {

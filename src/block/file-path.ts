@@ -19,17 +19,31 @@ export function resolveReference(from: string, name: string): string {
  * `mayBeNew` the file need not exist, only its directory.
  */
 export async function isInTreeOf(from: string, path: string, mayBeNew = false): Promise<boolean> {
+  if (isBeside(from, path) && !(await isLink(path, mayBeNew))) return true
   const [tree, file] = await Promise.all([realpath(dirname(resolve(from))), realpath(path).catch(async (error: unknown) => {
-    if (!mayBeNew) throw error
+    // what a link without a target leads to would be made there
+    if (!mayBeNew || (await isLink(path, true))) throw error
     return join(await realpath(dirname(resolve(path))), basename(path))
   })])
   const way = relative(tree, file)
   return way !== '' && !way.startsWith('..') && !isAbsolute(way)
 }
 
-/** The one name of a file, symbolic links followed; the absolute path if it does not exist. */
-export async function canonicalPath(path: string): Promise<string> {
-  return realpath(path).catch(() => resolve(path))
+/** Both are named in the same directory, whatever links lead there. */
+function isBeside(from: string, path: string): boolean {
+  const cut = path.lastIndexOf('/') + 1
+  const name = path.slice(cut)
+  return path.slice(0, cut) === from.slice(0, from.lastIndexOf('/') + 1) && name !== '' && name !== '.' && name !== '..'
+}
+
+function isLink(path: string, mayBeNew: boolean): Promise<boolean> {
+  return new Promise((tell, fail) => {
+    fs.lstat(path, (error, stat) => {
+      if (error === null) tell(stat.isSymbolicLink())
+      else if (mayBeNew && error.code === 'ENOENT') tell(false)
+      else fail(error)
+    })
+  })
 }
 
 /** A third of the time that the function of `node:fs/promises` takes. */

@@ -298,7 +298,8 @@ export class Engine {
     this.#mark(header.l1TableOffset, header.l1Size * 8)
     this.#mark(header.refcountTableOffset, header.refcountTableClusters * clusterSize)
     this.#mark(header.snapshotsOffset, this.snapshotTableLength)
-    for (let block = 0; block < this.refcountTable.length; block++) this.#mark(this.refcountTable.offsetAt(block), clusterSize)
+    const table = this.refcountTable
+    for (let at = table.nextUsed(0); at < table.length; at = table.nextUsed(at + 1)) this.#mark(table.offsetAt(at), clusterSize)
     for (const { l1TableOffset, l1Size } of this.snapshots) this.#mark(l1TableOffset, l1Size * 8)
     // without the autoclear bit the extension is stale, and what it names may be in use for something else
     const trusted = (header.autoclearFeatures & autoclear.bitmaps) !== 0n

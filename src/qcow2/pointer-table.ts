@@ -17,6 +17,8 @@ export class PointerTable {
   /** The entries, padded with zeroes to whole sectors. */
   readonly bytes: Uint8Array
   readonly #view: DataView
+  /** The entries in the order of the machine, where only zero or not matters. */
+  #words: Uint32Array | undefined
   readonly #dirty = new Set<number>()
 
   constructor(offset: number, length: number, bytes: Uint8Array = tableBytes(length)) {
@@ -50,6 +52,13 @@ export class PointerTable {
   /** The cluster offset in an L1 entry, 0 for none. Reserved bits are masked. */
   offsetAt(index: number): number {
     return entryOffset(this.high(index), this.low(index))
+  }
+
+  /** The first entry from `from` on that is not zero, or `length`. Tables are long and mostly empty. */
+  nextUsed(from: number): number {
+    const words = (this.#words ??= new Uint32Array(this.bytes.buffer, this.bytes.byteOffset, this.bytes.length / 4))
+    for (let index = from; index < this.length; index++) if ((words[2 * index]! | words[2 * index + 1]!) !== 0) return index
+    return this.length
   }
 
   /** Stores an offset with flags for the high half; written back later. */

@@ -6,7 +6,8 @@
  */
 import type { BlockDevice } from '../block/device.ts'
 import { openFile } from '../block/file.ts'
-import { canonicalPath, isInTreeOf, resolveReference } from '../block/file-path.ts'
+import { identityAt } from '../block/file-lock.ts'
+import { isInTreeOf, resolveReference } from '../block/file-path.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { hasMagic } from './header.ts'
 
@@ -46,6 +47,13 @@ export interface ReferenceOptions {
   readonly probeBackingFormat?: boolean | undefined
 }
 
+/** A file of a backing chain. */
+interface ChainLink {
+  readonly path: string
+  /** Undefined for a file that is yet to be made. */
+  readonly identity: string | undefined
+}
+
 /** What following a reference needs to know of the image that holds it. */
 export interface ReferenceContext {
   readonly options: ReferenceOptions
@@ -53,8 +61,8 @@ export interface ReferenceContext {
   readonly path: string | undefined
   /** Path of the image that was opened first. */
   readonly root: string | undefined
-  /** Canonical paths of the images above, and of this one; undefined for the one that was opened first: found when it is needed. */
-  readonly chain?: readonly string[]
+  /** The files of the images above, and of this one; undefined for the one that was opened first: found when it is needed. */
+  readonly chain?: readonly ChainLink[]
   /** The backing file, where it is open already because a new overlay takes its size from it. */
   readonly sizedBy?: BlockDevice | undefined
   /** Opens a qcow2 image of the backing chain, read-only. */
@@ -77,16 +85,18 @@ export async function openBacking(name: string, format: string | undefined, cont
   if (typeof decision !== 'boolean') return decision
   const path = decision ? reference.path : undefined
   if (path === undefined) throw refused(reference)
-  const [device, chain, canonical] = await Promise.all([openFile(path, { readOnly: true }), chainOf(context), canonicalPath(path)])
-  if (chain.includes(canonical)) {
+  const [device, above] = await Promise.all([openFile(path, { readOnly: true }), chainOf(context)])
+  const { identity } = device
+  const chain = [...above, { path, identity }]
+  if (above.some((link) => link.identity === identity)) {
     await device.close()
-    throw new FormatError(`the backing chain loops: ${[...chain, canonical].join(' -> ')}`, { structure: 'header', field: 'backing_file_name' })
+    throw new FormatError(`the backing chain loops: ${chain.map((link) => link.path).join(' -> ')}`, { structure: 'header', field: 'backing_file_name' })
   }
   try {
     const known = format ?? (await probe(device, reference, context))
     if (known === 'raw') return device
     if (known !== 'qcow2') throw new UnsupportedError(`backing file ${name}: format ${known} is not supported, qcow2 and raw are`, [known])
-    return await context.openImage(device, path, { ...context, path, chain: [...chain, canonical] })
+    return await context.openImage(device, path, { ...context, path, chain })
   } catch (error) {
     await device.close()
     // which file of the chain it is, the format's errors do not know
@@ -95,9 +105,9 @@ export async function openBacking(name: string, format: string | undefined, cont
   }
 }
 
-async function chainOf({ chain, path }: ReferenceContext): Promise<readonly string[]> {
+async function chainOf({ chain, path }: ReferenceContext): Promise<readonly ChainLink[]> {
   if (chain !== undefined) return chain
-  return path === undefined ? [] : [await canonicalPath(path)]
+  return path === undefined ? [] : [{ path, identity: await identityAt(path) }]
 }
 
 /**
