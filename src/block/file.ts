@@ -1,46 +1,21 @@
 /**
- * Files and host block devices. Owns the descriptor, the loop over short transfers, and the
- * translation of system errors; knows nothing of what the bytes mean.
+ * Files and host block devices. Owns the requests to an open descriptor, the loop over short transfers, and
+ * closing it when nothing uses it any more; knows nothing of what the bytes mean.
  *
  * Requests go through callback `fs.read` and `fs.write`: promises of a `FileHandle` cost a third more
  * CPU for each request.
  */
 import * as fs from 'node:fs'
 import type { FileHandle } from 'node:fs/promises'
-import { fileURLToPath } from 'node:url'
 import { Qcow2Error, UnsupportedError, type IoOperation } from '../core/errors.ts'
-import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
-import { BaseDevice, type BlockLimits, type CallOptions, type WriteZeroesOptions } from './device.ts'
-import { fileError, openError } from './file-error.ts'
-import { fileIdentity } from './file-lock.ts'
-import { probeAlignment, type DirectAlignment } from './file-direct.ts'
+import { refuseUnknownOptions } from '../core/options.ts'
+import { BaseDevice, type BlockLimits, type WriteZeroesOptions } from './device.ts'
+import { fileError } from './file-error.ts'
+import { closeDescriptor, fileOptions, openDescriptor, type FileOptions, type OpenedFile } from './file-open.ts'
 import { isInMemory } from './file-system.ts'
 import { allocateAligned } from './slab.ts'
 
-export type { FileHandle }
-
-/** Options of {@link openFile}. */
-export interface FileOptions extends CallOptions {
-  /** Default false: the file must be writable. */
-  readonly readOnly?: boolean | undefined
-  /**
-   * Direct I/O: requests go to the disk past the page cache (`O_DIRECT`), and must then be aligned as
-   * `limits` says; `pad()` lifts that. Refused with `ERR_UNSUPPORTED` where the system or the
-   * filesystem has none.
-   */
-  readonly direct?: boolean | undefined
-  /** `'wx'`: the file must not exist and is created; `'w'`: it is created, or emptied. As Node's flags. */
-  readonly create?: 'wx' | 'w' | undefined
-  /**
-   * Requests of at most this many bytes are made synchronously: about five times faster when the page
-   * cache has the bytes, and a fifth for one after the other with `direct`, but the event loop stands
-   * still while the disk is waited for; it turns at least once in 32 MiB. `limits.optimalTransfer` is then
-   * at most this. Default 0: never; 512 KiB for a path on a file system in memory, which is never waited for.
-   */
-  readonly syncLimit?: number | undefined
-}
-
-const fileOptions: OptionNames<FileOptions> = { readOnly: true, direct: true, create: true, syncLimit: true, signal: true }
+export type { FileHandle, FileOptions }
 
 /** What `fs.read` and `fs.write` have in common. */
 type Transfer = (fd: number, bytes: Uint8Array, at: number, length: number, offset: number, moved: (error: Error | null, count: number) => void) => void
@@ -112,15 +87,7 @@ export class FileDevice extends BaseDevice {
   static async open(file: string | URL | FileHandle, options: FileOptions = {}): Promise<FileDevice> {
     refuseUnknownOptions('openFile', options, fileOptions)
     options.signal?.throwIfAborted()
-    const { descriptor, path, handle } = await openDescriptor(file, options)
-    try {
-      const { size, isBlockDevice, identity } = measure(descriptor, path)
-      const alignment = options.direct === true ? await probeAlignment(descriptor, size, path ?? 'FileHandle') : { request: 1, memory: 1 }
-      return new FileDevice({ fd: descriptor, path, handle, size, isBlockDevice, identity, alignment }, options)
-    } catch (error) {
-      await (handle === undefined ? closeDescriptor(descriptor) : handle.close())
-      throw error
-    }
+    return new FileDevice(await openDescriptor(file, options), options)
   }
 
   get size(): number {
@@ -307,77 +274,3 @@ function defaultSyncLimit({ path, isBlockDevice }: OpenedFile): number {
 }
 
 const endOfFile = 'the file ended early: was it truncated by another program?'
-
-interface OpenedFile {
-  readonly fd: number
-  readonly path: string | undefined
-  readonly handle: FileHandle | undefined
-  readonly size: number
-  readonly isBlockDevice: boolean
-  readonly identity: string
-  readonly alignment: DirectAlignment
-}
-
-async function openDescriptor(
-  file: string | URL | FileHandle,
-  options: FileOptions,
-): Promise<{ descriptor: number; path: string | undefined; handle: FileHandle | undefined }> {
-  if (typeof file !== 'string' && !(file instanceof URL)) {
-    if (options.direct === true || options.create !== undefined) {
-      throw new TypeError('direct and create are decided when a file is opened: give a path, not a FileHandle')
-    }
-    return { descriptor: file.fd, path: undefined, handle: file }
-  }
-  const path = file instanceof URL ? fileURLToPath(file) : file
-  const flags = openFlags(options)
-  const descriptor = await new Promise<number>((resolve, reject) => {
-    fs.open(path, flags, 0o666, (error, fd) => {
-      if (error === null) resolve(fd)
-      else reject(openError(error, path, options.direct === true))
-    })
-  })
-  return { descriptor, path, handle: undefined }
-}
-
-function openFlags(options: FileOptions): number {
-  const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC } = fs.constants
-  const direct = (fs.constants as { O_DIRECT?: number }).O_DIRECT
-  if (options.readOnly === true && options.create !== undefined) {
-    throw new TypeError('create and readOnly exclude each other: a new file is opened for writing')
-  }
-  if (options.direct === true && direct === undefined) {
-    throw new UnsupportedError(`direct I/O: this platform has no O_DIRECT; open with direct: false`, ['O_DIRECT'])
-  }
-  let flags = options.readOnly === true ? O_RDONLY : O_RDWR
-  if (options.create !== undefined) flags |= O_CREAT | (options.create === 'wx' ? O_EXCL : O_TRUNC)
-  return options.direct === true ? flags | (direct ?? 0) : flags
-}
-
-function measure(fd: number, path: string | undefined): { size: number; isBlockDevice: boolean; identity: string } {
-  const stat = fs.fstatSync(fd, { bigint: true })
-  const identity = fileIdentity(stat)
-  if (stat.isFile()) return { size: Number(stat.size), isBlockDevice: false, identity }
-  const name = path ?? 'FileHandle'
-  if (!stat.isBlockDevice()) throw new UnsupportedError(`${name}: neither a regular file nor a block device`)
-  return { size: hostDeviceSize(Number(stat.rdev), name), isBlockDevice: true, identity }
-}
-
-/** Linux shows the size of a block device in /sys, in sectors of 512 bytes; `stat` says 0. */
-function hostDeviceSize(rdev: number, name: string): number {
-  const major = Math.floor(rdev / 256) % 4096
-  const minor = (rdev % 256) + Math.floor(rdev / 0x10_0000) * 256
-  try {
-    return Number(fs.readFileSync(`/sys/dev/block/${major}:${minor}/size`, 'utf8')) * 512
-  } catch (cause) {
-    throw new Qcow2Error('ERR_UNSUPPORTED', `${name}: the size of a block device is only known on Linux`, { cause })
-  }
-}
-
-function closeDescriptor(fd: number): Promise<void> {
-  return new Promise((resolve, reject) => {
-    fs.close(fd, (error) => {
-      if (error) reject(fileError('close', error))
-      else resolve()
-    })
-  })
-}

@@ -1,0 +1,122 @@
+/**
+ * Opening files and host block devices. Owns the options, what the system is asked of the new descriptor, and the
+ * words for what it refuses.
+ */
+import * as fs from 'node:fs'
+import type { FileHandle } from 'node:fs/promises'
+import { fileURLToPath } from 'node:url'
+import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import type { OptionNames } from '../core/options.ts'
+import type { CallOptions } from './device.ts'
+import { probeAlignment, type DirectAlignment } from './file-direct.ts'
+import { fileError, openError } from './file-error.ts'
+import { fileIdentity } from './file-lock.ts'
+
+/** Options of `openFile`. */
+export interface FileOptions extends CallOptions {
+  /** Default false: the file must be writable. */
+  readonly readOnly?: boolean | undefined
+  /**
+   * Direct I/O: requests go to the disk past the page cache (`O_DIRECT`), and must then be aligned as
+   * `limits` says; `pad()` lifts that. Refused with `ERR_UNSUPPORTED` where the system or the
+   * filesystem has none.
+   */
+  readonly direct?: boolean | undefined
+  /** `'wx'`: the file must not exist and is created; `'w'`: it is created, or emptied. As Node's flags. */
+  readonly create?: 'wx' | 'w' | undefined
+  /**
+   * Requests of at most this many bytes are made synchronously: about five times faster when the page
+   * cache has the bytes, and a fifth for one after the other with `direct`, but the event loop stands
+   * still while the disk is waited for; it turns at least once in 32 MiB. `limits.optimalTransfer` is then
+   * at most this. Default 0: never; 512 KiB for a path on a file system in memory, which is never waited for.
+   */
+  readonly syncLimit?: number | undefined
+}
+
+export const fileOptions: OptionNames<FileOptions> = { readOnly: true, direct: true, create: true, syncLimit: true, signal: true }
+
+/** An open file and what is known of it. */
+export interface OpenedFile {
+  readonly fd: number
+  readonly path: string | undefined
+  readonly handle: FileHandle | undefined
+  readonly size: number
+  readonly isBlockDevice: boolean
+  readonly identity: string
+  readonly alignment: DirectAlignment
+}
+
+/** Opens a file; one that is of no use here is closed again. */
+export async function openDescriptor(file: string | URL | FileHandle, options: FileOptions): Promise<OpenedFile> {
+  const opened = await openHandle(file, options)
+  const { fd, path, handle } = opened
+  try {
+    const { size, isBlockDevice, identity } = measure(fd, path)
+    const alignment = options.direct === true ? await probeAlignment(fd, size, path ?? 'FileHandle') : { request: 1, memory: 1 }
+    return { ...opened, size, isBlockDevice, identity, alignment }
+  } catch (error) {
+    await (handle === undefined ? closeDescriptor(fd) : handle.close())
+    throw error
+  }
+}
+
+async function openHandle(file: string | URL | FileHandle, options: FileOptions): Promise<Pick<OpenedFile, 'fd' | 'path' | 'handle'>> {
+  if (typeof file !== 'string' && !(file instanceof URL)) {
+    if (options.direct === true || options.create !== undefined) {
+      throw new TypeError('direct and create are decided when a file is opened: give a path, not a FileHandle')
+    }
+    return { fd: file.fd, path: undefined, handle: file }
+  }
+  const path = file instanceof URL ? fileURLToPath(file) : file
+  const flags = openFlags(options)
+  const fd = await new Promise<number>((resolve, reject) => {
+    fs.open(path, flags, 0o666, (error, descriptor) => {
+      if (error === null) resolve(descriptor)
+      else reject(openError(error, path, options.direct === true))
+    })
+  })
+  return { fd, path, handle: undefined }
+}
+
+function openFlags(options: FileOptions): number {
+  const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC } = fs.constants
+  const direct = (fs.constants as { O_DIRECT?: number }).O_DIRECT
+  if (options.readOnly === true && options.create !== undefined) {
+    throw new TypeError('create and readOnly exclude each other: a new file is opened for writing')
+  }
+  if (options.direct === true && direct === undefined) {
+    throw new UnsupportedError(`direct I/O: this platform has no O_DIRECT; open with direct: false`, ['O_DIRECT'])
+  }
+  let flags = options.readOnly === true ? O_RDONLY : O_RDWR
+  if (options.create !== undefined) flags |= O_CREAT | (options.create === 'wx' ? O_EXCL : O_TRUNC)
+  return options.direct === true ? flags | (direct ?? 0) : flags
+}
+
+function measure(fd: number, path: string | undefined): { size: number; isBlockDevice: boolean; identity: string } {
+  const stat = fs.fstatSync(fd, { bigint: true })
+  const identity = fileIdentity(stat)
+  if (stat.isFile()) return { size: Number(stat.size), isBlockDevice: false, identity }
+  const name = path ?? 'FileHandle'
+  if (!stat.isBlockDevice()) throw new UnsupportedError(`${name}: neither a regular file nor a block device`)
+  return { size: hostDeviceSize(Number(stat.rdev), name), isBlockDevice: true, identity }
+}
+
+/** Linux shows the size of a block device in /sys, in sectors of 512 bytes; `stat` says 0. */
+function hostDeviceSize(rdev: number, name: string): number {
+  const major = Math.floor(rdev / 256) % 4096
+  const minor = (rdev % 256) + Math.floor(rdev / 0x10_0000) * 256
+  try {
+    return Number(fs.readFileSync(`/sys/dev/block/${major}:${minor}/size`, 'utf8')) * 512
+  } catch (cause) {
+    throw new Qcow2Error('ERR_UNSUPPORTED', `${name}: the size of a block device is only known on Linux`, { cause })
+  }
+}
+
+export function closeDescriptor(fd: number): Promise<void> {
+  return new Promise((resolve, reject) => {
+    fs.close(fd, (error) => {
+      if (error) reject(fileError('close', error))
+      else resolve()
+    })
+  })
+}
