@@ -1,45 +1,15 @@
 /**
- * Compressed clusters: reading one, and packing new ones. Compressed data is never overwritten:
- * changing such a cluster gives it a new place.
+ * Packing compressed clusters. Compressed data is never overwritten: changing such a cluster gives it a
+ * new place.
  */
-import { compressCluster, decompressCluster } from '../codec/cluster-codec.ts'
-import { FormatError, UnsupportedError } from '../core/errors.ts'
+import { compressCluster } from '../codec/cluster-codec.ts'
+import { UnsupportedError } from '../core/errors.ts'
 import { clusterState } from './cluster-state.ts'
 import type { Engine } from './engine.ts'
 import type { Piece } from './host-file.ts'
 import { encodeCompressed } from './l2-entry.ts'
 import { withEntry } from './l2-tables.ts'
-import { maxHostOffset } from './limits.ts'
 import { release, setBitmaps, setEntry } from './link.ts'
-
-/** Fills `target` with the bytes from `inCluster` on of a compressed cluster. */
-export async function readCompressed(
-  engine: Engine,
-  offset: number,
-  length: number,
-  inCluster: number,
-  target: Uint8Array,
-): Promise<void> {
-  if (offset + length > maxHostOffset) {
-    throw new FormatError(`a compressed cluster at ${offset} is past 2^53`, { structure: 'L2 table' }, 'ERR_CORRUPT')
-  }
-  if (target.length === engine.geometry.clusterSize) {
-    await decompressInto(engine, offset, length, target)
-    return
-  }
-  const cluster = await engine.decompressed.get(offset, async () => {
-    const whole = new Uint8Array(engine.geometry.clusterSize)
-    await decompressInto(engine, offset, length, whole)
-    return whole
-  })
-  target.set(cluster.subarray(inCluster, inCluster + target.length))
-}
-
-async function decompressInto(engine: Engine, offset: number, length: number, target: Uint8Array): Promise<void> {
-  const source = engine.host.allocate(length)
-  await engine.host.readInto(offset, source)
-  decompressCluster(engine.header.compressionType, source, target, offset)
-}
 
 /** Refuses compression where the format has none. */
 export function assertCompressible(engine: Engine): void {

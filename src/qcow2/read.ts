@@ -4,16 +4,19 @@
  */
 import type { BlockDevice } from '../block/device.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
-import { readCompressed } from './compressed.ts'
 import type { Engine, Layer } from './engine.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { lookup, newRun, type Run } from './mapping.ts'
+import { readCompressed, readCompressedClusters, type CompressedCluster } from './read-compressed.ts'
 
 const done: Promise<void> = Promise.resolve()
 /** Used by synchronous lookups only, between which nothing else runs. */
 const scratch = newRun()
 /** Pieces of one request in flight. */
 const maxPieces = 64
+/** Compressed clusters that are read together: bytes, and how many times that are in flight. */
+const batchBytes = 1 << 20
+const maxBatches = 4
 
 /** Fills `target` with the bytes of a layer. The range may lie anywhere in its L1 table, or past it. */
 export function readLayer(engine: Engine, layer: Layer, guest: number, target: Uint8Array): Promise<void> {
@@ -28,17 +31,30 @@ export function readLayer(engine: Engine, layer: Layer, guest: number, target: U
 }
 
 async function readPieces(engine: Engine, layer: Layer, guest: number, target: Uint8Array): Promise<void> {
+  const { clusterSize } = engine.geometry
   const pieces = new InFlight()
+  const batches = new InFlight()
   const run = newRun()
+  let batch: CompressedCluster[] = []
   try {
     for (let at = 0; at < target.length; at += run.length) {
       while (!lookup(engine, layer, guest + at, target.length - at, run)) await engine.l2Tables.load(run.slice)
+      if (run.kind === 'compressed' && run.length === clusterSize) {
+        batch.push({ offset: run.host, length: run.compressedLength, target: target.subarray(at, at + clusterSize) })
+        if (batch.length * clusterSize < batchBytes) continue
+        batches.add(readCompressedClusters(engine, batch))
+        batch = []
+        await batches.settle(maxBatches - 1)
+        continue
+      }
       const reading = readRun(engine, layer, run, guest + at, target.subarray(at, at + run.length))
       if (reading === done) continue
       pieces.add(reading)
       if (pieces.count >= maxPieces) await pieces.settle(maxPieces / 2)
     }
+    if (batch.length > 0) batches.add(readCompressedClusters(engine, batch))
   } finally {
+    pieces.add(batches.settle())
     await pieces.settle()
   }
 }
