@@ -4,19 +4,17 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
-import { viewOf } from '../bytes/view.ts'
-import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
+import { refuseDowngrade, removeZeroClusters } from './amend-downgrade.ts'
 import { CheckContext } from './check-context.ts'
 import { CheckCollector } from './check-report.ts'
 import { runCheck, type CheckState } from './check.ts'
 import { encodeFeatureNames, featureNames, autoclear, compatible, incompatible } from './features.ts'
 import { extensionType, withExtension, type Extension } from './extensions.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
-import { clusterKind, entryOffset, zeroFlag } from './l2-entry.ts'
 import { rebuildRefcounts } from './repair-rebuild.ts'
 import { repairedSnapshots, repairImage } from './repair.ts'
-import { decodeSnapshot } from './snapshot-table.ts'
 
 /** What is to change; what is left out stays. */
 export interface AmendOptions extends CallOptions {
@@ -131,83 +129,28 @@ async function changeFields(host: BlockDevice, options: AmendOptions): Promise<v
   )
 }
 
-/** @throws UnsupportedError for what version 2 does not have */
-function refuseDowngrade(state: CheckState): void {
-  const { header } = state.context
-  const missing: string[] = []
-  if ((header.incompatibleFeatures & incompatible.dataFile) !== 0n) missing.push('external data file')
-  if ((header.incompatibleFeatures & incompatible.extendedL2) !== 0n) missing.push('extended L2 entries')
-  if (header.compressionType !== 'zlib') missing.push('compression type zstd')
-  if (header.cryptMethod === 'luks') missing.push('LUKS encryption')
-  for (const snapshot of snapshotsOf(state)) {
-    if (snapshot.diskSize !== undefined && snapshot.diskSize !== header.size) missing.push(`the disk size of snapshot ${snapshot.id}`)
-    if (snapshot.vmStateSize >= 2 ** 32) missing.push(`the VM state size of snapshot ${snapshot.id}`)
-  }
-  if (missing.length > 0) throw new UnsupportedError(`amend: version 2 does not have: ${missing.join(', ')}`, missing)
-}
-
-/**
- * Version 2 has no zero clusters, so they go first: each becomes unallocated, or a cluster of written
- * zeroes where it has one that nothing else refers to. All of that reads the same, so a crash in between
- * leaves a sound version 3, perhaps with leaks: the references given up are still counted.
- */
-async function downgrade(host: BlockDevice, state: CheckState, options: AmendOptions): Promise<void> {
-  const shared = await removeZeroClusters(host, state, state.context.cluster0.backingFile !== undefined)
-  if (shared > 0) await repairImage(host, { repair: 'leaks', signal: options.signal })
+/** Version 2 has no zero clusters, so they go first; nor bitmaps, whose clusters are free afterwards. */
+async function downgrade(host: BlockDevice, state: CheckState, { signal }: AmendOptions): Promise<void> {
+  const hasLeaks = await removeZeroClusters(host, state, signal)
   await rewriteHeader(
     host,
     (content) => ({
       ...content,
       unknownFields: new Uint8Array(0),
       extensions: content.extensions.filter(({ type }) => type !== extensionType.featureNames && type !== extensionType.bitmaps),
-      header: { ...content.header, version: 2, headerLength: 72, incompatibleFeatures: 0n, compatibleFeatures: 0n, autoclearFeatures: 0n },
+      header: {
+        ...content.header,
+        version: 2,
+        headerLength: 72,
+        compressionType: 'zlib',
+        incompatibleFeatures: 0n,
+        compatibleFeatures: 0n,
+        autoclearFeatures: 0n,
+      },
     }),
-    options.signal,
+    signal,
   )
-}
-
-function snapshotsOf(state: CheckState): { id: string; diskSize: number | undefined; vmStateSize: number }[] {
-  const found = []
-  for (let next = 0; next < state.snapshots.table.length; ) {
-    const decoded = decodeSnapshot(state.snapshots.table, next, state.context.header.snapshotsOffset)
-    found.push(decoded.record)
-    next = decoded.next
+  if (hasLeaks || state.context.cluster0.extensions.some(({ type }) => type === extensionType.bitmaps)) {
+    await repairImage(host, { repair: 'leaks', signal })
   }
-  return found
-}
-
-/**
- * Goes through every L2 table of the active layer and the snapshots. A host cluster with other references may be
- * data for them, so it keeps its bytes.
- * @returns how many references to such clusters were given up.
- */
-async function removeZeroClusters(host: BlockDevice, state: CheckState, hasBacking: boolean): Promise<number> {
-  let shared = 0
-  const { context, l2Clusters } = state
-  const { clusterSize } = context.geometry
-  const zeroes = new Uint8Array(clusterSize)
-  for (const cluster of l2Clusters) {
-    const table = await context.read(cluster * clusterSize, clusterSize)
-    const view = viewOf(table)
-    let changed = false
-    for (let at = 0; at < clusterSize; at += 8) {
-      const [high, low] = [view.getUint32(at), view.getUint32(at + 4)]
-      const kind = clusterKind(high, low, { extendedL2: false, dataFile: false })
-      if (kind !== 'zero-plain' && kind !== 'zero-allocated') continue
-      const owned = kind === 'zero-allocated' && context.expected.get(entryOffset(high, low) / clusterSize) === 1
-      if (!owned && hasBacking) {
-        throw new UnsupportedError('amend: version 2 cannot hide the backing file behind zero clusters; flatten the image first', ['zero clusters'])
-      }
-      if (owned) await host.write(entryOffset(high, low), zeroes)
-      view.setUint32(at + 4, owned ? low - zeroFlag : 0)
-      if (!owned) view.setUint32(at, 0)
-      if (kind === 'zero-allocated' && !owned) shared++
-      changed = true
-    }
-    if (!changed) continue
-    await host.flush()
-    await host.write(cluster * clusterSize, table)
-  }
-  await host.flush()
-  return shared
 }

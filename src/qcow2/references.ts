@@ -34,7 +34,7 @@ export type ReferencePolicy = (reference: Reference) => boolean | BlockDevice | 
 export interface ReferenceOptions {
   /**
    * `tree` (default): files in the directory tree of the image that was opened first. `any`: any path.
-   * `none`: unallocated clusters of an overlay cannot be read. Or a decision of your own.
+   * `none`: an image that names a file is refused. Or a decision of your own.
    */
   readonly references?: 'tree' | 'any' | 'none' | ReferencePolicy | undefined
   /** The backing file itself, instead of the one the image names; it then belongs to the image. */

@@ -131,7 +131,7 @@ async function writeBlocks(context: CheckContext, plan: Plan, order: number): Pr
     for (let cluster = expected.nextUsed(first, end); cluster < end; cluster = expected.nextUsed(cluster + 1, end)) {
       const count = expected.get(cluster)
       if (count > layout.max) {
-        throw new Qcow2Error('ERR_RANGE', `cluster ${cluster} has ${count} references; refcounts of ${layout.bits} bits count to ${layout.max}`)
+        throw new Qcow2Error('ERR_RANGE', `the cluster at offset ${cluster * geometry.clusterSize} has ${count} references; refcounts of ${layout.bits} bits count to ${layout.max}`)
       }
       layout.set(block, cluster - first, count)
     }

@@ -252,13 +252,27 @@ export const scenarios: readonly Scenario[] = [
     ],
   },
   {
+    name: 'amend to version 2: snapshots, and zero clusters over a backing file',
+    setup: [
+      'img create -f qcow2 base 4M', "io -c 'write -P 42 0 4M' base", 'img create -f qcow2 -b base -F qcow2 top', "io -c 'write -z 0 1M' top", 'img snapshot -c s top', "io -c 'write -z 2M 1M' -c 'write -P 7 512k 64k' top",
+      'img create -f qcow2 sized 4M', "io -c 'write -P 3 0 128k' sized", 'img snapshot -c s sized', 'img resize -q sized 8M', 'img create -f qcow2 -b base -F qcow2 same',
+    ],
+    lines: [
+      'amend -o compat=0.10 top', 'info --output=json top', 'compare top base', 'snapshot -a s top', 'check top', 'compare top base', 'amend -o compat=0.10 sized', 'info --output=json sized',
+      'amend -o compat=0.10,size=4M sized', 'info --output=json sized', 'amend -o backing_file=base,backing_fmt=qcow2 same', 'amend -o backing_file=base same', 'amend -o backing_fmt=raw same', 'amend -o backing_file= same',
+    ],
+  },
+  {
     name: 'amend',
-    setup: [...disk, 'img create -f qcow2 -o lazy_refcounts=on lazy 1M', 'img create -f qcow2 -o compat=0.10 v2 1M', 'img create -f qcow2 -o data_file=ad.raw,data_file_raw=on data 1M'],
+    setup: [...disk, 'img create -f qcow2 -o lazy_refcounts=on lazy 1M', 'img create -f qcow2 -o compat=0.10 v2 1M', 'img create -f qcow2 -o data_file=ad.raw,data_file_raw=on data 1M', 'img create -f qcow2 -o extended_l2=on wide 1M', 'img create -f qcow2 -o compression_type=zstd zstd 1M', 'img convert -c -O qcow2 -o compression_type=zstd disk packed'],
     lines: [
       'amend -o lazy_refcounts=on disk', 'info --output=json disk', 'amend -o refcount_bits=64 disk', 'amend -o refcount_bits=16 disk', 'amend -o compat=0.10 disk', 'info --output=json disk',
       'amend -o compat=1.1 v2', 'amend -o lazy_refcounts=off lazy', 'amend -f qcow2 -o compat=0.10 lazy', 'amend -o cluster_size=4k disk', 'amend -o nonsense=1 disk', 'amend disk', 'amend -o refcount_bits=3 disk',
       'amend -o data_file_raw=off data', 'info --output=json data', 'amend -q -o compat=1.1 disk', 'amend -o size=16M disk', 'amend missing -o compat=1.1', 'check disk',
       'amend -o backing_file=x, disk', 'amend -o ,help disk', 'amend -o ,, disk',
+      'amend -o backing_file=x,backing_fmt=raw disk', 'amend -o data_file=x disk', 'amend -o data_file_raw=on disk', 'amend -o data_file_raw=on data', 'amend -o compat=0.10 data',
+      'amend -o compat=0.42 disk', 'amend -o compat=0.10,lazy_refcounts=on disk', 'amend -o compat=0.10,refcount_bits=8 disk', 'amend -o compat=0.10 wide', 'amend -o compat=0.10 zstd', 'info --output=json zstd', 'amend -o compat=0.10 packed',
+      'amend -o size=4M,compat=0.10 disk', 'info --output=json disk', 'amend -o refcount_bits=8 disk', 'amend -o lazy_refcounts=on disk', 'amend -o size=1M disk', 'info --output=json disk', 'check disk',
     ],
   },
 ]

@@ -75,6 +75,11 @@ describe.skipIf(qemu === undefined)('the forms of qemu-img 10.0', () => {
     expect(`${[mapHeading, ...rows].join('\n')}\n`).toBe(plain)
   })
 
+  test.each([[1, '3.12'], [3, '9.38'], [5, '15.62'], [7, '21.88'], [10, '31.25'], [31, '96.88']])('%i of 32 clusters are %s percent', (allocated, percent) => {
+    const result = { 'total-clusters': 32, 'allocated-clusters': allocated, 'check-errors': 0, filename: 'x', format: 'qcow2' }
+    expect(checkText(result)).toContain(`${allocated}/32 = ${percent}% allocated, 0.00% fragmented, 0.00% compressed clusters`)
+  })
+
   test('a check that finds leaks and corruptions', async () => {
     inFolder()
     await qemu!.imgOk('create', '-f', 'qcow2', '-o', 'cluster_size=4k', 'x', '1M')

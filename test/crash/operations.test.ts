@@ -145,6 +145,7 @@ const dataFile = async (): Promise<Files> => {
 
 const operations: readonly Operation[] = [
   { name: 'amend to version 2', make: single({}), run: (open) => amendImage(open('top.qcow2'), { version: 2 }) },
+  { name: 'amend an overlay to version 2', make: overlay({ base }, 'raw', upper), run: (open) => amendImage(open('top.qcow2'), { version: 2 }) },
   { name: 'amend to version 3', make: single({ version: 2 }), run: (open) => amendImage(open('top.qcow2'), { version: 3, lazyRefcounts: true }) },
   { name: 'amend refcounts to 64 bits', make: single({}), run: (open) => amendImage(open('top.qcow2'), { refcountBits: 64 }) },
   { name: 'amend refcounts to 2 bits', make: single({}), run: (open) => amendImage(open('top.qcow2'), { refcountBits: 2 }) },

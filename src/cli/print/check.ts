@@ -41,10 +41,16 @@ function allocation(result: CheckEntry): string[] {
   const total = result['total-clusters'] ?? 0
   const allocated = result['allocated-clusters'] ?? 0
   if (total === 0 || allocated === 0) return []
-  const percent = (part: number | undefined, whole: number): string => `${(((part ?? 0) * 100) / whole).toFixed(2)}%`
+  const percent = (part: number | undefined, whole: number): string => `${twoDecimals(((part ?? 0) * 100) / whole)}%`
   const fragmented = percent(result['fragmented-clusters'], allocated)
   const compressed = percent(result['compressed-clusters'], allocated)
   return [`${allocated}/${total} = ${percent(allocated, total)} allocated, ${fragmented} fragmented, ${compressed} compressed clusters`]
+}
+
+/** As `%.2f` of C prints it: exactly half of a hundredth goes to the even one, where `toFixed` goes up. */
+function twoDecimals(value: number): string {
+  const isHalfAboveEven = (value * 8) % 4 === 1
+  return (isHalfAboveEven ? value - 0.005 : value).toFixed(2)
 }
 
 function end(result: CheckEntry): string[] {
