@@ -2,8 +2,28 @@
  * Several pieces of a copy at once. Owns the buffers, how many pieces are under way, and the order in
  * which they may claim their place; knows nothing of what a piece becomes.
  */
-import type { CallOptions } from '../block/device.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { allocateAligned } from '../block/slab.ts'
 import type { ConvertPiece } from './convert-plan.ts'
+
+/** Bytes of a buffer: little enough to stay in the cache. */
+const pieceBytes = 1 << 20
+const leastPieceBytes = 1 << 16
+/** Buffers in flight: enough to keep a disk streaming. */
+export const lanes = 4
+
+/** Bytes of a buffer: what both devices transfer best, in whole `boundary`s. */
+export function pieceSize(source: BlockDevice, target: BlockDevice, boundary: number): number {
+  const best = Math.min(source.limits.optimalTransfer, target.limits.optimalTransfer)
+  const size = Math.max(leastPieceBytes, Math.min(pieceBytes, best))
+  return Math.max(boundary, size - (size % boundary))
+}
+
+/** Takes memory that both devices transfer from and to directly. */
+export function allocatorFor(a: BlockDevice, b: BlockDevice): (length: number) => Uint8Array {
+  const aligned = a.limits.memoryAlignment > 1 || b.limits.memoryAlignment > 1
+  return aligned ? allocateAligned : (length) => new Uint8Array(length)
+}
 
 /** A piece under way. */
 export interface Job {

@@ -4,6 +4,9 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 
+/** Bytes from which zeroes take no space, as `qemu-img convert -S`. */
+export const defaultSparseSize = 4096
+
 /** A piece of the disk. */
 export interface ConvertPiece {
   readonly start: number

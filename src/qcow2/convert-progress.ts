@@ -2,7 +2,8 @@
  * How far a conversion is. Owns what counts: the bytes that are read, so that holes, however large, neither
  * slow the count down nor make it leap.
  */
-import type { ConvertPiece } from './convert-plan.ts'
+import type { BlockDevice } from '../block/device.ts'
+import { convertPieces, type ConvertPiece, type PlanOptions } from './convert-plan.ts'
 
 /** How far a conversion is. */
 export interface ConvertProgress {
@@ -53,4 +54,10 @@ export class DataProgress {
   finish(): void {
     if (this.#total > 0) this.#tell?.({ done: this.#total, total: this.#total })
   }
+}
+
+/** The pieces of a source, after those that count for the progress were counted. */
+export async function* countedPieces(source: BlockDevice, options: PlanOptions, progress: DataProgress): AsyncGenerator<ConvertPiece, void, undefined> {
+  await progress.count(() => convertPieces(source, options))
+  yield* convertPieces(source, options)
 }

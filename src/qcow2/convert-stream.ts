@@ -10,8 +10,9 @@ import { equalBytes } from '../bytes/equal.ts'
 import { withTarget, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions } from '../core/options.ts'
+import { allocatorFor } from './convert-lanes.ts'
 import { streamPieces } from './convert-plan.ts'
-import { allocatorFor, conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options } from './convert.ts'
+import { conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options } from './convert.ts'
 import { DataProgress } from './convert-progress.ts'
 
 /**

@@ -1,36 +1,21 @@
 /**
- * Converting disks: into a new qcow2 image in one pass, or onto any device. Owns what `qemu-img convert`
+ * Converting a disk into a new qcow2 image in one pass. Owns what `qemu-img convert`
  * decides (what is skipped, what is zero, what is compressed); layout and buffers are elsewhere.
  */
 import { isZero } from '../bytes/zero.ts'
-import { zeroRun } from '../bytes/zero-run.ts'
 import { batchBytes, CodecPool } from '../codec/worker-pool.ts'
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withTarget, type Source } from '../block/source.ts'
 import { pad } from '../block/pad.ts'
-import { allocateAligned } from '../block/slab.ts'
-import { runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
-import { convertPieces, type ConvertPiece, type PlanOptions } from './convert-plan.ts'
-import { DataProgress, type ConvertProgress } from './convert-progress.ts'
+import { allocatorFor, lanes, pieceSize, runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
+import { defaultSparseSize, type ConvertPiece } from './convert-plan.ts'
+import { countedPieces, DataProgress, type ConvertProgress } from './convert-progress.ts'
 import type { LayoutOptions } from './create.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { hostFile } from './open.ts'
-
-/** Options of {@link copyDevice}. */
-export interface CopyOptions extends CallOptions {
-  /**
-   * Runs of zeroes of at least this many bytes are not written as data. 0 writes everything, so that all
-   * space is allocated. Default 4096, as `qemu-img convert -S`.
-   */
-  readonly sparseSize?: number | undefined
-  /** The target reads as zeroes everywhere: zeroes need not be written at all. Default: it does if it had to grow from empty. */
-  readonly targetIsZero?: boolean | undefined
-  /** Called after every MiB of data that is copied, and at the end. */
-  readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
-}
 
 /** Options of {@link convertToQcow2}. */
 export interface ConvertToQcow2Options
@@ -44,21 +29,6 @@ export interface ConvertToQcow2Options
   readonly sparseSize?: number | undefined
   /** Called after every MiB of data that is copied, and at the end. */
   readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
-}
-
-/** Bytes from which zeroes take no space, as `qemu-img convert -S`. */
-export const defaultSparseSize = 4096
-
-/** Bytes of a buffer at most, and buffers in flight: enough to keep a disk streaming, little enough to stay in the cache. */
-const pieceBytes = 1 << 20
-const leastPieceBytes = 1 << 16
-const lanes = 4
-
-/** Bytes of a buffer: what both devices transfer best, in whole `boundary`s. */
-function pieceSize(source: BlockDevice, target: BlockDevice, boundary: number): number {
-  const best = Math.min(source.limits.optimalTransfer, target.limits.optimalTransfer)
-  const size = Math.max(leastPieceBytes, Math.min(pieceBytes, best))
-  return Math.max(boundary, size - (size % boundary))
 }
 
 /**
@@ -112,12 +82,6 @@ export function deviceContent(
   const pieces: ImageContent['pieces'] = (boundary, pieceSize) =>
     countedPieces(source, { boundary, pieceSize, skipZeroes: !skipBacking && sparseSize > 0, skipBacking, signal }, progress)
   return { source: pad(source), allocate, pieces, onPiece: (piece) => progress.add(piece) }
-}
-
-/** The pieces of a source, after those that count for the progress were counted. */
-async function* countedPieces(source: BlockDevice, options: PlanOptions, progress: DataProgress): AsyncGenerator<ConvertPiece, void, undefined> {
-  await progress.count(() => convertPieces(source, options))
-  yield* convertPieces(source, options)
 }
 
 /** Options of {@link writeImage}: of a conversion, and of the writer. */
@@ -249,61 +213,4 @@ function storeZero({ writer, options }: Conversion, guest: number): void {
 
 function addWrite(writes: InFlight, file: HostFile, offset: number, bytes: Uint8Array): void {
   writes.add(file.write(offset, bytes))
-}
-
-/**
- * Makes `target` read like `source`: any devices, images among them. A growable target gets the size of
- * the source; any other must be at least as large, and keeps what lies behind. Durable when it resolves. Both are
- * devices, because a path does not tell whether the bytes of a file or the disk in it are meant.
- * @throws RangeError if the target is too small; what reading and writing throw.
- */
-export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {
-  const { sparseSize = defaultSparseSize, signal } = options
-  const progress = new DataProgress(options.onProgress)
-  const fresh = target.growable && target.size === 0
-  const blank = (options.targetIsZero ?? fresh) && sparseSize > 0
-  if (target.growable && target.size !== source.size) await target.resize(source.size)
-  if (target.size < source.size) {
-    throw new RangeError(`the target has ${target.size} bytes, the source ${source.size}; resize the target first`)
-  }
-  const copy: Copy = { source: pad(source), target: pad(target), sparseSize, blank, signal }
-  const length = pieceSize(source, target, 4096)
-  const pieces = countedPieces(source, { boundary: 4096, pieceSize: length, skipZeroes: blank, skipBacking: false, signal }, progress)
-  const allocate = allocatorFor(source, target)
-  const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: (piece) => progress.add(piece), signal }
-  await runLanes(pieces, lane, (job) => copyPiece(copy, job))
-  await target.flush({ signal })
-  progress.finish()
-}
-
-/** Takes memory that both devices transfer from and to directly. */
-export function allocatorFor(a: BlockDevice, b: BlockDevice): (length: number) => Uint8Array {
-  const aligned = a.limits.memoryAlignment > 1 || b.limits.memoryAlignment > 1
-  return aligned ? allocateAligned : (length) => new Uint8Array(length)
-}
-
-interface Copy extends CallOptions {
-  readonly source: BlockDevice
-  readonly target: BlockDevice
-  readonly sparseSize: number
-  readonly blank: boolean
-}
-
-/** Writes begin in the order of the disk, so that a target that allocates does so in that order. */
-async function copyPiece({ source, target, sparseSize, blank, signal }: Copy, job: Job): Promise<void> {
-  const { piece, buffer } = job
-  const bytes = buffer.subarray(0, piece.length)
-  const unmap = piece.zero && sparseSize > 0
-  if (piece.zero && !unmap) bytes.fill(0)
-  else if (!piece.zero) await source.readInto(piece.start, bytes, { signal })
-  await job.turn()
-  const writes = new InFlight()
-  for (let at = 0; at < bytes.length; ) {
-    const { end, zero } = unmap ? { end: bytes.length, zero: true } : zeroRun(bytes, at, sparseSize)
-    if (!zero) writes.add(target.write(piece.start + at, bytes.subarray(at, end), { signal }))
-    else if (unmap || !blank) writes.add(target.writeZeroes(piece.start + at, end - at, { unmap: true, signal }))
-    at = end
-  }
-  job.done()
-  await writes.settle()
 }

@@ -179,6 +179,20 @@ export const scenarios: readonly Scenario[] = [
     ],
   },
   {
+    name: 'convert onto what exists, and over backing files',
+    setup: [
+      ...chain, "io -c 'write -z 1M 1M' top", 'img create -f qcow2 same 8M', 'img create -f qcow2 -b disk -F qcow2 over 8M', 'img create -f qcow2 -b disk -F qcow2 other 8M', 'img create -f qcow2 packed 8M',
+      'img create -f qcow2 small 1M', 'img create -f raw flat 8M',
+    ],
+    lines: [
+      'convert -n -o cluster_size=4k -O qcow2 top same', 'convert -n -o backing_file=disk -O qcow2 top same', 'convert -n -O qcow2 top same', 'convert -n -O qcow2 -B disk mid over', 'map --output=json over',
+      'convert -n -O qcow2 -B disk -F qcow2 top other', 'convert -n -F qcow2 -O qcow2 mid same', 'convert -n -c -O qcow2 top packed', 'check packed', 'convert -n -c -O raw top flat', 'convert -n -O qcow2 top small',
+      'convert -O qcow2 -B disk top bad', 'convert -O qcow2 -F qcow2 top bad', 'convert -O raw -B disk -F qcow2 top bad', 'convert -O raw -B disk top bad', 'convert -O raw -F qcow2 top bad',
+      'convert -O qcow2 -B disk -F qcow2 -o data_file=out1.raw mid out1', 'convert -O qcow2 -B disk -F qcow2 -o extended_l2=on,preallocation=metadata mid out2', 'convert -O qcow2 -B disk -F qcow2 -o compat=0.10 mid out3',
+      'convert -c -O qcow2 -o preallocation=metadata top bad', 'convert -c -O qcow2 -o preallocation=off top out4', 'convert -c -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s top bad',
+    ],
+  },
+  {
     name: 'convert snapshots and bitmaps',
     setup: [...disk, 'img snapshot -c snap disk', "io -c 'write -P 8 2M 1M' disk", 'img bitmap --add disk b0', "io -c 'write -P 8 3M 64k' disk"],
     lines: [

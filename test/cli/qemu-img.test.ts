@@ -358,6 +358,27 @@ describeWithQemu('beside the real program', (qemu) => {
     expect(await run(surplus)).toMatchObject({ code: 1, stderr: expect.stringContaining(refusal) as string })
   })
 
+  test.each([[], ['-B', 'base', '-F', 'qcow2']])('convert into an encrypted image %s', async (...backing) => {
+    const folder = tempFolder()
+    const before = process.cwd()
+    process.chdir(folder)
+    try {
+      await numbered('base', false)
+      await qemu.imgOk('create', '-q', '-f', 'qcow2', '-b', 'base', '-F', 'qcow2', 'top')
+      await using top = await Qcow2Image.open('top')
+      await top.write(70_000, new Uint8Array(100_000).fill(7))
+      await top.writeZeroes(0, 65_536)
+      await top.close()
+      const secret = ['--object', 'secret,id=s,data=abc']
+      const options = 'encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10'
+      expect(await run(['convert', ...secret, '-O', 'qcow2', ...backing, '-o', options, 'top', 'copy'])).toMatchObject({ code: 0, stderr: '' })
+      const compare = ['compare', ...secret, '--image-opts', 'driver=qcow2,file.filename=top', 'driver=qcow2,encrypt.key-secret=s,file.filename=copy']
+      expect(await qemu.img(...compare)).toMatchObject({ code: 0, stdout: 'Images are identical.\n' })
+    } finally {
+      process.chdir(before)
+    }
+  })
+
   test('compressed clusters and an external data file exclude each other', async () => {
     const folder = tempFolder()
     const [disk, copy] = [join(folder, 'disk'), join(folder, 'copy')]

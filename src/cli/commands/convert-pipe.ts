@@ -1,7 +1,7 @@
 /** `convert` with a pipe on one side: stdin as a raw disk, stdout as a qcow2 image. */
 import type { BlockDevice } from '../../block/device.ts'
 import { convertStreamToQcow2, convertToQcow2Stream } from '../../qcow2/convert-stream.ts'
-import { defaultSparseSize } from '../../qcow2/convert.ts'
+import { defaultSparseSize } from '../../qcow2/convert-plan.ts'
 import { UsageError } from '../errors.ts'
 import { layoutOf } from '../image/create-options.ts'
 import { writeSparse, writeStream } from '../output.ts'

@@ -3,7 +3,7 @@ import type { BlockDevice } from '../../block/device.ts'
 import type { ConvertToQcow2Options } from '../../qcow2/convert.ts'
 import type { Context, OptionValues } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
+import { isCreatable, layoutOf, parseCreateOptions, preallocationOf, switchOf, type CreateValues } from '../image/create-options.ts'
 import { emptyFile } from '../image/new-image.ts'
 import { resolveBacking } from '../image/open.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
@@ -81,12 +81,26 @@ export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' 
   if (workers !== undefined && (!Number.isInteger(workers) || workers < 1 || workers > 16)) {
     throw new UsageError('Invalid number of coroutines specified. Must be between 1 and 16.')
   }
+  if (noCreate && options['target-options'].length > 0) throw new ExitError(1, '-o has no effect when skipping image creation')
+  return { target: args.at(-1)!, format, values: noCreate ? new Map<string, string>() : newImageValues(options, format), sparseSize, workers }
+}
+
+/** What the options say of the image to be made. */
+function newImageValues(options: OptionValues<typeof convertOptions>, format: 'qcow2' | 'raw'): CreateValues {
+  if (options.backing !== undefined && format === 'raw') throw new ExitError(1, "Backing file not supported for file format 'raw'")
+  if (options['backing-format'] !== undefined && format === 'raw') throw new ExitError(1, "Backing format not supported for file format 'raw'")
   const values = parseCreateOptions(format, options['target-options'])
   if (options.backing !== undefined) values.set('backing_file', options.backing)
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
   if (values.has('backing_file') && !values.has('backing_fmt')) throw new ExitError(1, 'Use of backing file requires explicit backing format')
-  if (options.compress && values.has('data_file')) throw new ExitError(1, 'An external data file cannot hold compressed clusters; leave out -c')
-  return { target: args.at(-1)!, format, values, sparseSize, workers }
+  if (options.compress) refuseCompression(values)
+  return values
+}
+
+function refuseCompression(values: CreateValues): void {
+  if (values.has('data_file')) throw new ExitError(1, 'An external data file cannot hold compressed clusters; leave out -c')
+  if (values.has('encrypt.format') || switchOf(values, 'encryption') === true) throw new ExitError(1, 'Compression and encryption not supported at the same time')
+  if (preallocationOf(values) !== 'off') throw new ExitError(1, 'Compression and preallocation not supported at the same time')
 }
 
 /** True if the new image has what only the engine can make. */

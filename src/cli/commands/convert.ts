@@ -1,6 +1,7 @@
 import { resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
-import { convertToQcow2, copyDevice } from '../../qcow2/convert.ts'
+import { convertToQcow2 } from '../../qcow2/convert.ts'
+import { copyDevice } from '../../qcow2/copy.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
@@ -11,7 +12,7 @@ import type { OpenedImage } from '../image/open.ts'
 import { isDirect, openerFor } from '../image/options.ts'
 import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
 import { salvaged } from '../image/salvage.ts'
-import { parseImageOpts, parsePlace } from '../image/spec.ts'
+import { parseImageOpts, parseName, parsePlace } from '../image/spec.ts'
 import { contentOf, writeStream } from '../output.ts'
 import { copyFromPipe, readsPipe, sendImage } from './convert-pipe.ts'
 import { aboutTarget, checkBacking, checkRequest, convertOptions, createFile, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
@@ -97,7 +98,9 @@ async function copyInto(context: ConvertContext, source: BlockDevice, target: st
   const opened = await (options['target-image-opts'] ? opener.spec(parseImageOpts(target), how) : opener.name(target, how, options['target-format']))
   try {
     if (opened.device.size < source.size) throw new ExitError(1, 'output file is smaller than input file')
-    await copyDevice(source, opened.device, copying)
+    if (options.compress && opened.image === undefined) throw new ExitError(1, 'Compression not supported for this file format')
+    const skipBacking = options.backing !== undefined && opened.backing !== undefined
+    await copyDevice(source, opened.device, { ...copying, skipBacking, compressed: options.compress })
   } finally {
     await opened.close()
   }
@@ -114,10 +117,13 @@ async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, reque
   await checkBacking(context, target, values)
   if (needsEngine(values)) {
     values.set('size', String(source.size))
-    await aboutTarget(target, () => makeImage(target, 'qcow2', values, signal, openerFor(context).settings.secrets))
-    const opened = await openerFor(context).name(target, { readOnly: false }, 'qcow2')
+    const opener = openerFor(context)
+    await aboutTarget(target, () => makeImage(target, 'qcow2', values, signal, opener.settings.secrets))
+    const keySecret = values.get('encrypt.key-secret')
+    const opened = await opener.spec({ ...parseName(target, 'qcow2'), ...(keySecret === undefined ? {} : { keySecret }) }, { readOnly: false })
     try {
-      await copyDevice(source, opened.device, { sparseSize, targetIsZero: true, signal, onProgress })
+      const skipBacking = values.has('backing_file')
+      await copyDevice(source, opened.device, { sparseSize, skipBacking, targetIsZero: !skipBacking, signal, onProgress })
     } finally {
       await opened.close()
     }
