@@ -2,7 +2,7 @@
  * What of a source has to be looked at when it is converted: a list of pieces, cut so that each fits a
  * buffer and begins at a boundary of the target. Moves no data.
  */
-import type { BlockDevice, CallOptions } from '../block/device.ts'
+import type { BlockDevice, CallOptions, Extent } from '../block/device.ts'
 
 /** Bytes from which zeroes take no space, as `qemu-img convert -S`. */
 export const defaultSparseSize = 4096
@@ -33,33 +33,53 @@ export interface PlanOptions extends CallOptions {
 /** The pieces of a source, in ascending order. */
 export async function* convertPieces(source: BlockDevice, options: PlanOptions): AsyncGenerator<ConvertPiece, void, undefined> {
   const { boundary } = options
-  let run = { start: 0, end: 0, zero: true }
+  let run: Run = { start: 0, end: 0, zero: true }
   let covered = 0
   for await (const extent of source.map({ signal: options.signal })) {
-    const kind = kindOf(extent, options)
-    if (kind === 'skip') continue
-    const zero = kind === 'zero'
-    let first = Math.max(covered, Math.floor(extent.start / boundary) * boundary)
-    const last = Math.min(source.size, Math.ceil((extent.start + extent.length) / boundary) * boundary)
-    // a boundary cluster that data and zeroes share is data
-    if (zero && !run.zero) first = Math.max(first, run.end)
-    if (first >= last) continue
-    if (zero === run.zero && first <= run.end && run.end > run.start) {
-      run.end = Math.max(run.end, last)
-      continue
+    for (const { zero, ...part } of partsOf(extent, source.size, options)) {
+      let first = Math.max(covered, Math.floor(part.start / boundary) * boundary)
+      const last = Math.min(source.size, Math.ceil(part.end / boundary) * boundary)
+      // a boundary cluster that data and zeroes share is data
+      if (zero && !run.zero) first = Math.max(first, run.end)
+      if (first >= last) continue
+      if (zero === run.zero && first <= run.end && run.end > run.start) {
+        run.end = Math.max(run.end, last)
+        continue
+      }
+      if (run.zero) run.end = Math.min(run.end, first)
+      yield* cut(run.start, run.end, run.zero, options)
+      covered = Math.max(covered, run.end)
+      run = { start: Math.max(first, covered), end: last, zero }
     }
-    if (run.zero) run.end = Math.min(run.end, first)
-    yield* cut(run.start, run.end, run.zero, options)
-    covered = Math.max(covered, run.end)
-    run = { start: Math.max(first, covered), end: last, zero }
   }
   yield* cut(run.start, run.end, run.zero, options)
 }
 
-function kindOf(extent: { depth: number; present: boolean; zero: boolean; data: boolean }, options: PlanOptions): 'skip' | 'zero' | 'data' {
-  if (options.skipBacking && (extent.depth > 0 || !extent.present)) return 'skip'
-  if (extent.data && !extent.zero) return 'data'
-  return options.skipZeroes ? 'skip' : 'zero'
+/** Bytes of the disk that are all zeroes, or not known to be. */
+interface Run {
+  start: number
+  end: number
+  zero: boolean
+}
+
+/** What of an extent has to be looked at. */
+function partsOf(extent: Extent, size: number, { boundary, skipZeroes, skipBacking }: PlanOptions): readonly Readonly<Run>[] {
+  const { start } = extent
+  const end = start + extent.length
+  if (skipBacking && (extent.depth > 0 || !extent.present)) return []
+  if (extent.data && !extent.zero) return [{ start, end, zero: false }]
+  if (skipZeroes) return []
+  if (!skipBacking) return [{ start, end, zero: true }]
+  // what comes before or behind zeroes may be skipped: a boundary cluster of both has to be read
+  const first = Math.ceil(start / boundary) * boundary
+  const last = end === size ? end : Math.floor(end / boundary) * boundary
+  if (first >= last) return [{ start, end, zero: false }]
+  const parts = [
+    { start, end: first, zero: false },
+    { start: first, end: last, zero: true },
+    { start: last, end, zero: false },
+  ]
+  return parts.filter((part) => part.start < part.end)
 }
 
 function* cut(start: number, end: number, zero: boolean, options: PlanOptions): Generator<ConvertPiece, void, undefined> {
