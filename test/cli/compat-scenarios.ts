@@ -241,7 +241,7 @@ export const scenarios: readonly Scenario[] = [
     setup: [...disk, 'img create -f raw raw.img 1M', 'img create -f qcow2 -o cluster_size=4k small 1M', "io -c 'write -P 3 0 1M' small", 'img create -f qcow2 -o compat=0.10 v2 1M', 'img snapshot -c s v2'],
     lines: [
       'resize disk 16M', 'resize disk +1M', 'resize disk -1M', 'resize --shrink disk -1M', 'resize --shrink disk 4M', 'resize -f raw raw.img 2M', 'resize -f raw raw.img +1M',
-      'resize -f raw --shrink raw.img 1M', 'resize -q disk 5M', 'resize --preallocation=metadata small 2M', 'resize --preallocation=full small +1M', 'resize --shrink small 512k', 'resize disk 1000',
+      'resize -f raw --preallocation=metadata raw.img +1M', 'resize -f raw --preallocation=full raw.img +1M', 'resize -f raw --shrink raw.img 1M', 'resize -q disk 5M', 'resize --preallocation=metadata small 2M', 'resize --preallocation=full small +1M', 'resize --shrink small 512k', 'resize disk 1000',
       'resize disk 5M', 'resize disk x', 'resize disk', 'resize missing 1M', 'resize v2 2M', 'resize --preallocation=bogus disk 20M', 'resize disk +0', 'info --output=json disk', 'check small',
     ],
   },

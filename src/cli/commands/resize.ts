@@ -63,6 +63,7 @@ async function changeSize(opened: OpenedImage, size: number, old: number, preall
   if (opened.image?.engine.header.version === 2 && opened.image.snapshots.count > 0) {
     throw new ExitError(1, "Can't resize a v2 image which has snapshots")
   }
+  if (opened.image === undefined && preallocation === 'metadata') throw new ExitError(1, 'Unsupported preallocation mode: metadata')
   try {
     await opened.device.resize(size, { signal })
     if (preallocation !== 'off') await preallocate(opened, old, size, signal)
