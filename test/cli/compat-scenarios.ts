@@ -70,7 +70,7 @@ const create: readonly string[] = [
   'create -f qcow2 bad 1152921504606846976',
   'create -f qcow2 bad 8E',
   'create -f qcow2 bad 9223372036854775807',
-  'create -f raw bad 7E',
+  'create -f raw bad 7E', 'create -f raw -o preallocation=metadata bad 1M',
   'create -f qcow2 -o nocow=off,extent_size_hint=1M hints 1M',
   'create -f raw -o preallocation=off,extent_size_hint=0,nocow=off rawhints 1M',
   'create -f qcow2 bad -- -1',
@@ -175,7 +175,7 @@ export const scenarios: readonly Scenario[] = [
       'convert -O qcow2 disk raw.img out17', 'convert -t none -T none -O qcow2 disk out18', 'convert -c -o compression_type=zstd -O qcow2 disk out19',
       'convert -O qcow2 missing bad', 'convert -O bogus disk bad', 'convert disk', 'convert -c -O raw disk bad', 'convert -o cluster_size=3 -O qcow2 disk bad',
       'convert -n -O qcow2 disk missing', 'convert -l nope -O qcow2 disk bad', 'convert -m 99 -O qcow2 disk bad', 'convert -B missing -F qcow2 -O qcow2 disk bad',
-      'convert -S bogus -O qcow2 disk bad', 'convert --salvage -O qcow2 disk out20', 'convert --salvage -O raw disk out21', 'convert --salvage -C -O raw disk bad', 'convert --target-image-opts disk driver=raw,file.filename=bad', 'convert -t bogus disk bad',
+      'convert -S bogus -O qcow2 disk bad', 'convert --salvage -O qcow2 disk out20', 'convert -O raw -o preallocation=metadata disk bad', 'convert -O raw -o preallocation=full disk out22', 'convert --salvage -O raw disk out21', 'convert --salvage -C -O raw disk bad', 'convert --target-image-opts disk driver=raw,file.filename=bad', 'convert -t bogus disk bad',
     ],
   },
   {
@@ -241,7 +241,7 @@ export const scenarios: readonly Scenario[] = [
     setup: [...disk, 'img create -f raw raw.img 1M', 'img create -f qcow2 -o cluster_size=4k small 1M', "io -c 'write -P 3 0 1M' small", 'img create -f qcow2 -o compat=0.10 v2 1M', 'img snapshot -c s v2'],
     lines: [
       'resize disk 16M', 'resize disk +1M', 'resize disk -1M', 'resize --shrink disk -1M', 'resize --shrink disk 4M', 'resize -f raw raw.img 2M', 'resize -f raw raw.img +1M',
-      'resize -f raw --preallocation=metadata raw.img +1M', 'resize -f raw --preallocation=full raw.img +1M', 'resize -f raw --shrink raw.img 1M', 'resize -q disk 5M', 'resize --preallocation=metadata small 2M', 'resize --preallocation=full small +1M', 'resize --shrink small 512k', 'resize disk 1000',
+      'resize -f raw --preallocation=metadata raw.img +1M', 'resize -f raw --preallocation=full raw.img +1M', 'resize -f raw --shrink raw.img 1M', 'resize --shrink disk -4M', 'resize --shrink disk -16M', 'resize --shrink disk 0', 'resize --preallocation=full raw.img 1M', 'resize -q disk 5M', 'resize --preallocation=metadata small 2M', 'resize --preallocation=full small +1M', 'resize --shrink small 512k', 'resize disk 1000',
       'resize disk 5M', 'resize disk x', 'resize disk', 'resize missing 1M', 'resize v2 2M', 'resize --preallocation=bogus disk 20M', 'resize disk +0', 'info --output=json disk', 'check small',
     ],
   },

@@ -94,6 +94,7 @@ function newImageValues(options: OptionValues<typeof convertOptions>, format: 'q
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
   if (values.has('backing_file') && !values.has('backing_fmt')) throw new ExitError(1, 'Use of backing file requires explicit backing format')
   if (options.compress) refuseCompression(values)
+  if (format === 'raw' && preallocationOf(values) === 'metadata') throw new ExitError(1, 'Unsupported preallocation mode: metadata')
   return values
 }
 

@@ -6,7 +6,7 @@ import { Qcow2Image } from '../../qcow2/image.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { concatenated } from '../image/concatenated.ts'
-import { asksForHelp, createHelp, layoutOf } from '../image/create-options.ts'
+import { asksForHelp, createHelp, layoutOf, preallocationOf } from '../image/create-options.ts'
 import { makeImage, refuseSelf } from '../image/new-image.ts'
 import type { OpenedImage } from '../image/open.ts'
 import { isDirect, openerFor } from '../image/options.ts'
@@ -106,9 +106,9 @@ async function copyInto(context: ConvertContext, source: BlockDevice, target: st
   }
 }
 
-async function makeRawCopy(context: ConvertContext, source: BlockDevice, { target }: Request, copying: CopyOptions): Promise<void> {
+async function makeRawCopy(context: ConvertContext, source: BlockDevice, { target, values }: Request, copying: CopyOptions): Promise<void> {
   await using file = await createFile(context, target)
-  await copyDevice(source, file, copying)
+  await copyDevice(source, file, preallocationOf(values) === 'off' ? copying : { ...copying, sparseSize: 0 })
 }
 
 async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, request: Request, onProgress: (progress: { done: number; total: number }) => void): Promise<void> {

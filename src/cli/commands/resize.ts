@@ -42,12 +42,10 @@ export const resizeCommand = command({
     try {
       const old = opened.device.size
       const size = sign === '+' ? old + bytes : sign === '-' ? old - bytes : bytes
-      if (size < 0) throw new ExitError(1, 'New image size must be positive')
-      if (size < old) {
-        if (preallocation !== 'off') throw new ExitError(1, 'Preallocation can only be used for growing images')
-        if (!options.shrink) {
-          throw new ExitError(1, 'Use the --shrink option to perform a shrink operation. All data beyond the new end would be lost.')
-        }
+      if (size <= 0) throw new ExitError(1, 'New image size must be positive')
+      if (size <= old && preallocation !== 'off') throw new ExitError(1, 'Preallocation can only be used for growing images')
+      if (size < old && !options.shrink) {
+        throw new ExitError(1, 'Use the --shrink option to perform a shrink operation. All data beyond the new end would be lost.')
       }
       await changeSize(opened, size, old, preallocation, signal)
     } finally {

@@ -65,6 +65,7 @@ function untouched({ kind }: Reference): boolean | BlockDevice {
 async function makeRaw(path: string, values: CreateValues, signal: AbortSignal): Promise<void> {
   const size = Math.ceil(Number(values.get('size')) / 512) * 512
   const preallocation = preallocationOf(values)
+  if (preallocation === 'metadata') throw new ExitError(1, `${path}: Unsupported preallocation mode: metadata`)
   if (size >= 2 ** 53) throw new ExitError(1, tooLarge('raw'))
   await using device = await openFile(path, { create: 'w' }).catch((error: unknown) => {
     throw couldNotCreate(path, error)
