@@ -18,6 +18,8 @@ export interface StreamParts {
   readonly blocks: readonly RamBlock[]
   /** Id of the `ram` section. */
   readonly ramSectionId: number
+  /** Names of the dirty bitmaps that the stream carries; their contents are in no other part. */
+  readonly dirtyBitmaps: readonly string[]
   /** True if sections end with footers. */
   readonly footers: boolean
   /** Device sections before the place of the pages, often none. */
@@ -43,6 +45,7 @@ export function splitStream(before: Uint8Array, after: Uint8Array): StreamParts 
   const first = new MigrationParser({ devices: lengths })
   const early: Uint8Array[] = []
   const sections: { id: number; idstr: string }[] = []
+  const dirtyBitmaps: string[] = []
   let head = 0
   let section = 0
   let footers = false
@@ -51,6 +54,7 @@ export function splitStream(before: Uint8Array, after: Uint8Array): StreamParts 
     if (record.kind === 'header' || record.kind === 'configuration') head = end
     if (record.kind === 'section' && record.type === 'start') sections.push({ id: record.id, idstr: record.idstr })
     if (record.kind === 'section' && record.type === 'full') section = record.offset
+    if (record.kind === 'dirty-bitmap' && record.granularity !== undefined) dirtyBitmaps.push(record.bitmap ?? '')
     if (record.kind !== 'footer') continue
     footers = true
     if (section > 0) early.push(before.subarray(section, end))
@@ -73,6 +77,7 @@ export function splitStream(before: Uint8Array, after: Uint8Array): StreamParts 
     head: before.subarray(0, head),
     blocks,
     ramSectionId,
+    dirtyBitmaps,
     footers,
     earlyDevices: concat(early),
     devices: after.subarray(start ?? eof, eof),

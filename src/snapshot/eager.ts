@@ -7,7 +7,7 @@ import { RamPart, ramPartCapacity } from '../migration/ram-part.ts'
 import { isZero } from '../bytes/zero.ts'
 import { encodeRecord } from '../migration/writer.ts'
 import { dataRanges } from './data-ranges.ts'
-import type { PageSource, SavedRamBlock } from './page-source.ts'
+import { refuseDirtyBitmaps, type PageSource, type SavedRamBlock } from './page-source.ts'
 import { ramSection } from './ram-frame.ts'
 
 /** Options of {@link migrationStream}. */
@@ -22,11 +22,15 @@ export interface MigrationStreamOptions extends CallOptions {
 /** Bytes of RAM in one PART section. */
 const partSize = 1 << 20
 
-/** The bytes of the whole stream, in order. A chunk is valid until the next is asked for. */
+/**
+ * The bytes of the whole stream, in order. A chunk is valid until the next is asked for.
+ * @throws UnsupportedError for a saved VM with dirty bitmaps: it would come back without them.
+ */
 export async function* migrationStream(
   source: PageSource,
   options: MigrationStreamOptions = {},
 ): AsyncGenerator<Uint8Array, void, undefined> {
+  refuseDirtyBitmaps(source)
   yield source.head
   yield* ramSection(source, 'start')
   if (source.earlyDevices.length > 0) yield source.earlyDevices

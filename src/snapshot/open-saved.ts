@@ -64,9 +64,9 @@ async function openImage(image: Qcow2Image, owned: boolean, options: OpenSavedOp
 
 /** The RAM image, closing the image behind itself. */
 function owning(ram: RamImage, image: Qcow2Image): PageSource {
-  const { machine, pageSize, head, ramSectionId, footers, blocks, earlyDevices, devices, vmDescription } = ram
+  const { machine, pageSize, head, ramSectionId, dirtyBitmaps, footers, blocks, earlyDevices, devices, vmDescription } = ram
   const close = (): Promise<void> => ram.close().then(() => image.close())
-  const parts = { machine, pageSize, head, ramSectionId, footers, blocks, earlyDevices, devices, vmDescription }
+  const parts = { machine, pageSize, head, ramSectionId, dirtyBitmaps, footers, blocks, earlyDevices, devices, vmDescription }
   return { ...parts, close, [Symbol.asyncDispose]: close }
 }
 

@@ -4,6 +4,7 @@
  * and a RAM image each give one of these.
  */
 import type { BlockDevice } from '../block/device.ts'
+import { UnsupportedError } from '../core/errors.ts'
 
 /** One RAM block of a saved VM. */
 export interface SavedRamBlock {
@@ -31,6 +32,8 @@ export interface PageSource extends AsyncDisposable {
   readonly head: Uint8Array
   /** The id of the `ram` section. */
   readonly ramSectionId: number
+  /** Names of dirty bitmaps that were saved with the VM and are not among these parts. Default none. */
+  readonly dirtyBitmaps?: readonly string[]
   /** True if sections end with footers; machine types up to 2.3 write none. */
   readonly footers: boolean
   /** In the order of the stream. */
@@ -43,4 +46,12 @@ export interface PageSource extends AsyncDisposable {
   readonly vmDescription: Uint8Array
   /** Closes what the pages come from. */
   close(): Promise<void>
+}
+
+/** @throws UnsupportedError for a saved VM that would come back without its dirty bitmaps. */
+export function refuseDirtyBitmaps({ dirtyBitmaps = [] }: PageSource): void {
+  if (dirtyBitmaps.length === 0) return
+  const names = dirtyBitmaps.map((name) => `'${name}'`).join(', ')
+  const advice = "save without the capability dirty-bitmaps, or give QEMU the stream itself (-incoming 'exec:cat FILE')"
+  throw new UnsupportedError(`the saved VM carries dirty bitmaps (${names}), which it would come back without: ${advice}`, ['dirty-bitmaps'])
 }

@@ -34,7 +34,7 @@ import type { ReturnPathMessage } from '../migration/return-path.ts'
 import { encodeRecord } from '../migration/writer.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
 import { PageServer, type PageServerOptions, type PageServerReport } from './page-server.ts'
-import type { PageSource } from './page-source.ts'
+import { refuseDirtyBitmaps, type PageSource } from './page-source.ts'
 import { ramSection } from './ram-frame.ts'
 import { ReturnPathReader } from './return-path-reader.ts'
 
@@ -255,6 +255,7 @@ export class PostcopySource {
 }
 
 function refuse(source: PageSource): void {
+  refuseDirtyBitmaps(source)
   if (source.blocks.length > 0) return
   throw new UnsupportedError('the saved VM has no RAM blocks: there is nothing to send by postcopy')
 }

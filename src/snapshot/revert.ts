@@ -12,7 +12,7 @@ import { connectSocket, type SocketAddress } from '../qmp/socket.ts'
 import { differences, ramBlocksOf, type Manifest } from './manifest.ts'
 import { migrationStream } from './eager.ts'
 import { openSaved, type OpenSavedOptions } from './open-saved.ts'
-import type { PageSource } from './page-source.ts'
+import { refuseDirtyBitmaps, type PageSource } from './page-source.ts'
 import { PostcopySource, type PostcopyOptions, type RevertReport } from './postcopy-source.ts'
 
 /**
@@ -136,8 +136,12 @@ export async function revertEagerly(saved: SavedVm, options: RevertOptions): Pro
 
 async function withSource<T>(saved: SavedVm, options: OpenSavedOptions, task: (source: PageSource) => Promise<T>): Promise<T> {
   options.signal?.throwIfAborted()
-  if (isPageSource(saved)) return task(saved)
+  if (isPageSource(saved)) {
+    refuseDirtyBitmaps(saved)
+    return task(saved)
+  }
   await using source = await openSaved(saved, { ...options, syncLimit: options.syncLimit ?? faultRead })
+  refuseDirtyBitmaps(source)
   return await task(source)
 }
 

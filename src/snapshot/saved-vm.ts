@@ -10,6 +10,7 @@ export abstract class SavedVm<Block extends SavedRamBlock> extends Resource impl
   readonly pageSize: number
   readonly head: Uint8Array
   readonly ramSectionId: number
+  readonly dirtyBitmaps: readonly string[]
   readonly footers: boolean
   readonly blocks: readonly Block[]
   readonly earlyDevices: Uint8Array
@@ -22,6 +23,7 @@ export abstract class SavedVm<Block extends SavedRamBlock> extends Resource impl
     this.pageSize = pageSize
     this.head = parts.head
     this.ramSectionId = parts.ramSectionId
+    this.dirtyBitmaps = parts.dirtyBitmaps
     this.footers = parts.footers
     this.blocks = blocks
     this.earlyDevices = parts.earlyDevices

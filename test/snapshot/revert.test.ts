@@ -6,10 +6,13 @@ import { describe, expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { migrationStream } from '../../src/snapshot/eager.ts'
+import { MigrationParser } from '../../src/migration/parser.ts'
+import { RamImageWriter } from '../../src/snapshot/ram-image-writer.ts'
 import { openSaved } from '../../src/snapshot/open-saved.ts'
 import { revert, revertEagerly } from '../../src/snapshot/revert.ts'
 import { saveVmState } from '../../src/snapshot/vm-state-snapshot.ts'
 import { faultsOf, parseFaultOrder } from '../../src/snapshot/fault-order.ts'
+import { capture } from '../migration/captures.ts'
 import { Guest } from '../support/guest.ts'
 import { describeWithQemu, qemus } from '../support/qemu.ts'
 import { makeSave, saveKinds } from '../support/saves.ts'
@@ -130,6 +133,22 @@ describe('what is no saved VM is refused', () => {
     ['text', new TextEncoder().encode('hello, world')],
   ])('%s', async (_name, bytes) => {
     await expect(openSaved(bytes)).rejects.toMatchObject({ code: expect.stringMatching(/^ERR_(STREAM|FORMAT)$/) as string })
+  })
+
+  test('one whose dirty bitmaps would be lost, however it is kept and brought back', async () => {
+    const stream = capture('qemu72-dirty-bitmaps.mig')
+    const image = new MemoryDevice(0, { growable: true })
+    const writer = RamImageWriter.to(image)
+    for (const record of new MigrationParser().push(stream)) writer.record(record)
+    await writer.finish()
+    for (const kept of [stream, image.bytes.subarray(0, image.size)]) {
+      await using saved = await openSaved(kept)
+      expect(saved.dirtyBitmaps).toEqual(['bm0'])
+      const refusal = { code: 'ERR_UNSUPPORTED', features: ['dirty-bitmaps'], message: expect.stringContaining("'bm0'") as string }
+      await expect(revert(saved, { incoming: '/nowhere' })).rejects.toMatchObject(refusal)
+      await expect(revertEagerly(saved, { incoming: '/nowhere' })).rejects.toMatchObject(refusal)
+      await expect(migrationStream(saved).next()).rejects.toMatchObject(refusal)
+    }
   })
 
   test('an image without VM state', async () => {
