@@ -35,7 +35,6 @@ const differences = [
   '| `dd` | zeroes take no space in the new image; `count` with `skip` copies `count` blocks, as the manual of qemu-img says; qemu-img 10.0 copies `skip` fewer |',
   '| `convert --salvage` | one warning for each range that cannot be read, not for each sector |',
   '| `convert -n` | `-B` leaves things out only where the target has a backing file, and `-c` replaces clusters that are allocated; qemu-img writes wrong content, or fails |',
-  '| `convert -S` | any run of zeroes of that size is left out; qemu-img rounds to 4 KiB |',
   '| `-C`, `-W`, `-r RATE` | accepted, without effect |',
   '| formats | qcow2 and raw; others, `luks` among them, are unknown drivers |',
   '| protocols and filters | files, NBD, HTTP, `null-co`, and `raw` with `offset` and `size`; no `blkdebug`, `quorum`, `throttle`, `ssh`, `fuse` |',

@@ -2,7 +2,7 @@
  * Converting a disk into a new qcow2 image in one pass. Owns what `qemu-img convert`
  * decides (what is skipped, what is zero, what is compressed); layout and buffers are elsewhere.
  */
-import { isZero } from '../bytes/zero.ts'
+import { zeroRun } from '../bytes/zero-run.ts'
 import { batchBytes, CodecPool } from '../codec/worker-pool.ts'
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withTarget, type Source } from '../block/source.ts'
@@ -25,7 +25,11 @@ export interface ConvertToQcow2Options
   readonly compressed?: boolean | undefined
   /** Threads that compress; default the number of cores. */
   readonly workers?: number | undefined
-  /** 0 allocates all clusters, also those of zeroes. Default 4096; any other value means the same here. */
+  /**
+   * Runs of zeroes of at least this many bytes, rounded down to a power of two and counted from its multiples, are not
+   * stored; less than a cluster means a cluster, and so it does with `compressed`. What the source knows to be zeroes is never stored. 0 allocates all
+   * clusters, also those of zeroes. Default 4096, as `qemu-img convert -S`.
+   */
   readonly sparseSize?: number | undefined
   /** Called after every MiB of data that is copied, and at the end. */
   readonly onProgress?: ((progress: ConvertProgress) => void) | undefined
@@ -97,7 +101,8 @@ export async function writeImage(host: BlockDevice, options: WriteImageOptions, 
   const { clusterSize } = writer.geometry
   // version 2 cannot say "zeroes" over a backing file, it stores them
   const skipZeroes = sparseSize > 0 && (options.backing === undefined || writer.header.version === 3)
-  const conversion: Conversion = { source: content.source, file, writer, options, skipZeroes }
+  const grain = !skipZeroes ? 0 : compressed === true ? clusterSize : Math.max(clusterSize, 2 ** Math.floor(Math.log2(sparseSize)))
+  const conversion: Conversion = { source: content.source, file, writer, options, grain }
   const length = compressed === true ? Math.max(batchBytes, clusterSize) : pieceSize(content.source ?? host, host, clusterSize)
   const pieces = content.pieces(clusterSize, length)
   const lane: LaneOptions = { lanes, allocate: () => content.allocate(length), onPiece: content.onPiece, signal }
@@ -115,8 +120,8 @@ interface Conversion {
   readonly file: HostFile
   readonly writer: ImageWriter
   readonly options: ConvertToQcow2Options
-  /** Clusters of zeroes are not stored. */
-  readonly skipZeroes: boolean
+  /** Zeroes are looked for in so many bytes at once, whole clusters, and not stored; 0 stores everything. */
+  readonly grain: number
 }
 
 /** Reads a piece, drops clusters of zeroes and writes the others as few runs. */
@@ -193,15 +198,19 @@ async function readClusters({ source, writer, options }: Conversion, { piece, bu
 const dropped = -1
 
 /** Moves the clusters worth storing to the front of the buffer; for each cluster its place there. */
-function keepData({ writer, skipZeroes }: Conversion, { piece, buffer }: Job, clusters: number): number[] {
+function keepData({ writer, grain }: Conversion, { piece, buffer }: Job, clusters: number): number[] {
   const { clusterSize } = writer.geometry
   const places = new Array<number>(clusters).fill(dropped)
+  if (piece.zero && grain > 0) return places
+  const bytes = buffer.subarray(0, clusters * clusterSize)
   let kept = 0
-  for (let i = 0; i < clusters; i++) {
-    const at = i * clusterSize
-    if (skipZeroes && (piece.zero || isZero(buffer, at, clusterSize))) continue
-    if (kept !== i) buffer.copyWithin(kept * clusterSize, at, at + clusterSize)
-    places[i] = kept++
+  for (let at = 0; at < bytes.length; ) {
+    const { end, zero } = zeroRun(bytes, at, grain, piece.start)
+    if (!zero) {
+      if (kept * clusterSize !== at) buffer.copyWithin(kept * clusterSize, at, end)
+      for (let i = at / clusterSize; i < end / clusterSize; i++) places[i] = kept++
+    }
+    at = end
   }
   return places
 }

@@ -175,7 +175,7 @@ export const scenarios: readonly Scenario[] = [
       'convert -O qcow2 disk raw.img out17', 'convert -t none -T none -O qcow2 disk out18', 'convert -c -o compression_type=zstd -O qcow2 disk out19',
       'convert -O qcow2 missing bad', 'convert -O bogus disk bad', 'convert disk', 'convert -c -O raw disk bad', 'convert -o cluster_size=3 -O qcow2 disk bad',
       'convert -n -O qcow2 disk missing', 'convert -l nope -O qcow2 disk bad', 'convert -m 99 -O qcow2 disk bad', 'convert -B missing -F qcow2 -O qcow2 disk bad',
-      'convert -S bogus -O qcow2 disk bad', 'convert --salvage -O qcow2 disk out20', 'convert -O raw -o preallocation=metadata disk bad', 'convert -O raw -o preallocation=full disk out22', 'convert --salvage -O raw disk out21', 'convert --salvage -C -O raw disk bad', 'convert --target-image-opts disk driver=raw,file.filename=bad', 'convert -t bogus disk bad',
+      'convert -S bogus -O qcow2 disk bad', 'convert -S 1000 -O qcow2 disk bad', 'convert -S 17M -O qcow2 disk bad', 'convert -S 16M -O qcow2 disk out23', 'convert --salvage -O qcow2 disk out20', 'convert -O raw -o preallocation=metadata disk bad', 'convert -O raw -o preallocation=full disk out22', 'convert --salvage -O raw disk out21', 'convert --salvage -C -O raw disk bad', 'convert --target-image-opts disk driver=raw,file.filename=bad', 'convert -t bogus disk bad',
     ],
   },
   {

@@ -211,6 +211,29 @@ describeWithQemu('convert', (qemu) => {
     expect(await qemu.img('compare', '-f', 'raw', '-F', 'qcow2', `${folder}/source.raw`, `${folder}/ours.qcow2`)).toMatchObject({ code: 0 })
   })
 
+  test.each([0, 512, 4096, 8192, 65536, 1 << 20])('zeroes of %i bytes and more are left out where qemu-img leaves them out', async (sparseSize) => {
+    const folder = tempFolder()
+    const source = Buffer.alloc(4 << 20)
+    for (const [at, length] of [[0, 1024], [8192, 1024], [17 << 10, 1024], [60_000, 9000], [300 << 10, 512], [(1 << 20) - 512, 512], [3 << 20, 4096]] as const) {
+      source.fill(1 + (at % 251), at, at + length)
+    }
+    writeFileSync(`${folder}/source.raw`, source)
+    await qemu.imgOk('convert', '-f', 'raw', '-O', 'qcow2', '-S', `${sparseSize}`, '-o', 'cluster_size=512', `${folder}/source.raw`, `${folder}/theirs.qcow2`)
+    await convertToQcow2(new MemoryDevice(source), `${folder}/ours.qcow2`, { clusterSize: 512, sparseSize })
+    const dataOf = async (name: string): Promise<unknown[]> => {
+      const extents = JSON.parse(await qemu.imgOk('map', '--output=json', '-f', 'qcow2', `${folder}/${name}.qcow2`)) as { start: number; length: number; data: boolean }[]
+      const merged: { start: number; end: number }[] = []
+      for (const { start, length, data } of extents) {
+        if (!data) continue
+        if (merged.at(-1)?.end === start) merged.at(-1)!.end += length
+        else merged.push({ start, end: start + length })
+      }
+      return merged
+    }
+    expect(await dataOf('ours')).toEqual(await dataOf('theirs'))
+    expect(await qemu.img('compare', '-f', 'raw', '-F', 'qcow2', `${folder}/source.raw`, `${folder}/ours.qcow2`)).toMatchObject({ code: 0 })
+  })
+
   test.each(['zlib', 'zstd'])('images compressed by qemu-img (%s) read the same', async (type) => {
     const folder = tempFolder()
     writeFileSync(`${folder}/source.raw`, bytes)

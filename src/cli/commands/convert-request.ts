@@ -59,6 +59,9 @@ export function targetFormat(given: OptionValues<typeof convertOptions>): 'qcow2
   return format
 }
 
+/** The largest `-S` that qemu-img takes, in bytes. */
+const greatestSparseSize = 16 << 20
+
 /** Everything that is wrong with a request by itself is found before a file is touched. */
 export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' | 'raw'): Request {
   const noCreate = options['no-create']
@@ -77,6 +80,9 @@ export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' 
   const sparse = options['sparse-size']
   const sparseSize = sparse === undefined ? undefined : parseSize(sparse)
   if (sparse !== undefined && sparseSize === undefined) throw new UsageError(`Invalid buffer size for sparse output specified: '${sparse}'.`)
+  if (sparseSize !== undefined && (sparseSize % 512 !== 0 || sparseSize > greatestSparseSize)) {
+    throw new UsageError(`Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to ${greatestSparseSize}. Select 0 to disable sparse detection (fully allocates output).`)
+  }
   const workers = options.parallel === undefined ? undefined : Number(options.parallel)
   if (workers !== undefined && (!Number.isInteger(workers) || workers < 1 || workers > 16)) {
     throw new UsageError('Invalid number of coroutines specified. Must be between 1 and 16.')
