@@ -38,7 +38,8 @@ const amendOptions: OptionNames<AmendOptions> = { version: true, refcountBits: t
  * Order: an upgrade comes first, then the refcounts, then a downgrade; each ends with one write of the
  * header, before which nothing that the image refers to has changed. A crash leaves the image before
  * or after a step.
- * @throws Qcow2Error `ERR_CORRUPT` for an image that is not sound, `ERR_RANGE` if a count does not fit the
+ * An image with more references than its refcounts can count becomes sound with wider ones.
+ * @throws Qcow2Error `ERR_CORRUPT` for an image that is not sound but for its refcounts when these become wider, `ERR_RANGE` if a count does not fit the
  * new width; UnsupportedError for a downgrade of what version 2 does not have; RangeError, TypeError for
  * options outside the format and unknown ones.
  */
@@ -48,27 +49,36 @@ export async function amendImage(source: Source, options: AmendOptions): Promise
 }
 
 async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void> {
-  const state = await checkedState(host, options)
+  const state = await runCheck(host, { signal: options.signal })
   const { header } = state.context
   const version = options.version ?? header.version
   const refcountOrder = Math.log2(options.refcountBits ?? 2 ** header.refcountOrder)
   checkOptions(options, header, version, refcountOrder)
+  const isSound = isUndamaged(state)
+  if (!isSound) await refuseDamage(host, state, refcountOrder, options)
   const isDowngrade = version === 2 && header.version === 3
   if (isDowngrade) refuseDowngrade(state)
   if (version === 3 && header.version === 2) await upgrade(host, state, options)
   if (refcountOrder !== header.refcountOrder) {
-    const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true })
+    const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, refcountOrder })
     await rebuildRefcounts(context, { refcountOrder })
+    // flags that agreed with a counter which was wrong
+    if (!isSound) await repairImage(host, { repair: 'all', signal: options.signal })
   }
   await changeFields(host, options)
   // what the first check counted is still true: neither new refcounts nor a new header move data or its tables
   if (isDowngrade) await downgrade(host, state, options)
 }
 
-async function checkedState(host: BlockDevice, options: CallOptions): Promise<CheckState> {
-  const state = await runCheck(host, { signal: options.signal })
-  const { corruptions, checkErrors } = state.report
-  if (corruptions === 0 && checkErrors === 0) return state
+function isUndamaged({ report: { corruptions, checkErrors } }: CheckState): boolean {
+  return corruptions === 0 && checkErrors === 0
+}
+
+/** Wider refcounts are counted anew, which mends lost ones and those that did not fit; nothing else may be wrong. */
+async function refuseDamage(host: BlockDevice, { context, report }: CheckState, refcountOrder: number, { signal }: CallOptions): Promise<void> {
+  const isWider = refcountOrder > context.header.refcountOrder
+  if (isWider && isUndamaged(await runCheck(host, { signal, omitRefcounts: true, refcountOrder }))) return
+  const corruptions = report.corruptions + report.checkErrors
   throw new Qcow2Error('ERR_CORRUPT', `amend: the image has ${corruptions} corruptions; repair it first`)
 }
 

@@ -4,7 +4,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { ClusterCounters } from './check-counters.ts'
-import type { CheckCollector } from './check-report.ts'
+import { offsetText, type CheckCollector } from './check-report.ts'
 import { incompatible } from './features.ts'
 import { geometryOf, type Geometry } from './geometry.ts'
 import { decodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
@@ -14,6 +14,12 @@ import { refcountLayout, type RefcountLayout } from './refcount-layout.ts'
 const readSize = 1 << 20
 /** Reads in flight. */
 const readDepth = 8
+
+/** How references are counted. */
+export interface CountOptions extends CallOptions {
+  /** Counters hold what `1 << refcountOrder` bits do, and at least what those of the image do. */
+  readonly refcountOrder?: number | undefined
+}
 
 /** The image under check. */
 export class CheckContext {
@@ -27,7 +33,7 @@ export class CheckContext {
   readonly report: CheckCollector
   readonly call: CallOptions
 
-  private constructor(host: BlockDevice, cluster0: HeaderCluster, report: CheckCollector, call: CallOptions) {
+  private constructor(host: BlockDevice, cluster0: HeaderCluster, report: CheckCollector, call: CountOptions) {
     this.host = host
     this.cluster0 = cluster0
     this.header = cluster0.header
@@ -36,7 +42,7 @@ export class CheckContext {
       extendedL2: (this.header.incompatibleFeatures & incompatible.extendedL2) !== 0n,
       refcountOrder: this.header.refcountOrder,
     })
-    this.layout = refcountLayout(this.header.refcountOrder)
+    this.layout = refcountLayout(Math.max(this.header.refcountOrder, call.refcountOrder ?? 0))
     this.report = report
     this.call = call
   }
@@ -45,7 +51,7 @@ export class CheckContext {
    * Reads the header of the image in `host`.
    * @throws FormatError, UnsupportedError if it cannot be understood.
    */
-  static async open(host: BlockDevice, report: CheckCollector, call: CallOptions): Promise<CheckContext> {
+  static async open(host: BlockDevice, report: CheckCollector, call: CountOptions): Promise<CheckContext> {
     const start = new Uint8Array(Math.min(host.size, 1 << 21))
     await host.readInto(0, start.subarray(0, Math.min(start.length, 1 << 16)), call)
     if (start.length > 1 << 16) {
@@ -74,7 +80,7 @@ export class CheckContext {
     if (length <= 0) return
     const { clusterSize } = this.geometry
     if (offset + length - this.host.size >= clusterSize) {
-      const message = `${length} bytes at ${offset} are in use, but the file ends at ${this.host.size}`
+      const message = `${length} bytes at ${offsetText(offset)} are in use, but the file ends at ${this.host.size}`
       this.report.corruption({ structure: 'host cluster', offset, message }, times)
       return
     }
@@ -86,7 +92,7 @@ export class CheckContext {
   #add(cluster: number, by: number, times: number): void {
     const room = this.layout.max - this.expected.get(cluster)
     if (times > room) {
-      const message = `cluster ${cluster} has more references than refcounts of ${this.layout.bits} bits can count`
+      const message = `cluster ${cluster} has more references than refcounts of ${this.layout.bits} bits can count; amend the image to wider ones`
       this.report.corruption({ structure: 'refcount', offset: cluster * this.geometry.clusterSize, message }, times - room)
     }
     this.expected.add(cluster, Math.min(times, room), by)

@@ -5,7 +5,7 @@
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { StoredRefcounts } from './check-refcounts.ts'
-import type { CheckFinding } from './check-report.ts'
+import { offsetText, type CheckFinding } from './check-report.ts'
 import { ClusterCounters } from './check-counters.ts'
 import { viewOf } from '../bytes/view.ts'
 import { zeroLength } from '../bytes/zero.ts'
@@ -84,7 +84,7 @@ class MappingWalk {
       const offset = entryOffset(high, low)
       this.#context.reference(offset, geometry.clusterSize, owner.l2Table)
       if (offset % geometry.clusterSize !== 0) {
-        const message = `L1 entry ${index}: the L2 table offset ${offset} is not a multiple of ${geometry.clusterSize}`
+        const message = `L1 entry ${index}: the L2 table offset ${offsetText(offset)} is not a multiple of ${geometry.clusterSize}`
         report.corruption({ structure: 'L1 entry', offset: at, message, entry: hex(high, low), index })
         this.#unaligned.push({ offset, active: table.active })
       } else if (offset < this.#context.host.size) {
@@ -156,7 +156,7 @@ class MappingWalk {
       if (extendedL2 && !validSubclusters(true, zero, alloc)) this.#invalidSubclusters(at, zero, alloc, times)
       const holdsData = extendedL2 ? alloc !== 0 : kind === 'normal'
       if (offset % clusterSize !== 0) {
-        const message = `the cluster offset ${offset} is not a multiple of ${clusterSize}`
+        const message = `the cluster offset ${offsetText(offset)} is not a multiple of ${clusterSize}`
         report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
         if (!holdsData) this.repairs.push({ kind: 'zero', entryOffset: at })
       }

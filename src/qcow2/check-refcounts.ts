@@ -6,6 +6,7 @@ import { viewOf } from '../bytes/view.ts'
 import { isZero } from '../bytes/zero.ts'
 import { describeOwners, owner, type ClusterCounters } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
+import { offsetText } from './check-report.ts'
 
 /** The counters as they are in the image. */
 export class StoredRefcounts {
@@ -19,6 +20,7 @@ export class StoredRefcounts {
   /** Table entries with reserved bits set. */
   readonly #reserved = new Set<number>()
   readonly #perBlock: number
+  #loaded = false
 
   constructor(context: CheckContext) {
     this.#context = context
@@ -27,6 +29,7 @@ export class StoredRefcounts {
 
   /** Reads the refcount table and the blocks that describe clusters of the file. */
   async load(): Promise<void> {
+    this.#loaded = true
     const { header, geometry, fileClusters } = this.#context
     const length = header.refcountTableClusters * geometry.clusterSize
     const table = viewOf(await this.#context.read(header.refcountTableOffset, length))
@@ -58,8 +61,9 @@ export class StoredRefcounts {
     })
   }
 
-  /** The stored counter; undefined where its block cannot be read. */
+  /** The stored counter; undefined where its block cannot be read or nothing was loaded. */
   get(cluster: number): number | undefined {
+    if (!this.#loaded) return undefined
     const index = Math.floor(cluster / this.#perBlock)
     const block = this.#blocks[index]
     if (block !== undefined) return this.#context.layout.get(block, cluster % this.#perBlock)
@@ -129,8 +133,8 @@ export class StoredRefcounts {
     this.offsets.forEach((offset, index) => {
       if (offset === undefined) return
       if (this.#reserved.has(index)) corrupt(index, 'reserved bits are set')
-      else if (offset % clusterSize !== 0) corrupt(index, `the block offset ${offset} is not a multiple of ${clusterSize}`)
-      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, `the block offset ${offset} is past the end of the file`)
+      else if (offset % clusterSize !== 0) corrupt(index, `the block offset ${offsetText(offset)} is not a multiple of ${clusterSize}`)
+      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, `the block offset ${offsetText(offset)} is past the end of the file`)
       else {
         this.#context.reference(offset, clusterSize, owner.refcountBlock)
         const count = expected.get(offset / clusterSize)

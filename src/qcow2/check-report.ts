@@ -55,6 +55,11 @@ export interface CheckReport {
   readonly repaired?: readonly CheckFinding[]
 }
 
+/** An offset in a message: a damaged one may be past 2^53, where the digits of a number are rounded. */
+export function offsetText(offset: number): string {
+  return Number.isSafeInteger(offset) ? `${offset}` : `0x${BigInt(offset).toString(16)}`
+}
+
 /** Collects findings and counts. */
 export class CheckCollector {
   checkErrors = 0

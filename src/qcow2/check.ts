@@ -50,12 +50,14 @@ export function checkImage(source: Source, options: CheckOptions = {}): Promise<
 export interface CheckOmissions {
   readonly omitRefcounts?: boolean
   readonly omitSnapshotTable?: boolean
+  /** Counters to come are so wide, see {@link CountOptions}; only with `omitRefcounts`. */
+  readonly refcountOrder?: number | undefined
 }
 
 /** The check with all it learned. */
 export async function runCheck(host: BlockDevice, options: CheckOptions & CheckOmissions & { readonly held?: readonly HeldSpace[] } = {}): Promise<CheckState> {
   const collector = new CheckCollector(options.maxFindings ?? 1000)
-  const context = await CheckContext.open(host, collector, { signal: options.signal })
+  const context = await CheckContext.open(host, collector, { signal: options.signal, refcountOrder: options.refcountOrder })
   const { header, geometry } = context
   const stored = new StoredRefcounts(context)
   if (options.omitRefcounts !== true) await stored.load()

@@ -269,6 +269,11 @@ test('a finding about a COPIED flag tells the entry, its index in the L1 table a
   expect(flags[1]!.index).toBeUndefined()
 })
 
+test('offsets past 2^53 are told in hexadecimal, because a number has lost digits there', async () => {
+  const { findings } = await checkImage(tinyImage(2048n | copied, (1n << 55n) | copied, [1, 1, 1, 1, 1]))
+  expect(findings.map(({ message }) => message)).toContain('512 bytes at 0x80000000000000 are in use, but the file ends at 2560')
+})
+
 test('hostile sizes cost an error, not memory', async () => {
   const header = Buffer.alloc(512)
   header.writeUInt32BE(0x514649fb, 0)

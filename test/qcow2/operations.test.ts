@@ -233,6 +233,43 @@ describe('amend', () => {
     expect(Buffer.compare(await contentOf(host), model)).toBe(0)
   })
 
+  /** Two guest clusters that share a host cluster, which refcounts of 1 bit cannot say. */
+  const makeOverflown = async (): Promise<MemoryDevice> => {
+    const host = new MemoryDevice(0, { growable: true })
+    const image = await Qcow2Image.create(host, { size: 1 << 20, clusterSize: 4096, refcountBits: 1 })
+    await image.write(0, new Uint8Array(4096).fill(5))
+    await image.close()
+    const view = new DataView(host.bytes.buffer, host.bytes.byteOffset)
+    const l2 = view.getUint32(Number(view.getBigUint64(40)) + 4)
+    view.setBigUint64(l2 + 8, view.getBigUint64(l2))
+    return new MemoryDevice(host.bytes.slice(), { growable: true })
+  }
+
+  test('more references than the refcounts can count: wider ones make the image sound', async () => {
+    const host = await makeOverflown()
+    const before = await checkImage(host)
+    expect(before.corruptions).toBeGreaterThan(0)
+    expect(before.findings[0]!.message).toContain('amend the image to wider ones')
+    const damaged = host.bytes.slice()
+    await expect(amendImage(host, { lazyRefcounts: true })).rejects.toMatchObject({ code: 'ERR_CORRUPT' })
+    expect(Buffer.compare(host.bytes, damaged)).toBe(0)
+    await amendImage(host, { refcountBits: 2 })
+    expect(await checkImage(host)).toMatchObject(sound)
+    await using image = await Qcow2Image.open(host)
+    await image.write(0, new Uint8Array(4096).fill(6))
+    expect([(await image.read(0, 1))[0], (await image.read(4096, 1))[0]]).toEqual([6, 5])
+  })
+
+  test('wider refcounts mend no other damage', async () => {
+    const host = await makeOverflown()
+    const view = new DataView(host.bytes.buffer, host.bytes.byteOffset)
+    const l2 = view.getUint32(Number(view.getBigUint64(40)) + 4)
+    view.setBigUint64(l2 + 16, 0x8000_0000_0001_0200n)
+    const damaged = host.bytes.slice()
+    await expect(amendImage(host, { refcountBits: 64 })).rejects.toMatchObject({ code: 'ERR_CORRUPT' })
+    expect(Buffer.compare(host.bytes, damaged)).toBe(0)
+  })
+
   test('version 2 to 3 and back: zero clusters and snapshots read the same', async () => {
     const [host, model] = await makeImage({ version: 2 })
     await amendImage(host, { version: 3, lazyRefcounts: true, refcountBits: 8 })

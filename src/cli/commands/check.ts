@@ -1,5 +1,5 @@
 import { checkImage } from '../../qcow2/check.ts'
-import type { CheckFinding, CheckReport } from '../../qcow2/check-report.ts'
+import { offsetText, type CheckFinding, type CheckReport } from '../../qcow2/check-report.ts'
 import { repairImage } from '../../qcow2/repair.ts'
 import { Qcow2Error } from '../../core/errors.ts'
 import { command } from '../command.ts'
@@ -89,7 +89,7 @@ function findingLine(finding: CheckFinding, clusterSize: number, repaired: boole
     const what = index === undefined ? `data cluster: l2_entry=${digits}` : `L2 cluster: l1_index=${index} l1_entry=${digits}`
     return `${word} OFLAG_COPIED ${what} refcount=${found}`
   }
-  return `${word} ${structure} at offset ${offset}: ${message}`
+  return `${word} ${structure} at offset ${offsetText(offset)}: ${message}`
 }
 
 function checkEntry(filename: string, report: CheckReport): CheckEntry {
