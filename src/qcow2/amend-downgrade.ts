@@ -2,7 +2,7 @@
  * What stands between an image and version 2: features that version does not have, which are refused, and zero
  * clusters, which are replaced.
  */
-import type { BlockDevice } from '../block/device.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { MemoryDevice } from '../block/memory.ts'
 import { viewOf } from '../bytes/view.ts'
 import { UnsupportedError } from '../core/errors.ts'
@@ -15,6 +15,12 @@ import { openEngine } from './open.ts'
 import { rootContext } from './references.ts'
 import { settle } from './shutdown.ts'
 import { decodeSnapshot } from './snapshot-table.ts'
+
+/** What a downgrade takes. */
+export interface DowngradeOptions extends CallOptions {
+  /** Called in a downgrade before every L2 table whose zero clusters are replaced, and at the end: bytes of tables, done and in all. */
+  readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
+}
 
 /** @throws UnsupportedError for what version 2 does not have. */
 export function refuseDowngrade(state: CheckState): void {
@@ -58,7 +64,7 @@ function snapshotsOf(state: CheckState): { id: string; diskSize: number | undefi
  * @returns whether clusters were left that are still counted.
  * @throws UnsupportedError for an encrypted image with a backing file: zeroes of it cannot be written without its key.
  */
-export async function removeZeroClusters(host: BlockDevice, state: CheckState, signal: AbortSignal | undefined): Promise<boolean> {
+export async function removeZeroClusters(host: BlockDevice, state: CheckState, { onProgress, signal }: DowngradeOptions): Promise<boolean> {
   const { context, l2Clusters } = state
   const { clusterSize } = context.geometry
   const encrypted = context.header.cryptMethod !== 'none'
@@ -66,8 +72,10 @@ export async function removeZeroClusters(host: BlockDevice, state: CheckState, s
   const zeroes = new Uint8Array(clusterSize)
   let engine: Engine | undefined
   let leaks = false
+  let done = 0
   for (const cluster of l2Clusters) {
     signal?.throwIfAborted()
+    onProgress?.({ done: done++ * clusterSize, total: l2Clusters.length * clusterSize })
     const view = viewOf(await context.read(cluster * clusterSize, clusterSize))
     const homeless: number[] = []
     let changed = false
@@ -95,6 +103,7 @@ export async function removeZeroClusters(host: BlockDevice, state: CheckState, s
     await host.flush()
     await host.write(cluster * clusterSize, new Uint8Array(view.buffer, view.byteOffset, clusterSize))
   }
+  onProgress?.({ done: done * clusterSize, total: done * clusterSize })
   await host.flush()
   return leaks
 }

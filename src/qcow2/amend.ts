@@ -6,7 +6,7 @@ import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
-import { refuseDowngrade, removeZeroClusters } from './amend-downgrade.ts'
+import { refuseDowngrade, removeZeroClusters, type DowngradeOptions } from './amend-downgrade.ts'
 import { CheckContext } from './check-context.ts'
 import { CheckCollector } from './check-report.ts'
 import { runCheck, type CheckState } from './check.ts'
@@ -17,7 +17,7 @@ import { rebuildRefcounts } from './repair-rebuild.ts'
 import { repairedSnapshots, repairImage } from './repair.ts'
 
 /** What is to change; what is left out stays. */
-export interface AmendOptions extends CallOptions {
+export interface AmendOptions extends DowngradeOptions {
   /** 3 (`compat=1.1`) or 2 (`compat=0.10`). */
   readonly version?: 2 | 3 | undefined
   /** 1, 2, 4, 8, 16, 32 or 64. Rebuilds all refcount structures. */
@@ -29,7 +29,10 @@ export interface AmendOptions extends CallOptions {
   readonly dataFileRaw?: false | undefined
 }
 
-const amendOptions: OptionNames<AmendOptions> = { version: true, refcountBits: true, lazyRefcounts: true, dataFile: true, dataFileRaw: true, signal: true }
+const amendOptions: OptionNames<AmendOptions> = {
+  ...{ version: true, refcountBits: true, lazyRefcounts: true, dataFile: true, dataFileRaw: true },
+  ...{ onProgress: true, signal: true },
+}
 
 /**
  * Changes an image as asked. The file is opened and closed again, a device given stays open. Cluster size, extended L2
@@ -140,8 +143,8 @@ async function changeFields(host: BlockDevice, options: AmendOptions): Promise<v
 }
 
 /** Version 2 has no zero clusters, so they go first; nor bitmaps, whose clusters are free afterwards. */
-async function downgrade(host: BlockDevice, state: CheckState, { signal }: AmendOptions): Promise<void> {
-  const hasLeaks = await removeZeroClusters(host, state, signal)
+async function downgrade(host: BlockDevice, state: CheckState, { onProgress, signal }: AmendOptions): Promise<void> {
+  const hasLeaks = await removeZeroClusters(host, state, { onProgress, signal })
   await rewriteHeader(
     host,
     (content) => ({

@@ -49,7 +49,7 @@ export const amendCommand = command({
     context.leaves(`${args[0]} is as before, or as asked but for some leaked clusters: check -r leaks frees them`)
     // version 2 neither changes its size when it has snapshots nor holds those of other sizes
     if (size !== undefined && isDowngrade) await resize(context, Number(size))
-    await inFile(context, (file) => amendImage(file, { ...changes(values), signal }))
+    await inFile(context, (file) => amendImage(file, { ...changes(values), onProgress: ({ done, total }) => progress.update(done, total), signal }))
     if (size !== undefined && !isDowngrade) await resize(context, Number(size))
     progress.finish()
     return 0
