@@ -26,8 +26,11 @@ export interface PlanOptions extends CallOptions {
   readonly pieceSize: number
   /** Leave out zeroes and what was never written: the target reads so by itself. */
   readonly skipZeroes: boolean
-  /** Leave out what the source has only from its backing file: the target has the same. */
-  readonly skipBacking: boolean
+  /**
+   * Leave out what the source has only from its backing file: the target has the same, from a file of so many bytes.
+   * Where the source has nothing below it, zeroes are not left out before that.
+   */
+  readonly skipBacking: number | false
 }
 
 /** The pieces of a source, in ascending order. */
@@ -65,11 +68,12 @@ interface Run {
 /** What of an extent has to be looked at. */
 function partsOf(extent: Extent, size: number, { boundary, skipZeroes, skipBacking }: PlanOptions): readonly Readonly<Run>[] {
   const { start } = extent
-  const end = start + extent.length
-  if (skipBacking && (extent.depth > 0 || !extent.present)) return []
-  if (extent.data && !extent.zero) return [{ start, end, zero: false }]
-  if (skipZeroes) return []
-  if (!skipBacking) return [{ start, end, zero: true }]
+  let end = start + extent.length
+  if (extent.data && !extent.zero && (skipBacking === false || extent.depth === 0)) return [{ start, end, zero: false }]
+  if (skipBacking === false) return skipZeroes ? [] : [{ start, end, zero: true }]
+  if (extent.depth > 0) return []
+  if (!extent.present) end = Math.min(end, Math.max(start, skipBacking))
+  if (skipZeroes || start === end) return []
   // what comes before or behind zeroes may be skipped: a boundary cluster of both has to be read
   const first = Math.ceil(start / boundary) * boundary
   const last = end === size ? end : Math.floor(end / boundary) * boundary

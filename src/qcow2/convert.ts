@@ -15,12 +15,18 @@ import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
+import { Qcow2Image } from './image.ts'
 import { hostFile } from './open.ts'
 
 /** Options of {@link convertToQcow2}. */
 export interface ConvertToQcow2Options
   extends Omit<LayoutOptions, 'size' | 'preallocation' | 'dataFile' | 'dataFileRaw'>,
     CallOptions {
+  /**
+   * Bytes of the file that `backing` names: where the source has nothing below it, as much of its zeroes is stored as hides that file. Default:
+   * as many as the source's own backing file has; without one, the whole disk.
+   */
+  readonly backingSize?: number | undefined
   /** Store clusters compressed where that makes them smaller. Default false. */
   readonly compressed?: boolean | undefined
   /** Threads that compress; default the number of cores. */
@@ -59,7 +65,8 @@ export async function convertToQcow2(source: BlockDevice, target: Source, option
 
 /** The options that all conversions to qcow2 take. */
 export const conversionOptions: OptionNames<ConvertToQcow2Options> = {
-  ...{ clusterSize: true, version: true, refcountBits: true, extendedL2: true, lazyRefcounts: true, compressionType: true, backing: true },
+  ...{ clusterSize: true, version: true, refcountBits: true, extendedL2: true, lazyRefcounts: true, compressionType: true },
+  ...{ backing: true, backingSize: true },
   ...{ compressed: true, workers: true, sparseSize: true, onProgress: true, signal: true },
 }
 
@@ -79,13 +86,18 @@ export interface ImageContent {
 export function deviceContent(
   source: BlockDevice,
   allocate: ImageContent['allocate'],
-  { backing, sparseSize = defaultSparseSize, signal }: ConvertToQcow2Options,
+  { backing, backingSize = sizeBelow(source), sparseSize = defaultSparseSize, signal }: ConvertToQcow2Options,
   progress: DataProgress,
 ): ImageContent {
-  const skipBacking = backing !== undefined
+  const skipBacking = backing === undefined ? false : backingSize
   const pieces: ImageContent['pieces'] = (boundary, pieceSize) =>
-    countedPieces(source, { boundary, pieceSize, skipZeroes: !skipBacking && sparseSize > 0, skipBacking, signal }, progress)
+    countedPieces(source, { boundary, pieceSize, skipZeroes: backing === undefined && sparseSize > 0, skipBacking, signal }, progress)
   return { source: pad(source), allocate, pieces, onPiece: (piece) => progress.add(piece) }
+}
+
+/** Bytes of the backing file of a source. */
+function sizeBelow(source: BlockDevice): number {
+  return source instanceof Qcow2Image ? (source.engine.backing?.size ?? Infinity) : Infinity
 }
 
 /** Options of {@link writeImage}: of a conversion, and of the writer. */
@@ -96,7 +108,7 @@ export async function writeImage(host: BlockDevice, options: WriteImageOptions, 
   const file = hostFile(host)
   // whatever was there is gone: an old header must not survive a conversion that fails
   if (host.size > 0) await host.resize(0).catch(() => file.write(0, file.allocate(Math.min(host.size, 512))))
-  const { compressed, workers, sparseSize = defaultSparseSize, signal, onProgress: _, ...layout } = options
+  const { compressed, workers, sparseSize = defaultSparseSize, signal, onProgress: _, backingSize: __, ...layout } = options
   const writer = new ImageWriter(file, layout)
   const { clusterSize } = writer.geometry
   // version 2 cannot say "zeroes" over a backing file, it stores them

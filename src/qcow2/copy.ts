@@ -22,7 +22,7 @@ export interface CopyOptions extends CallOptions {
   readonly targetIsZero?: boolean | undefined
   /**
    * Leave out what the source has only from its backing file, because the target has the same from its own. What the
-   * source itself holds is written even where it is zeroes. Default false.
+   * source itself holds is written even where it is zeroes, and so are the zeroes of a source that has no backing file there. Default false.
    */
   readonly skipBacking?: boolean | undefined
   /** Store whole clusters compressed where that makes them smaller; the target must be a `Qcow2Image`. Default false. */
@@ -52,7 +52,8 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   const grain = image === undefined || sparseSize === 0 ? sparseSize : boundary
   const copy: Copy = { source: pad(source), target: pad(target), image, grain, blank, signal }
   const length = pieceSize(source, target, boundary)
-  const pieces = countedPieces(source, { boundary, pieceSize: length, skipZeroes: blank, skipBacking, signal }, progress)
+  const below = target instanceof Qcow2Image ? (target.engine.backing?.size ?? 0) : Infinity
+  const pieces = countedPieces(source, { boundary, pieceSize: length, skipZeroes: blank, skipBacking: skipBacking ? below : false, signal }, progress)
   const allocate = allocatorFor(source, target)
   const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: (piece) => progress.add(piece), signal }
   await runLanes(pieces, lane, (job) => copyPiece(copy, job))

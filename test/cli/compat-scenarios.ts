@@ -193,6 +193,14 @@ export const scenarios: readonly Scenario[] = [
     ],
   },
   {
+    name: 'over an encrypted image, without its key',
+    setup: [...disk, 'img create -f qcow2 --object secret,id=s,data=x -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 secret 4M', 'img create -f raw plain.raw 4M'],
+    lines: [
+      'create -f qcow2 -b secret -F qcow2 over', 'create -f qcow2 -b secret bad', 'info over', 'rebase -u -b plain.raw -F raw over', 'rebase -u -b secret -F qcow2 over', 'map over', 'commit over', 'measure -O qcow2 over',
+      'compare over plain.raw', "rebase -b '' over", 'convert -O qcow2 over bad', 'resize over 8M',
+    ],
+  },
+  {
     name: 'convert snapshots and bitmaps',
     setup: [...disk, 'img snapshot -c snap disk', "io -c 'write -P 8 2M 1M' disk", 'img bitmap --add disk b0', "io -c 'write -P 8 3M 64k' disk"],
     lines: [

@@ -107,12 +107,14 @@ test('zeroes that version 2 stores over a backing file lie in the order of the d
 
 test('an overlay holds only what its source holds itself, zeroes included', async () => {
   await fc.assert(
-    fc.asyncProperty(disk, fc.array(fc.record({ at: fc.oneof(fc.nat(), fc.nat({ max: 600 }).map((sectors) => sectors * 512)), length: fc.oneof(fc.integer({ min: 1, max: 40_000 }), fc.constantFrom(512, 4096, 16384)), kind: fc.constantFrom('data', 'zeroes', 'zero clusters') }), { maxLength: 5 }), fc.constantFrom(512, 4096, 65536), fc.constantFrom(512, 4096, 16384), async (bytes, writes, clusterSize, sourceClusters) => {
+    fc.asyncProperty(disk, fc.array(fc.record({ at: fc.oneof(fc.nat(), fc.nat({ max: 600 }).map((sectors) => sectors * 512)), length: fc.oneof(fc.integer({ min: 1, max: 40_000 }), fc.constantFrom(512, 4096, 16384)), kind: fc.constantFrom('data', 'zeroes', 'zero clusters') }), { maxLength: 5 }), fc.constantFrom(512, 4096, 65536), fc.constantFrom(512, 4096, 16384), fc.constantFrom('all', 'a part', 'nothing'), async (bytes, writes, clusterSize, sourceClusters, below) => {
       if (bytes.length === 0) return
       const backing = { file: 'base.raw', format: 'raw' }
       const sourceHost = new MemoryDevice(0, { growable: true })
-      await using source = await Qcow2Image.create(sourceHost, { size: bytes.length, clusterSize: sourceClusters, backing, references: () => new MemoryDevice(bytes) })
-      const model = bytes.slice()
+      const reach = below === 'all' ? bytes.length : below === 'a part' ? Math.ceil(bytes.length / 1024) * 512 : 0
+      const isOver = reach > 0 ? { backing, references: () => new MemoryDevice(bytes.subarray(0, reach)) } : {}
+      await using source = await Qcow2Image.create(sourceHost, { size: bytes.length, clusterSize: sourceClusters, ...isOver })
+      const model = bytes.slice().fill(0, reach)
       for (const { at, length, kind } of writes) {
         const offset = at % bytes.length
         const part = model.subarray(offset, Math.min(bytes.length, offset + length))
@@ -120,10 +122,11 @@ test('an overlay holds only what its source holds itself, zeroes included', asyn
         await (kind === 'zero clusters' ? source.writeZeroes(offset, part.length) : source.write(offset, part.slice()))
       }
       const host = new MemoryDevice(0, { growable: true })
-      await convertToQcow2(source, host, { clusterSize, backing })
+      await convertToQcow2(source, host, { clusterSize, backing, ...(below === 'a part' ? { backingSize: bytes.length } : {}) })
       expect(await checkImage(host)).toMatchObject({ corruptions: 0, leaks: 0 })
       await using image = await Qcow2Image.open(host, { readOnly: true, references: () => new MemoryDevice(bytes) })
       expect(Buffer.compare(await contentOf(image), model)).toBe(0)
+      if (below !== 'all') return
       let allocated = 0
       for await (const extent of image.map()) if (extent.depth === 0 && extent.present) allocated += extent.length
       const touched = writes.reduce((sum, { length }) => sum + length + 2 * clusterSize + 2 * sourceClusters, 0)
@@ -131,6 +134,18 @@ test('an overlay holds only what its source holds itself, zeroes included', asyn
     }),
     { numRuns: Math.ceil(numRuns / 2) },
   )
+})
+
+test('a large disk over a small backing file stores nothing for what reads as zeroes by itself', async () => {
+  const backing = { file: 'base.raw', format: 'raw' }
+  const over = { backing, references: () => new MemoryDevice(new Uint8Array(100_352).fill(3)) }
+  await using source = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 2 ** 40, ...over })
+  await source.write(1 << 20, new Uint8Array(512).fill(4))
+  const host = new MemoryDevice(0, { growable: true })
+  await convertToQcow2(source, host, { backing })
+  expect(host.size).toBeLessThan(1 << 20)
+  await using image = await Qcow2Image.open(host, { readOnly: true, references: over.references })
+  expect([(await image.read(0, 1))[0], (await image.read(100_352, 1))[0], (await image.read(1 << 20, 1))[0]]).toEqual([3, 0, 4])
 })
 
 test('a failing source fails the conversion, ends what is under way and leaves no image', async () => {

@@ -6,7 +6,7 @@ import { UsageError } from '../errors.ts'
 import { layoutOf } from '../image/create-options.ts'
 import { writeSparse, writeStream } from '../output.ts'
 import type { Progress } from '../progress.ts'
-import { aboutTarget, checkBacking, createFile, needsEngine, shapeOf, type ConvertContext, type Request } from './convert-request.ts'
+import { aboutTarget, backingSize, createFile, needsEngine, shapeOf, type ConvertContext, type Request } from './convert-request.ts'
 
 /** True if the source is a pipe: it can be read once, forwards. */
 export function readsPipe({ args, options, terminal }: ConvertContext): boolean {
@@ -66,9 +66,9 @@ export async function sendImage(context: ConvertContext, source: BlockDevice, { 
   if (options['no-create'] || options.bitmaps || needsEngine(values)) {
     throw new UsageError('a pipe takes a new image without -n, --bitmaps, encryption, data file and preallocation')
   }
-  await checkBacking(context, '-', values)
+  const below = await backingSize(context, '-', values)
   const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
   const send = (bytes: Uint8Array): Promise<void> => terminal.stdout.write(bytes)
-  await convertToQcow2Stream(source, send, { ...shapeOf(layoutOf(values)), compressed: options.compress, workers, sparseSize, signal, onProgress })
+  await convertToQcow2Stream(source, send, { ...shapeOf(layoutOf(values)), backingSize: below, compressed: options.compress, workers, sparseSize, signal, onProgress })
   progress.finish()
 }

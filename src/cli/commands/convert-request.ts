@@ -121,13 +121,13 @@ export function shapeOf(layout: ReturnType<typeof layoutOf>): Pick<ConvertToQcow
   return shape
 }
 
-/** A backing file that cannot be opened is found before anything is written. */
-export async function checkBacking(context: ConvertContext, target: string, values: CreateValues): Promise<void> {
+/** Bytes of the disk in the backing file, if there is one; one that cannot be opened is found before anything is written. */
+export async function backingSize(context: ConvertContext, target: string, values: CreateValues): Promise<number | undefined> {
   const name = values.get('backing_file')
-  if (name === undefined) return
+  if (name === undefined) return undefined
   const resolved = resolveBacking(parsePlace(target), name)
   try {
-    await (await openerFor(context).name(resolved, { readOnly: true }, values.get('backing_fmt'))).close()
+    return (await openerFor(context).below(resolved, values.get('backing_fmt'))).size
   } catch (error) {
     const reason = error instanceof ExitError ? couldNotOpen(resolved, error.cause).message : reasonOf(error)
     throw new ExitError(1, `Could not open '${target}': Could not open backing file: ${reason}`, { cause: error })

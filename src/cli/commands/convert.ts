@@ -15,7 +15,7 @@ import { salvaged } from '../image/salvage.ts'
 import { parseImageOpts, parseName, parsePlace } from '../image/spec.ts'
 import { contentOf, writeStream } from '../output.ts'
 import { copyFromPipe, readsPipe, sendImage } from './convert-pipe.ts'
-import { aboutTarget, checkBacking, checkRequest, convertOptions, createFile, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
+import { aboutTarget, backingSize, checkRequest, convertOptions, createFile, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
 
 export const convertCommand = command({
   name: 'convert',
@@ -114,7 +114,7 @@ async function makeRawCopy(context: ConvertContext, source: BlockDevice, { targe
 async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, request: Request, onProgress: (progress: { done: number; total: number }) => void): Promise<void> {
   const { options, signal } = context
   const { target, values, sparseSize, workers } = request
-  await checkBacking(context, target, values)
+  const below = await backingSize(context, target, values)
   if (needsEngine(values)) {
     values.set('size', String(source.size))
     const opener = openerFor(context)
@@ -131,7 +131,7 @@ async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, reque
   }
   const layout = await aboutTarget(target, () => Promise.resolve(layoutOf(values)))
   await using file = await createFile(context, target)
-  await convertToQcow2(source, file, { ...shapeOf(layout), compressed: options.compress, workers, sparseSize, signal, onProgress })
+  await convertToQcow2(source, file, { ...shapeOf(layout), backingSize: below, compressed: options.compress, workers, sparseSize, signal, onProgress })
 }
 
 /** Bitmaps that cannot be copied are found before the target is made. */

@@ -96,16 +96,12 @@ async function lookAtBacking<O extends OptionDefinitions>(context: Context<O>, f
   const format = values.get('backing_fmt')
   const resolved = resolveBacking(parsePlace(filename), name)
   const backing = await openerFor(context)
-    .name(resolved, { readOnly: true }, format)
+    .below(resolved, format)
     .catch((error: unknown) => {
       const cause = error instanceof ExitError ? error.cause : error
       if (format !== undefined && format !== 'qcow2' && format !== 'raw') throw new ExitError(1, `Unknown driver '${format}'\nCould not open backing image.`)
       throw new ExitError(1, `Could not open '${resolved}': ${reasonOf(cause)}\nCould not open backing image.`, { cause })
     })
-  try {
-    if (format === undefined) throw new ExitError(1, `Backing file specified without backing format\nDetected format of ${backing.format}.`)
-    if (!values.has('size')) values.set('size', String(backing.device.size))
-  } finally {
-    await backing.close()
-  }
+  if (format === undefined) throw new ExitError(1, `Backing file specified without backing format\nDetected format of ${backing.format}.`)
+  if (!values.has('size')) values.set('size', String(backing.size))
 }

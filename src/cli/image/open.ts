@@ -51,6 +51,13 @@ export interface ImageFile {
   readonly size: number
 }
 
+/** An image that another is made over. */
+export interface Below {
+  readonly format: 'qcow2' | 'raw'
+  /** Bytes of the disk. */
+  readonly size: number
+}
+
 /** What all images of a command are opened with. */
 export interface OpenerSettings {
   readonly signal: AbortSignal
@@ -106,6 +113,25 @@ export class Opener {
       return await this.#open(spec, how, [])
     } catch (error) {
       throw couldNotOpen(spec.shown, error, this.settings)
+    }
+  }
+
+  /**
+   * What an image to be made over another has to know of it. The key of an encrypted one is not needed for that.
+   * @throws ExitError `Could not open 'NAME': ...`
+   */
+  async below(name: string, format?: string): Promise<Below> {
+    try {
+      const opened = await this.name(name, { readOnly: true }, format)
+      const below = { format: opened.format, size: opened.device.size }
+      await opened.close()
+      return below
+    } catch (error) {
+      const file = await this.file(parseName(name, format), { readOnly: true }).catch(() => undefined)
+      const info = file?.format === 'qcow2' ? await readImageInfo(file.host).catch(() => undefined) : undefined
+      await file?.host.close()
+      if (info === undefined || info.encryption === 'none') throw error
+      return { format: 'qcow2', size: info.virtualSize }
     }
   }
 

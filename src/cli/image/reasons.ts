@@ -38,6 +38,7 @@ export function reasonOf(error: unknown): string {
   if (cause === 'ENOSPC' || isFull(error)) return 'No space left on device'
   // a size is refused only for what no disk can have
   if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
+  if (error instanceof UnsupportedError && error.message.startsWith('header: crypt_method')) return "Parameter 'encrypt.key-secret' is required for cipher"
   if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
   return error instanceof Error ? error.message : String(error)
 }
