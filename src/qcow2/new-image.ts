@@ -11,6 +11,7 @@ import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
 import { assembleEngine, hostFile, readState } from './open.ts'
 import { createDataFile, openBacking, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { zeroActive } from './zero.ts'
 
 /** Options of `Qcow2Image.create`. */
 export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<ReferenceOptions, 'backing' | 'dataFile'>, CallOptions {
@@ -85,6 +86,8 @@ async function createSized(target: Source, options: CreateOptions & LayoutOption
     await writeLayout(host, layout)
     const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
     const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
+    const isMapped = layout.preallocation !== 'off' && !engine.geometry.extendedL2
+    if (options.encryption !== undefined && isMapped) await zeroActive(engine, 0, engine.header.size, 'keep', options.signal)
     // for encrypted images only: Node's ciphers take a few milliseconds to load
     if (options.encryption !== undefined) engine.cipher = await (await import('./encryption.ts')).encryptEmptyImage(engine, options.encryption)
     engine.unchanged = false
@@ -97,8 +100,9 @@ async function createSized(target: Source, options: CreateOptions & LayoutOption
   }
 }
 
-/** Preallocated clusters would read as decrypted zeroes, and version 2 knows only legacy AES. */
+/** Version 2 knows only legacy AES, and cannot say that a cluster with space reads as zeroes: it would read as decrypted ones. */
 function checkEncryption({ encryption, preallocation = 'off', version, dataFile }: CreateOptions): void {
-  if (preallocation !== 'off' || dataFile !== undefined) throw new TypeError('encryption goes with neither preallocation nor a data file')
+  if (dataFile !== undefined) throw new TypeError('encryption and a data file exclude each other')
+  if (version === 2 && preallocation !== 'off') throw new TypeError('encryption goes with preallocation only in version 3')
   if (version === 2 && encryption?.format === 'luks') throw new TypeError('version 2 has only the legacy encryption aes; use version 3')
 }

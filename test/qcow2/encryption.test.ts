@@ -1,4 +1,4 @@
-import { writeFileSync } from 'node:fs'
+import { statSync, writeFileSync } from 'node:fs'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
@@ -11,11 +11,11 @@ const write = fc.record({ sector: fc.nat(255), sectors: fc.integer({ min: 1, max
 
 test.each(['luks', 'aes'] as const)('an image encrypted with %s reads what was written, after opening it again, and holds no plain text', async (format) => {
   await fc.assert(
-    fc.asyncProperty(fc.array(write, { maxLength: 8 }), fc.constantFrom(512, 4096, 65536), async (writes, clusterSize) => {
+    fc.asyncProperty(fc.array(write, { maxLength: 8 }), fc.constantFrom(512, 4096, 65536), fc.constantFrom('off' as const, 'metadata' as const, 'full' as const), async (writes, clusterSize, preallocation) => {
       const host = new MemoryDevice(0, { growable: true })
       const encryption = { format, passphrase: 'geheim', iterations: 1000 }
       const model = Buffer.alloc(1 << 18)
-      const image = await Qcow2Image.create(host, { size: model.length, clusterSize, encryption })
+      const image = await Qcow2Image.create(host, { size: model.length, clusterSize, preallocation, encryption })
       for (const { sector, sectors, value } of writes) {
         const offset = sector * 512
         const bytes = Buffer.alloc(Math.min(sectors * 512, model.length - offset), Buffer.from([value, value ^ 1, 77, 78]))
@@ -40,7 +40,16 @@ test('without a key an encrypted image is refused, with a wrong one too, and its
   await expect(open('b')).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
   expect((await open('a')).size).toBe(1 << 20)
   expect(await readImageInfo(new MemoryDevice(host.bytes))).toMatchObject({ encryption: 'luks', luks: { cipherName: 'aes', cipherMode: 'xts-plain64', hash: 'sha256' } })
-  await expect(Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 512, preallocation: 'metadata', encryption: { format: 'luks', passphrase: 'a' } })).rejects.toThrow(TypeError)
+  await expect(Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 512, version: 2, preallocation: 'metadata', encryption: { format: 'aes', passphrase: 'a' } })).rejects.toThrow(TypeError)
+})
+
+test('subclusters that are preallocated and encrypted leave the backing file in sight', async () => {
+  const below = new MemoryDevice(new Uint8Array(1 << 20).fill(9))
+  const options = { extendedL2: true, preallocation: 'metadata', backing: { file: 'base', format: 'raw' }, references: () => below } as const
+  await using image = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 1 << 20, ...options, encryption: { format: 'luks', passphrase: 'a', iterations: 1000 } })
+  await image.write(71_680, new Uint8Array(512).fill(1))
+  const bytes = await image.read(0, 1 << 20)
+  expect([bytes[0], bytes[71_679], bytes[71_680], bytes[72_192], bytes.at(-1)]).toEqual([9, 9, 1, 9, 9])
 })
 
 describeWithQemu('encryption', (qemu) => {
@@ -61,6 +70,18 @@ describeWithQemu('encryption', (qemu) => {
     expect((await image.read(64 << 10, 64 << 10)).every((byte) => byte === 0x5a)).toBe(true)
     expect((await image.read(128 << 10, 8 << 10)).every((byte) => byte === 0x33)).toBe(true)
     expect((await image.read(512 << 10, 3 << 10)).every((byte) => byte === 0x44)).toBe(true)
+  })
+
+  test.each([{}, { extendedL2: true }, { clusterSize: 512 }])('what is preallocated in an encrypted image has its space and reads as zeroes: %o', async (shape) => {
+    const path = `${tempFolder()}/p.qcow2`
+    await (await Qcow2Image.create(path, { size: 1 << 20, ...shape, preallocation: 'metadata', encryption: { format: 'luks', passphrase: 'pass word', iterations: 1000 } })).close()
+    const before = (await readImageInfo(path)).virtualSize
+    const commands = ['read -P 0 0 1M', 'write -P 7 300k 5k', 'read -P 0 0 300k', 'read -P 0 305k 719k'].flatMap((command) => ['-c', command])
+    const length = statSync(path).size
+    expect(await qemu.io(...secret, '--image-opts', ...commands, spec(path))).toMatchObject({ code: 0, stdout: expect.not.stringMatching(/failed/) as string })
+    expect(await qemu.img('check', ...secret, '--image-opts', spec(path))).toMatchObject({ code: 0 })
+    expect([before, statSync(path).size]).toEqual([1 << 20, length])
+    expect(length).toBeGreaterThan(1 << 20)
   })
 
   test('an image encrypted by qemu-img with legacy AES is read', async () => {
