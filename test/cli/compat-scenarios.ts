@@ -197,7 +197,22 @@ export const scenarios: readonly Scenario[] = [
     setup: [...disk, 'img create -f qcow2 --object secret,id=s,data=x -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 secret 4M', 'img create -f raw plain.raw 4M'],
     lines: [
       'create -f qcow2 -b secret -F qcow2 over', 'create -f qcow2 -b secret bad', 'info over', 'rebase -u -b plain.raw -F raw over', 'rebase -u -b secret -F qcow2 over', 'map over', 'commit over', 'measure -O qcow2 over',
-      'compare over plain.raw', "rebase -b '' over", 'convert -O qcow2 over bad', 'resize over 8M',
+      'compare over plain.raw', "rebase -b '' over", 'convert -O qcow2 over bad', 'resize over 8M', 'info --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret',
+      'info --output=json --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret', 'info --image-opts driver=qcow2,file.filename=secret',
+    ],
+  },
+  {
+    name: 'encrypted images with their keys',
+    setup: [
+      'img create -f qcow2 --object secret,id=s,data=x -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 secret 4M',
+      'img create -f qcow2 --object secret,id=t,data=y -o encrypt.format=luks,encrypt.key-secret=t,encrypt.iter-time=10 -b secret -F qcow2 over 4M', 'img create -f raw plain.raw 4M', "io -f raw -c 'write -P 5 0 300k' plain.raw",
+    ],
+    lines: [
+      'convert -n --object secret,id=s,data=x -f raw --target-image-opts plain.raw driver=qcow2,encrypt.key-secret=s,file.filename=secret', 'compare --object secret,id=s,data=x --image-opts driver=raw,file.filename=plain.raw driver=qcow2,encrypt.key-secret=s,file.filename=secret',
+      'convert -n --object secret,id=s,data=x --object secret,id=t,data=y --image-opts --target-image-opts driver=raw,file.filename=plain.raw driver=qcow2,encrypt.key-secret=t,file.filename=over,backing.driver=qcow2,backing.encrypt.key-secret=s,backing.file.filename=secret',
+      'commit --object secret,id=s,data=x --object secret,id=t,data=y --image-opts driver=qcow2,encrypt.key-secret=t,file.filename=over,backing.driver=qcow2,backing.encrypt.key-secret=s,backing.file.filename=secret',
+      'check --object secret,id=s,data=x --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret', 'convert --object secret,id=s,data=z -O raw --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret bad',
+      'convert --object secret,id=s,data=x -O raw --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret out.raw',
     ],
   },
   {

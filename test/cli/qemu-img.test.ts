@@ -181,6 +181,21 @@ test('commit -b leaves the overlay as it is, also over its direct base', async (
   expect((await image.read(0, 1))[0]).toBe(9)
 })
 
+test('a disk is converted into an encrypted image with all its space, and back', async () => {
+  const folder = tempFolder()
+  const [plain, secret, back] = [join(folder, 'plain.raw'), join(folder, 'secret'), join(folder, 'back.raw')]
+  const disk = Buffer.alloc(1 << 20)
+  disk.fill('words', 70_000, 200_000)
+  writeFileSync(plain, disk)
+  const key = ['--object', 'secret,id=s,data=geheim']
+  const layout = 'encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,preallocation=metadata'
+  expect(await run(['convert', ...key, '-f', 'raw', '-O', 'qcow2', '-o', layout, plain, secret])).toMatchObject({ code: 0, stderr: '' })
+  expect(readFileSync(secret).length).toBeGreaterThan(disk.length)
+  expect(readFileSync(secret).includes('wordswords')).toBe(false)
+  expect(await run(['convert', ...key, '-O', 'raw', '--image-opts', `driver=qcow2,encrypt.key-secret=s,file.filename=${secret}`, back])).toMatchObject({ code: 0, stderr: '' })
+  expect(readFileSync(back).equals(disk)).toBe(true)
+})
+
 test('amend sets postponed refcounts right first, and shows progress', async () => {
   const path = join(tempFolder(), 'disk')
   await numbered(path, false)

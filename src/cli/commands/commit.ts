@@ -35,7 +35,7 @@ export const commitCommand = command({
       if (image === undefined || backing === undefined) throw new ExitError(1, 'Image does not have a backing file')
       const depth = depthOf(opened, options.base)
       const below = chainOf(opened)[depth]!
-      const target = await openerFor(context).spec({ shown: below.filename, format: below.format, place: below.place }, how)
+      const target = await openerFor(context).spec({ ...below.spec, format: below.format }, how)
       try {
         context.leaves(`${below.filename} may hold a part of the changes; ${opened.filename} still has all of them: commit again`)
         const progress = context.progress()

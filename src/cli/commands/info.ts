@@ -60,7 +60,7 @@ async function readEntry(opener: Opener, spec: ImageSpec): Promise<ImageEntry> {
   const file = await opener.file(spec, { readOnly: true })
   try {
     if (file.format === 'raw') return await rawEntry(file)
-    return await qcow2Entry(file)
+    return await qcow2Entry(file, nameOf(spec))
   } catch (error) {
     throw couldNotOpen(spec.shown, error)
   } finally {
@@ -80,7 +80,13 @@ async function rawEntry(file: ImageFile): Promise<ImageEntry> {
   }
 }
 
-async function qcow2Entry(file: ImageFile): Promise<ImageEntry> {
+/** As QEMU names an image that its file name alone does not open. */
+function nameOf({ shown, place, keySecret }: ImageSpec): string {
+  if (keySecret === undefined || place.kind !== 'file') return shown
+  return `json:{"encrypt.key-secret": ${JSON.stringify(keySecret)}, "driver": "qcow2", "file": {"driver": "file", "filename": ${JSON.stringify(place.path)}}}`
+}
+
+async function qcow2Entry(file: ImageFile, filename: string): Promise<ImageEntry> {
   const info = await readImageInfo(file.host)
   const taken = await spaceTaken(file.place)
   const { backingFile, backingFormat, snapshots } = info
@@ -90,7 +96,7 @@ async function qcow2Entry(file: ImageFile): Promise<ImageEntry> {
     ...(snapshots.length === 0 ? {} : { snapshots: snapshots.map(snapshotEntry) }),
     ...(backingFormat === undefined || backingFile === undefined ? {} : { 'backing-filename-format': backingFormat }),
     'virtual-size': info.virtualSize,
-    filename: file.filename,
+    filename,
     'cluster-size': info.clusterSize,
     format: 'qcow2',
     ...(taken === undefined ? {} : { 'actual-size': taken }),

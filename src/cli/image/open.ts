@@ -28,6 +28,8 @@ export interface OpenedImage {
   readonly filename: string
   readonly format: 'qcow2' | 'raw'
   readonly place: Place
+  /** As it was opened. */
+  readonly spec: ImageSpec
   /** What the guest sees: of the snapshot, where one was named. */
   readonly device: BlockDevice
   /** The bytes of the image file. They belong to the image. */
@@ -224,7 +226,7 @@ export class Opener {
       await dataFile?.close()
       throw error
     })
-    return { filename: spec.shown, format: 'qcow2', place: spec.place, device: image, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
+    return { filename: spec.shown, format: 'qcow2', place: spec.place, spec, device: image, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
   }
 
   /** The data file that the options give, instead of the one the image names. */
@@ -271,7 +273,7 @@ function partOf(host: BlockDevice, part: ImageSpec['part']): BlockDevice {
 function openedRaw(spec: ImageSpec, host: BlockDevice): OpenedImage {
   const { shown: filename, place } = spec
   const device = rawImage(host)
-  return { filename, format: 'raw', place, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
+  return { filename, format: 'raw', place, spec, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
 }
 
 /** `qcow2` by its magic, else `raw`. */
