@@ -4,6 +4,8 @@
  */
 export * from "./core/errors.ts"
 export type { LuksHeader, LuksKeySlot } from './codec/crypto/luks-header.ts'
+export type { AddKeySlotOptions, EraseKeySlotsOptions, ErasedKeySlots } from './codec/crypto/luks-slots.ts'
+export type { CreateLuksOptions } from './codec/crypto/luks.ts'
 export { amendImage, type AmendOptions } from './qcow2/amend.ts'
 export { Bitmaps, type AddBitmapOptions } from './qcow2/bitmaps.ts'
 export type { DirtyRange } from './qcow2/bitmaps-bits.ts'
@@ -20,6 +22,7 @@ export type { LayoutOptions, Preallocation } from './qcow2/create.ts'
 export type { EncryptionOptions } from './qcow2/encryption.ts'
 export type { CompressionType, CryptMethod } from './qcow2/header.ts'
 export * from './qcow2/image.ts'
+export { addPassphrase, erasePassphrase, type AddPassphraseOptions, type ErasePassphraseOptions } from './qcow2/key-slots.ts'
 export { readImageInfo, type BitmapInfo, type ImageInfo } from './qcow2/info.ts'
 export type { CreateOptions } from './qcow2/new-image.ts'
 export { measureConversion, measureQcow2, type Measurement, type MeasureOptions } from './qcow2/measure.ts'

@@ -8,7 +8,7 @@ import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, type Bitma
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { L1Location } from './check-mapping.ts'
-import { decodeBitmapsExtension, decodeEncryptionPointer, extensionType, findExtension } from './extensions.ts'
+import { decodeBitmapsExtension, encryptionPointerOf, extensionType, findExtension } from './extensions.ts'
 import { autoclear } from './features.ts'
 import { maxL1Bytes, maxSnapshotExtraData, maxSnapshots, maxSnapshotTableBytes } from './limits.ts'
 import { snapshotRecordLength } from './snapshot-table.ts'
@@ -131,9 +131,8 @@ async function readTable(context: CheckContext, count: number): Promise<Uint8Arr
 
 /** Counts the clusters of the LUKS header. */
 export function checkLuksHeader(context: CheckContext): void {
-  const pointer = findExtension(context.cluster0.extensions, extensionType.encryptionHeader)
-  if (context.header.cryptMethod !== 'luks' || pointer === undefined) return
-  const { offset, length } = decodeEncryptionPointer(pointer)
+  if (context.header.cryptMethod !== 'luks') return
+  const { offset, length } = encryptionPointerOf(context.cluster0.extensions)
   context.reference(offset, length, owner.luksHeader)
 }
 

@@ -118,6 +118,13 @@ export function decodeEncryptionPointer(data: Uint8Array): EncryptionPointer {
   }
 }
 
+/** The pointer of an image encrypted with LUKS. @throws FormatError if there is none: then nothing opens the image. */
+export function encryptionPointerOf(extensions: readonly Extension[]): EncryptionPointer {
+  const data = findExtension(extensions, extensionType.encryptionHeader)
+  if (data !== undefined) return decodeEncryptionPointer(data)
+  throw new FormatError('crypt_method is luks, but there is no encryption header pointer', { structure: 'header', field: 'crypt_method', offset: 32 })
+}
+
 /** Encodes the 16-byte encryption header pointer. */
 export function encodeEncryptionPointer(pointer: EncryptionPointer): Uint8Array {
   const data = new Uint8Array(16)

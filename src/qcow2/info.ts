@@ -7,7 +7,7 @@ import { withSource, type Source } from '../block/source.ts'
 import { decodeLuksHeader, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import { FormatError } from '../core/errors.ts'
 import { decodeBitmapDirectory, bitmapLimits, type BitmapRecord } from './bitmaps-directory.ts'
-import { decodeBitmapsExtension, decodeEncryptionPointer, extensionType, findExtension } from './extensions.ts'
+import { decodeBitmapsExtension, encryptionPointerOf, extensionType, findExtension } from './extensions.ts'
 import { autoclear, compatible, incompatible } from './features.ts'
 import type { CompressionType, CryptMethod, HeaderCluster } from './header.ts'
 import type { HostFile } from './host-file.ts'
@@ -135,11 +135,7 @@ const maxLuksArea = 64 << 20
 
 /** The LUKS header and key material, and where they are. */
 export async function readLuksArea(file: HostFile, content: HeaderCluster): Promise<[area: Uint8Array, offset: number]> {
-  const data = findExtension(content.extensions, extensionType.encryptionHeader)
-  if (data === undefined) {
-    throw new FormatError('crypt_method is luks, but there is no encryption header pointer', { structure: 'header', field: 'crypt_method', offset: 32 })
-  }
-  const { offset, length } = decodeEncryptionPointer(data)
+  const { offset, length } = encryptionPointerOf(content.extensions)
   if (length > maxLuksArea || offset % 2 ** content.header.clusterBits !== 0) {
     const detail = `${length} bytes at ${offset}: at most ${maxLuksArea}, at the start of a cluster`
     throw new FormatError(detail, { structure: 'encryption header pointer' })

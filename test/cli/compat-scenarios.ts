@@ -98,6 +98,9 @@ const chain = [
 ]
 
 /** Every scenario. */
+const secrets = '--object secret,id=s,data=x --object secret,id=t,data=y --object secret,id=u,data=z'
+const withKey = (id: string): string => `--image-opts driver=qcow2,file.filename=secret,encrypt.key-secret=${id}`
+
 export const scenarios: readonly Scenario[] = [
   { name: 'create', lines: create },
   {
@@ -213,6 +216,22 @@ export const scenarios: readonly Scenario[] = [
       'commit --object secret,id=s,data=x --object secret,id=t,data=y --image-opts driver=qcow2,encrypt.key-secret=t,file.filename=over,backing.driver=qcow2,backing.encrypt.key-secret=s,backing.file.filename=secret',
       'check --object secret,id=s,data=x --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret', 'convert --object secret,id=s,data=z -O raw --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret bad',
       'convert --object secret,id=s,data=x -O raw --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=secret out.raw',
+    ],
+  },
+  {
+    name: 'key slots',
+    setup: [
+      'img create -f qcow2 --object secret,id=s,data=x -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 secret 1M', 'img create -f qcow2 plain 1M',
+      'img create -f qcow2 --object secret,id=s,data=x -o encrypt.format=aes,encrypt.key-secret=s aes 1M',
+    ],
+    lines: [
+      ...[
+        'state=active', 'new-secret=t', 'state=bogus,encrypt.new-secret=t', 'state=active,encrypt.new-secret=nope', 'state=active,encrypt.new-secret=t,encrypt.keyslot=9', 'state=active,encrypt.new-secret=t,encrypt.keyslot=-1',
+        'state=active,encrypt.new-secret=t,encrypt.old-secret=s', 'state=inactive', 'state=inactive,encrypt.new-secret=t', 'state=inactive,encrypt.keyslot=8', 'state=inactive,encrypt.keyslot=3', 'state=inactive,encrypt.iter-time=3,encrypt.keyslot=0',
+        'state=inactive,encrypt.keyslot=0,encrypt.old-secret=s', 'state=inactive,encrypt.keyslot=0,encrypt.old-secret=t', 'iter-time=10', 'format=luks', 'state=inactive,encrypt.old-secret=s', 'state=active,encrypt.new-secret=t,encrypt.keyslot=0',
+      ].map((options) => `amend ${secrets} ${withKey('s')} -o encrypt.${options}`),
+      `amend ${secrets} -o encrypt.state=active,encrypt.new-secret=t secret`, `amend ${secrets} ${withKey('u')} -o encrypt.state=active,encrypt.new-secret=t`, `amend ${secrets} -o encrypt.state=active,encrypt.new-secret=t plain`,
+      `amend ${secrets} --image-opts driver=qcow2,file.filename=aes,encrypt.key-secret=s -o encrypt.state=active,encrypt.new-secret=t`, 'create -f qcow2 -o encrypt.state=active bad 1M',
     ],
   },
   {

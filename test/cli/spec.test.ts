@@ -62,8 +62,8 @@ describe('options', () => {
   })
 
   test('images', () => {
-    expect(parseImageOpts('driver=qcow2,file.filename=x,l2-cache-size=1M')).toEqual({ shown: 'x', format: 'qcow2', place: { kind: 'file', path: 'x' } })
-    expect(parseImageOpts('filename=x')).toEqual({ shown: 'x', format: undefined, place: { kind: 'file', path: 'x' } })
+    expect(parseImageOpts('driver=qcow2,file.filename=x,l2-cache-size=1M')).toEqual({ shown: 'x', given: 'driver=qcow2,file.filename=x,l2-cache-size=1M', format: 'qcow2', place: { kind: 'file', path: 'x' } })
+    expect(parseImageOpts('filename=x')).toEqual({ shown: 'x', given: 'filename=x', format: undefined, place: { kind: 'file', path: 'x' } })
     expect(parseImageOpts('driver=raw,file.driver=qcow2,file.file.filename=x')).toMatchObject({
       format: 'raw',
       place: { kind: 'image', spec: { format: 'qcow2', place: { kind: 'file', path: 'x' } } },
@@ -72,7 +72,7 @@ describe('options', () => {
       place: { kind: 'nbd', address: { path: '/s' }, name: 'e' },
     })
     expect(parseImageOpts('driver=nbd,server.type=unix,server.path=/s,x-dirty-bitmap=qemu:dirty-bitmap:b').place).toMatchObject({ context: 'qemu:dirty-bitmap:b' })
-    expect(parseImageOpts('driver=raw,offset=1M,size=64k,file.filename=x,file.locking=off')).toEqual({
+    expect(parseImageOpts('driver=raw,offset=1M,size=64k,file.filename=x,file.locking=off')).toMatchObject({
       shown: 'x', format: 'raw', place: { kind: 'file', path: 'x', locking: false }, part: { offset: 1 << 20, size: 65536 },
     })
     expect(parseImageOpts('driver=null-co,size=2M,read-zeroes=on').place).toEqual({ kind: 'null', size: 2 << 20 })

@@ -2,8 +2,10 @@ import { statSync, writeFileSync } from 'node:fs'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
+import { checkImage } from '../../src/qcow2/check.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { readImageInfo } from '../../src/qcow2/info.ts'
+import { repairImage } from '../../src/qcow2/repair.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
 
@@ -41,6 +43,18 @@ test('without a key an encrypted image is refused, with a wrong one too, and its
   expect((await open('a')).size).toBe(1 << 20)
   expect(await readImageInfo(new MemoryDevice(host.bytes))).toMatchObject({ encryption: 'luks', luks: { cipherName: 'aes', cipherMode: 'xts-plain64', hash: 'sha256' } })
   await expect(Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 512, version: 2, preallocation: 'metadata', encryption: { format: 'aes', passphrase: 'a' } })).rejects.toThrow(TypeError)
+})
+
+test('without its pointer the LUKS header is no leak: freed, it would be lost, and the data with it', async () => {
+  const host = new MemoryDevice(0, { growable: true })
+  await (await Qcow2Image.create(host, { size: 1 << 20, encryption: { format: 'luks', passphrase: 'a', iterations: 1000 } })).flush()
+  const bytes = host.bytes.slice()
+  const at = Buffer.from(bytes).indexOf(Buffer.of(0x05, 0x37, 0xbe, 0x77))
+  bytes[at] = 0x55 // an extension nobody knows
+  const file = new MemoryDevice(bytes.slice(), { growable: true })
+  await expect(checkImage(file)).rejects.toMatchObject({ code: 'ERR_FORMAT', field: 'crypt_method' })
+  for (const repair of ['leaks', 'all'] as const) await expect(repairImage(file, { repair })).rejects.toMatchObject({ code: 'ERR_FORMAT' })
+  expect(Buffer.compare(file.bytes, bytes)).toBe(0)
 })
 
 test('subclusters that are preallocated and encrypted leave the backing file in sight', async () => {

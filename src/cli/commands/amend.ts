@@ -7,6 +7,7 @@ import { ExitError, UsageError } from '../errors.ts'
 import { amendedVersion, refuseAmendment } from '../image/amend-rules.ts'
 import { asksForHelp, createHelp, parseCreateOptions, switchOf, type CreateValues } from '../image/create-options.ts'
 import type { ImageFile, Opener, OpenHow } from '../image/open.ts'
+import { keySlotChange } from '../image/key-slots.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
 import { reasonOf } from '../image/reasons.ts'
 import type { ImageSpec } from '../image/spec.ts'
@@ -14,11 +15,11 @@ import type { ImageSpec } from '../image/spec.ts'
 export const amendCommand = command({
   name: 'amend',
   summary: 'Change properties of an existing image',
-  description: ["compat, refcount_bits, lazy_refcounts, data_file, data_file_raw (only off) and size can change; rebase changes the backing file. '-o help' lists them."],
+  description: ["compat, refcount_bits, lazy_refcounts, data_file, data_file_raw (only off), size and the passphrases of LUKS (encrypt.*) can change; rebase changes the backing file. '-o help' lists them."],
   options: {
     options: { short: 'o', value: 'OPTIONS', many: true, help: 'what is to change, for example compat=0.10,refcount_bits=16' },
     cache: { short: 't', value: 'MODE', help: "'none' goes past the page cache" },
-    force: { help: 'accepted for compatibility' },
+    force: { help: 'overwrite a key slot in use, or erase the last one: then nothing opens the image any more' },
     ...formatOption,
     ...imageOptsOption,
     ...objectOption,
@@ -29,6 +30,10 @@ export const amendCommand = command({
   examples: [
     { line: 'qcow2 amend -o compat=0.10 disk.qcow2', shows: 'for very old readers' },
     { line: 'qcow2 amend -o refcount_bits=64 disk.qcow2', shows: 'room for many snapshots' },
+    {
+      line: 'qcow2 amend --object secret,id=old,file=old.txt --object secret,id=new,file=new.txt --image-opts driver=qcow2,encrypt.key-secret=old,file.filename=disk.qcow2 -o encrypt.state=active,encrypt.new-secret=new',
+      shows: 'let another passphrase open an encrypted image',
+    },
   ],
   async run(context) {
     const { options, args, print, signal } = context
@@ -38,16 +43,19 @@ export const amendCommand = command({
       return 0
     }
     if (args.length === 0) throw new UsageError('Expecting one image file name')
-    const values = parseCreateOptions('qcow2', options.options)
+    const values = parseCreateOptions('qcow2', options.options, true)
     const progress = context.progress()
     const size = values.get('size')
-    const isDowngrade = await inFile(context, async (file) => {
+    const { secrets } = openerFor(context).settings
+    const { isDowngrade, changeKeys } = await inFile(context, async (file) => {
       const image = await readImageInfo(file)
       refuseAmendment(values, image)
-      return image.version === 3 && amendedVersion(values) === 2
+      const keys = { secrets, keySecret: specOf(context).keySecret, force: options.force, signal }
+      return { isDowngrade: image.version === 3 && amendedVersion(values) === 2, changeKeys: keySlotChange(values, image, keys) }
     })
     context.leaves(`${args[0]} is as before, or as asked but for some leaked clusters: check -r leaks frees them`)
     // version 2 neither changes its size when it has snapshots nor holds those of other sizes
+    if (changeKeys !== undefined) await inFile(context, changeKeys)
     if (size !== undefined && isDowngrade) await resize(context, Number(size))
     await inFile(context, (file) => amendImage(file, { ...changes(values), onProgress: ({ done, total }) => progress.update(done, total), signal }))
     if (size !== undefined && !isDowngrade) await resize(context, Number(size))

@@ -43,7 +43,7 @@ export const checkCommand = command({
       if (format !== 'qcow2') throw new ExitError(63, 'This image format does not support checks')
       if (repair !== undefined) context.leaves(`${filename} may be partly repaired; run check -r ${repair} again`)
       const report = await (repair === undefined ? checkImage(host, { signal }) : repairImage(host, { repair, signal })).catch((error: unknown) => {
-        throw isNoImage(error) ? couldNotOpen(filename, error) : error
+        throw isNoImage(error) ? couldNotOpen(spec.given ?? filename, error) : error
       })
       const clusterSize = 2 ** (await host.read(23, 1))[0]!
       for (const line of findingLines(report, clusterSize)) await context.terminal.stderr.write(`${line}\n`)

@@ -62,7 +62,7 @@ async function readEntry(opener: Opener, spec: ImageSpec): Promise<ImageEntry> {
     if (file.format === 'raw') return await rawEntry(file)
     return await qcow2Entry(file, nameOf(spec))
   } catch (error) {
-    throw couldNotOpen(spec.shown, error)
+    throw couldNotOpen(spec.given ?? spec.shown, error)
   } finally {
     await file.host.close()
   }

@@ -18,8 +18,8 @@ interface KnownOption {
   readonly help: string
   /** The `Formatting` line shows it even where nobody gave it. */
   readonly always?: string
-  /** `amend` can change it. */
-  readonly amend?: true
+  /** `amend` can change it, or nothing else takes it. */
+  readonly amend?: true | 'only'
   /** Of the file, not of the format. Taken for scripts that give it; Node has no way to ask a file system for it. */
   readonly ofFile?: true
 }
@@ -34,7 +34,11 @@ const qcow2Options: Readonly<Record<string, KnownOption>> = {
   'encrypt.ivgen-alg': { kind: 'text', help: 'name of the IV generator algorithm' },
   'encrypt.ivgen-hash-alg': { kind: 'text', help: 'name of the IV generator hash algorithm' },
   'encrypt.hash-alg': { kind: 'text', help: 'name of the encryption hash algorithm' },
-  'encrypt.iter-time': { kind: 'number', help: 'time to spend in PBKDF in milliseconds' },
+  'encrypt.iter-time': { kind: 'number', amend: true, help: 'time to spend in PBKDF in milliseconds' },
+  'encrypt.state': { kind: 'text', amend: 'only', help: "'active' to add a passphrase, 'inactive' to erase one" },
+  'encrypt.keyslot': { kind: 'number', amend: 'only', help: 'the key slot, 0 to 7; by itself the first free one, or all of the old secret' },
+  'encrypt.new-secret': { kind: 'text', amend: 'only', help: 'ID of the secret to add' },
+  'encrypt.old-secret': { kind: 'text', amend: 'only', help: 'ID of the secret whose key slots are erased' },
   cluster_size: { kind: 'size', always: '65536', help: 'qcow2 cluster size' },
   extended_l2: { kind: 'switch', always: 'off', help: 'extended L2 tables: 32 subclusters in each cluster' },
   preallocation: { kind: 'text', help: 'off, metadata, falloc or full' },
@@ -66,8 +70,9 @@ export function isCreatable(format: string): format is 'qcow2' | 'raw' {
   return format === 'qcow2' || format === 'raw'
 }
 
-function knownOptions(format: 'qcow2' | 'raw'): Readonly<Record<string, KnownOption>> {
-  return format === 'qcow2' ? qcow2Options : rawOptions
+function knownOptions(format: 'qcow2' | 'raw', isAmend = false): Readonly<Record<string, KnownOption>> {
+  if (format === 'raw') return rawOptions
+  return isAmend ? qcow2Options : Object.fromEntries(Object.entries(qcow2Options).filter(([, { amend }]) => amend !== 'only'))
 }
 
 /**
@@ -83,8 +88,8 @@ export function asksForHelp(texts: readonly string[]): boolean {
 /** The list of what `-o` takes; for an image to be made in a file, what is of the file too. */
 export function createHelp(format: 'qcow2' | 'raw', which: 'create' | 'create file' | 'amend' = 'create'): string {
   const units: Record<Kind, string> = { text: '<str>', size: '<size>', switch: '<bool (on/off)>', number: '<num>' }
-  const lines = Object.entries(knownOptions(format))
-    .filter(([, option]) => (which === 'amend' ? option.amend === true : which === 'create file' || option.ofFile !== true))
+  const lines = Object.entries(knownOptions(format, which === 'amend'))
+    .filter(([, option]) => (which === 'amend' ? option.amend !== undefined : which === 'create file' || option.ofFile !== true))
     .sort(([a], [b]) => (a < b ? -1 : 1))
     .map(([name, { kind, help }]) => `  ${`${name}=${units[kind]}`.padEnd(22)} - ${help}`)
   return [`${which === 'amend' ? `Amend options for '${format}'` : `Supported ${format} options`}:`, ...lines].join('\n')
@@ -94,8 +99,8 @@ export function createHelp(format: 'qcow2' | 'raw', which: 'create' | 'create fi
  * Parses `-o` texts. Values come out as qemu-img shows them: sizes in bytes, switches in the words given.
  * @throws UsageError for a name or a value that cannot be
  */
-export function parseCreateOptions(format: 'qcow2' | 'raw', texts: readonly string[]): CreateValues {
-  const known = knownOptions(format)
+export function parseCreateOptions(format: 'qcow2' | 'raw', texts: readonly string[], isAmend = false): CreateValues {
+  const known = knownOptions(format, isAmend)
   const values: CreateValues = new Map()
   for (const text of texts) {
     if (text === '' || text.startsWith(',')) throw new UsageError(`Invalid option list: ${text}`)
@@ -120,7 +125,7 @@ export function switchOf(values: CreateValues, name: string): boolean | undefine
 
 /** True if `amend` can change the option. */
 export function isAmendable(name: string): boolean {
-  return qcow2Options[name]?.amend === true
+  return qcow2Options[name]?.amend !== undefined
 }
 
 function shownValue(name: string, kind: Kind, value: string): string {

@@ -53,7 +53,7 @@ function encryptionOf(values: CreateValues, secrets: Secrets | undefined): Pick<
 }
 
 /** PBKDF2 iterations that take about so many milliseconds on a machine of today. */
-function iterationsFor(milliseconds: number): number {
+export function iterationsFor(milliseconds: number): number {
   return Math.max(1000, Math.round(milliseconds * 1000))
 }
 

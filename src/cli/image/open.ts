@@ -114,7 +114,7 @@ export class Opener {
     try {
       return await this.#open(spec, how, [])
     } catch (error) {
-      throw couldNotOpen(spec.shown, error, this.settings)
+      throw couldNotOpen(spec.given ?? spec.shown, error, { ...this.settings, file: spec.shown })
     }
   }
 
@@ -153,7 +153,7 @@ export class Opener {
       const { size } = partOf(host, spec.part)
       return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' || !isImage ? 'raw' : 'qcow2', host, size }
     } catch (error) {
-      throw couldNotOpen(spec.shown, error, this.settings)
+      throw couldNotOpen(spec.given ?? spec.shown, error, { ...this.settings, file: spec.shown })
     }
   }
 

@@ -2,13 +2,12 @@
 import { FormatError, IoError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
 import { ExitError } from '../errors.ts'
 
-/** The failure to open `name`; with `nameTwice` a file that cannot be opened is named for itself and for its driver. */
-export function couldNotOpen(name: string, error: unknown, { nameTwice = false }: { readonly nameTwice?: boolean | undefined } = {}): ExitError {
+/** The failure to open `name`; with `nameTwice` a file that cannot be opened is named for itself, as `file`, and for its driver. */
+export function couldNotOpen(name: string, error: unknown, { nameTwice = false, file = name }: { readonly nameTwice?: boolean | undefined; readonly file?: string } = {}): ExitError {
   const nameless = error instanceof UnsupportedError && error.features.includes('external data file')
   const reason = nameless ? "'data-file' is required for this image" : reasonAbout(name, error)
-  const what = `Could not open '${name}': `
-  const again = nameTwice && (reason === noSuchFile || reason === denied) ? what : ''
-  return new ExitError(1, `${what}${again}${reason}`, { cause: error })
+  const again = nameTwice && (reason === noSuchFile || reason === denied) ? `Could not open '${file}': ` : ''
+  return new ExitError(1, `Could not open '${name}': ${again}${reason}`, { cause: error })
 }
 
 /** The failure to make `name`. */
@@ -36,6 +35,7 @@ export function reasonOf(error: unknown): string {
   if (cause === 'EIO') return 'Input/output error'
   if (cause === 'EDQUOT') return 'Disk quota exceeded'
   if (cause === 'ENOSPC' || isFull(error)) return 'No space left on device'
+  if (error instanceof FormatError && error.field === 'crypt_method') return 'Missing CRYPTO header for crypt method 2'
   // a size is refused only for what no disk can have
   if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
   if (error instanceof UnsupportedError && error.message.startsWith('header: crypt_method')) return "Parameter 'encrypt.key-secret' is required for cipher"

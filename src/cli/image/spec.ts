@@ -32,6 +32,8 @@ export type Place =
 export interface ImageSpec {
   /** How messages and listings call it. */
   readonly shown: string
+  /** As the user wrote its options, where there are any. */
+  readonly given?: string
   /** The format; `undefined` to find out. */
   readonly format: string | undefined
   readonly place: Place
@@ -60,14 +62,14 @@ const formats = new Set(['qcow2', 'raw'])
  * @throws UsageError for a protocol that is not known
  */
 export function parseName(name: string, format: string | undefined): ImageSpec {
-  if (name.startsWith('json:')) return fromTree(jsonTree(name.slice(5)), name, format)
+  if (name.startsWith('json:')) return { ...fromTree(jsonTree(name.slice(5)), name, format), given: name }
   const place = parsePlace(name)
   return { shown: shownPlace(place, name), format, place }
 }
 
 /** The meaning of `--image-opts`. */
 export function parseImageOpts(text: string): ImageSpec {
-  return fromTree(optionTree(text), text, undefined)
+  return { ...fromTree(optionTree(text), text, undefined), given: text }
 }
 
 /** The bytes a plain name stands for. */

@@ -1,17 +1,15 @@
 /**
  * LUKS1 as QEMU uses it inside qcow2 (crypt_method 2): unlocking with a passphrase, and making a new
- * header. Owns key derivation and the anti-forensic splitter; the sector transform is
+ * header. Key slots are changed in `luks-slots.ts`; what is in them is `key-material.ts`, the sector transform
  * `sector-cipher.ts`, the layout `luks-header.ts`.
  */
-import { createHash, getHashes, pbkdf2, randomBytes, randomUUID, timingSafeEqual } from 'node:crypto'
-import { promisify } from 'node:util'
+import { getHashes, randomBytes, randomUUID } from 'node:crypto'
 import { Qcow2Error, UnsupportedError } from '../../core/errors.ts'
+import { derive, digestLength, digestSize, sealKey, unsealKey } from './key-material.ts'
 import { decodeLuksHeader, encodeLuksHeader, keySlotCount, type LuksHeader, type LuksKeySlot } from './luks-header.ts'
-import { aesSectorCipher, sectorSize, type SectorCipher } from './sector-cipher.ts'
+import { aesSectorCipher, type SectorCipher } from './sector-cipher.ts'
 
-const derive = promisify(pbkdf2)
 const stripes = 4000
-const digestLength = 20
 
 /**
  * Hashes that trying all key slots may take: about half a minute, which no one sets on purpose and a hostile image
@@ -37,17 +35,28 @@ export interface OpenLuksOptions {
  * whose iterations would take minutes.
  */
 export async function openLuks(area: Uint8Array, passphrase: string | Uint8Array, options: OpenLuksOptions = {}): Promise<SectorCipher> {
-  const header = decodeLuksHeader(area, options.offset)
+  const header = readLuksHeader(area, options.offset)
+  return aesSectorCipher(header.cipherMode, await unlockLuks(header, area, passphrase, options.signal))
+}
+
+/** The header of a LUKS area whose key slots can be tried. @throws as {@link openLuks}, but for the passphrase. */
+export function readLuksHeader(area: Uint8Array, offset?: number): LuksHeader {
+  const header = decodeLuksHeader(area, offset)
   if (header.cipherName !== 'aes') {
     throw new UnsupportedError(`encryption: cipher ${header.cipherName} is not supported, only aes is`, [header.cipherName])
   }
   checkHash(header.hash)
   checkIterations(header)
+  return header
+}
+
+/** The master key. @throws Qcow2Error `ERR_NOT_FOUND` if no slot opens. */
+export async function unlockLuks(header: LuksHeader, area: Uint8Array, passphrase: string | Uint8Array, signal?: AbortSignal): Promise<Uint8Array> {
   for (const slot of header.slots) {
     if (!slot.active) continue
-    options.signal?.throwIfAborted()
-    const key = await unlock(header, slot, area, bytesOf(passphrase))
-    if (key !== undefined) return aesSectorCipher(header.cipherMode, key)
+    signal?.throwIfAborted()
+    const key = await unsealKey(header, slot, area, passphrase)
+    if (key !== undefined) return key
   }
   throw new Qcow2Error('ERR_NOT_FOUND', 'encryption: the passphrase opens no key slot of the LUKS header')
 }
@@ -58,6 +67,14 @@ export interface CreateLuksOptions {
   readonly iterations?: number | undefined
 }
 
+/** @throws RangeError for iterations that opening would refuse */
+export function iterationsOf({ iterations = 600_000 }: CreateLuksOptions): number {
+  if (!Number.isInteger(iterations) || iterations < 1 || iterations > mostIterations) {
+    throw new RangeError(`iterations must be an integer from 1 to ${mostIterations}, not ${iterations}`)
+  }
+  return iterations
+}
+
 /**
  * A new LUKS area as QEMU makes them: aes-256, xts-plain64, sha256, slot 0 of 8 in use.
  * @returns The bytes of the area, to be stored at the encryption header's offset, and its cipher.
@@ -66,10 +83,7 @@ export async function createLuks(
   passphrase: string | Uint8Array,
   options: CreateLuksOptions = {},
 ): Promise<{ area: Uint8Array; cipher: SectorCipher }> {
-  const iterations = options.iterations ?? 600_000
-  if (!Number.isInteger(iterations) || iterations < 1 || iterations > mostIterations) {
-    throw new RangeError(`iterations must be an integer from 1 to ${mostIterations}, not ${iterations}`)
-  }
+  const iterations = iterationsOf(options)
   const key = randomBytes(64)
   const slotLength = roundUp(key.length * stripes, 4096)
   const slots: LuksKeySlot[] = Array.from({ length: keySlotCount }, (_, i) => ({
@@ -96,76 +110,8 @@ export async function createLuks(
   const area = new Uint8Array(header.payloadOffset)
   area.set(encodeLuksHeader(header))
   const slot = slots[0]!
-  const material = split(key, slot.stripes, header.hash)
-  const padded = new Uint8Array(roundUp(material.length, sectorSize))
-  padded.set(material)
-  const slotKey = await derive(bytesOf(passphrase), slot.salt, slot.iterations, key.length, header.hash)
-  aesSectorCipher(header.cipherMode, slotKey).encrypt(padded, 0)
-  area.set(padded, slot.keyOffset)
+  area.set(await sealKey(header, slot, key, passphrase), slot.keyOffset)
   return { area, cipher: aesSectorCipher(header.cipherMode, key) }
-}
-
-/** The master key, if the passphrase opens this slot. */
-async function unlock(header: LuksHeader, slot: LuksKeySlot, area: Uint8Array, passphrase: Uint8Array): Promise<Uint8Array | undefined> {
-  const slotKey = await derive(passphrase, slot.salt, slot.iterations, header.keyBytes, header.hash)
-  const length = header.keyBytes * slot.stripes
-  const material = new Uint8Array(roundUp(length, sectorSize))
-  material.set(area.subarray(slot.keyOffset, slot.keyOffset + material.length))
-  aesSectorCipher(header.cipherMode, slotKey).decrypt(material, 0)
-  const key = merge(material.subarray(0, length), slot.stripes, header.hash)
-  const digest = await derive(key, header.digestSalt, header.digestIterations, digestLength, header.hash)
-  return timingSafeEqual(digest, header.digest) ? key : undefined
-}
-
-/**
- * The anti-forensic splitter (LUKS1 specification, 2.4): the key is spread over many stripes, all of
- * which are needed, so that destroying any part of them destroys the key.
- */
-function split(key: Uint8Array, count: number, hash: string): Uint8Array {
-  const material = new Uint8Array(randomBytes(key.length * count))
-  const last = material.subarray((count - 1) * key.length)
-  last.set(accumulate(material, key.length, count, hash))
-  for (let i = 0; i < key.length; i++) last[i] = last[i]! ^ key[i]!
-  return material
-}
-
-function merge(material: Uint8Array, count: number, hash: string): Uint8Array {
-  const key = accumulate(material, material.length / count, count, hash)
-  const last = material.subarray((count - 1) * key.length)
-  for (let i = 0; i < key.length; i++) key[i] = key[i]! ^ last[i]!
-  return key
-}
-
-/** All stripes but the last, each XORed in and then diffused. */
-function accumulate(material: Uint8Array, length: number, count: number, hash: string): Uint8Array {
-  const sum = new Uint8Array(length)
-  for (let stripe = 0; stripe < count - 1; stripe++) {
-    for (let i = 0; i < length; i++) sum[i] = sum[i]! ^ material[stripe * length + i]!
-    diffuse(sum, hash)
-  }
-  return sum
-}
-
-/** Replaces each digest-sized piece by the hash of its index and itself. */
-function diffuse(bytes: Uint8Array, hash: string): void {
-  const index = new Uint8Array(4)
-  for (let at = 0, piece = 0; at < bytes.length; piece++) {
-    new DataView(index.buffer).setUint32(0, piece)
-    const pieceEnd = at + digestSize(hash)
-    const digest = createHash(hash).update(index).update(bytes.subarray(at, pieceEnd)).digest()
-    bytes.set(digest.subarray(0, Math.min(digest.length, bytes.length - at)), at)
-    at = pieceEnd
-  }
-}
-
-const digestSizes = new Map<string, number>()
-
-function digestSize(hash: string): number {
-  const known = digestSizes.get(hash)
-  if (known !== undefined) return known
-  const size = createHash(hash).digest().length
-  digestSizes.set(hash, size)
-  return size
 }
 
 function checkHash(hash: string): void {
@@ -183,10 +129,6 @@ function checkIterations(header: LuksHeader): void {
   if (hashes > mostHashes) {
     throw new UnsupportedError(`LUKS header: trying its key slots takes ${hashes} hashes, at most ${mostHashes} are made`, ['LUKS'])
   }
-}
-
-function bytesOf(passphrase: string | Uint8Array): Uint8Array {
-  return typeof passphrase === 'string' ? new TextEncoder().encode(passphrase) : passphrase
 }
 
 function roundUp(value: number, multiple: number): number {
