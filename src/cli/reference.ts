@@ -57,7 +57,7 @@ const differences = [
   '| faults injected by `blkdebug`, `quorum` | 020 074 098 110 204 217 244 251 | no such drivers |',
   '| `luks` as a format | 188 189 198 263 284 293 qcow2-encryption | no such driver, and the tests ask for it before they begin; without that question they pass |',
   '| what a repair says while it works, and what it leaves | 039 060 108 138 261 | told otherwise; tables that are too large are refused |',
-  '| what damaged images are answered with, and widening refcounts that overflowed | 061 080 112 | other words; the refcounts are repaired first |',
+  '| what damaged images are answered with | 061 080 112 | other words; wider refcounts leave no damaged counters behind |',
   '| help of `-o` | 082 | other words |',
   '| sizes past 2^53 | 049 054 137 | refused |',
   '| VM state in the active image | 029 | stays in the snapshot |',
