@@ -147,6 +147,8 @@ describe.skipIf(qemu === undefined)('as qemu-img 10.0', () => {
           const [theirs, mine] = [await real(folders.theirs, 'qemu-img', words(text)), await ours(folders.ours, words(text))]
           // a version 2 overlay would have to grow over a longer backing file: zeroes are stored here
           if (text.startsWith('commit') && theirs.stderr.includes('Operation not supported')) break
+          // killed: it never ends where it widens refcounts of 1 bit in some images with a single large cluster
+          if (text.startsWith('amend') && theirs.code === -1) break
           expect({ text, code: mine.code, stderr: mine.stderr }).toMatchObject({ code: theirs.code })
           // what an error leaves behind is not promised
           if (theirs.code !== 0 && !text.startsWith('compare')) break
