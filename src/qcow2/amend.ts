@@ -52,7 +52,7 @@ export async function amendImage(source: Source, options: AmendOptions): Promise
 }
 
 async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void> {
-  const state = await runCheck(host, { signal: options.signal })
+  let state = await runCheck(host, { signal: options.signal })
   const { header } = state.context
   const version = options.version ?? header.version
   const refcountOrder = Math.log2(options.refcountBits ?? 2 ** header.refcountOrder)
@@ -65,11 +65,14 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   if (refcountOrder !== header.refcountOrder) {
     const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, refcountOrder })
     await rebuildRefcounts(context, { refcountOrder })
-    // flags that agreed with a counter which was wrong
-    if (!isSound) await repairImage(host, { repair: 'all', signal: options.signal })
+    if (!isSound) {
+      // flags that agreed with a counter which was wrong, and counts that the narrow counters cut off
+      await repairImage(host, { repair: 'all', signal: options.signal })
+      state = await runCheck(host, { signal: options.signal })
+    }
   }
   await changeFields(host, options)
-  // what the first check counted is still true: neither new refcounts nor a new header move data or its tables
+  // what was counted is still true: neither new refcounts nor a new header move data or its tables
   if (isDowngrade) await downgrade(host, state, options)
 }
 

@@ -260,6 +260,18 @@ describe('amend', () => {
     expect([(await image.read(0, 1))[0], (await image.read(4096, 1))[0]]).toEqual([6, 5])
   })
 
+  test('a downgrade after that knows which clusters are shared', async () => {
+    const host = await makeOverflown()
+    const view = new DataView(host.bytes.buffer, host.bytes.byteOffset)
+    const l2 = view.getUint32(Number(view.getBigUint64(40)) + 4)
+    // the second entry reads as zeroes and keeps the host cluster, which the first has as data
+    view.setBigUint64(l2 + 8, view.getBigUint64(l2) | 1n)
+    await amendImage(host, { version: 2, refcountBits: 16 })
+    expect(await checkImage(host)).toMatchObject(sound)
+    await using image = await Qcow2Image.open(host, { readOnly: true })
+    expect([(await image.read(0, 1))[0], (await image.read(4096, 1))[0]]).toEqual([5, 0])
+  })
+
   test('wider refcounts mend no other damage', async () => {
     const host = await makeOverflown()
     const view = new DataView(host.bytes.buffer, host.bytes.byteOffset)
