@@ -2,7 +2,7 @@
  * The passphrases of an image encrypted with LUKS. Works on the file itself; the image must not be open. The data and
  * its key stay as they are.
  */
-import type { BlockDevice, CallOptions } from '../block/device.ts'
+import type { CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
 import { addKeySlot, eraseKeySlots, type AddKeySlotOptions, type ErasedKeySlots, type EraseKeySlotsOptions, type SlotChange } from '../codec/crypto/luks-slots.ts'
 import { Qcow2Error } from '../core/errors.ts'
@@ -55,19 +55,15 @@ async function changeSlots(source: Source, { signal }: CallOptions, change: (are
     if (cluster0.header.cryptMethod !== 'luks') {
       throw new Qcow2Error('ERR_UNSUPPORTED', `key slots: the encryption of the image is ${cluster0.header.cryptMethod}; only luks has them`)
     }
-    const [area, offset] = await readLuksArea(hostFile(host), cluster0)
+    const file = hostFile(host)
+    const [area, start] = await readLuksArea(file, cluster0)
     const { slots, writes } = await change(area)
+    // begun, it is not stopped: what comes first is useless without what comes last
     signal?.throwIfAborted()
-    await writeInOrder(host, offset, writes)
+    for (const { offset, bytes } of writes) {
+      await file.write(start + offset, bytes)
+      await file.flush()
+    }
     return slots
   })
-}
-
-/** Begun, it is not stopped: what comes first is useless without what comes last. */
-async function writeInOrder(host: BlockDevice, start: number, writes: SlotChange['writes']): Promise<void> {
-  const file = hostFile(host)
-  for (const { offset, bytes } of writes) {
-    await file.write(start + offset, bytes)
-    await host.flush()
-  }
 }

@@ -1,4 +1,3 @@
-import { copyFileSync } from 'node:fs'
 import { expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { createLuks, openLuks } from '../../src/codec/crypto/luks.ts'
@@ -126,7 +125,6 @@ describeWithQemu('key slots', (qemu) => {
     const path = `${tempFolder()}/a.qcow2`
     await qemu.imgOk('create', '-q', '--object', 'secret,id=s,data=one', '-f', 'qcow2', '-o', 'encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10', path, '1M')
     expect(await qemu.io('--object', 'secret,id=s,data=one', '--image-opts', '-c', 'write -P 5 0 64k', `driver=qcow2,encrypt.key-secret=s,file.filename=${path}`)).toMatchObject({ code: 0 })
-    copyFileSync(path, `${path}.before`)
     expect(await addPassphrase(path, 'one', 'two', { iterations, slot: 6 })).toBe(6)
     expect(await open(path, 'two')).toMatchObject({ code: 0 })
     expect(await open(path, 'one')).toMatchObject({ code: 0 })

@@ -6,8 +6,8 @@ import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { amendedVersion, refuseAmendment } from '../image/amend-rules.ts'
 import { asksForHelp, createHelp, parseCreateOptions, switchOf, type CreateValues } from '../image/create-options.ts'
-import type { ImageFile, Opener, OpenHow } from '../image/open.ts'
 import { keySlotChange } from '../image/key-slots.ts'
+import type { ImageFile, Opener, OpenHow } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption, specOf } from '../image/options.ts'
 import { reasonOf } from '../image/reasons.ts'
 import type { ImageSpec } from '../image/spec.ts'
@@ -54,8 +54,8 @@ export const amendCommand = command({
       return { isDowngrade: image.version === 3 && amendedVersion(values) === 2, changeKeys: keySlotChange(values, image, keys) }
     })
     context.leaves(`${args[0]} is as before, or as asked but for some leaked clusters: check -r leaks frees them`)
-    // version 2 neither changes its size when it has snapshots nor holds those of other sizes
     if (changeKeys !== undefined) await inFile(context, changeKeys)
+    // version 2 neither changes its size when it has snapshots nor holds those of other sizes
     if (size !== undefined && isDowngrade) await resize(context, Number(size))
     await inFile(context, (file) => amendImage(file, { ...changes(values), onProgress: ({ done, total }) => progress.update(done, total), signal }))
     if (size !== undefined && !isDowngrade) await resize(context, Number(size))

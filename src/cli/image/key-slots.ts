@@ -1,6 +1,6 @@
 /** Passphrases of an encrypted image, as `amend -o encrypt.*` changes them: the rules in qemu-img's words, which scripts match. */
 import type { BlockDevice } from '../../block/device.ts'
-import { Qcow2Error } from '../../core/errors.ts'
+import { IoError, Qcow2Error } from '../../core/errors.ts'
 import type { ImageInfo } from '../../qcow2/info.ts'
 import { addPassphrase, erasePassphrase } from '../../qcow2/key-slots.ts'
 import { ExitError } from '../errors.ts'
@@ -42,34 +42,37 @@ export function keySlotChange(values: CreateValues, image: ImageInfo, context: K
     if (added === undefined) throw new ExitError(1, "'new-secret' is required to activate a keyslot")
     const secret = secretOf(context.secrets, added)
     const iterations = time === undefined ? undefined : iterationsFor(Number(time))
-    return (host) => addPassphrase(host, passphrase, secret, { slot, replace: force, iterations, signal }).catch(inWordsOf({ slot, old }))
+    return (host) => addPassphrase(host, passphrase, secret, { slot, replace: force, iterations, signal }).catch(inWordsOf((error) => whyNotAdded(error, slot)))
   }
   check(added === undefined, "'new-secret' must not be given when erasing keyslots")
   check(time === undefined, "'iter-time' must not be given when erasing keyslots")
   const erased = old === undefined ? undefined : secretOf(context.secrets, old)
   const which = slot !== undefined ? { slot, passphrase: erased } : erased !== undefined ? { passphrase: erased } : undefined
   if (which === undefined) throw new ExitError(1, 'To erase keyslot(s), either explicit keyslot index or the password currently contained in them must be given')
-  return (host) =>
-    erasePassphrase(host, which, { evenLast: force, signal }).catch((error: unknown) => {
-      // by force, what is free already is no failure
-      if (!force || old !== undefined || !Qcow2Error.is(error, 'ERR_NOT_FOUND')) inWordsOf({ slot, old })(error)
-    })
+  const isFree = slot !== undefined && image.luks?.slots[slot]?.active === false
+  // by force, what is free already is no failure
+  if (isFree && force && old === undefined) return () => Promise.resolve()
+  return (host) => erasePassphrase(host, which, { evenLast: force, signal }).catch(inWordsOf((error) => whyNotErased(error, slot, isFree)))
 }
 
-/** What became of a change that failed. */
-function inWordsOf({ slot, old }: { readonly slot: number | undefined; readonly old: string | undefined }): (error: unknown) => never {
-  const words = (error: unknown): string | undefined => {
-    if (Qcow2Error.is(error, 'ERR_EXISTS')) return `Refusing to overwrite active keyslot ${slot} - please erase it first`
-    if (Qcow2Error.is(error, 'ERR_NO_SPACE') && error.message.includes('key slots')) return "Can't add a keyslot - all keyslots are in use"
-    if (Qcow2Error.is(error, 'ERR_BUSY') && error.message.includes('key slot')) {
-      const lost = 'erase all the data in the image irreversibly - refusing operation'
-      return slot === undefined ? `All the active keyslots match the (old) password that was given and erasing them will ${lost}` : `Attempt to erase the only active keyslot ${slot} which will ${lost}`
-    }
-    if (!Qcow2Error.is(error, 'ERR_NOT_FOUND')) return undefined
-    if (error.message.includes('is not in use')) return `Given keyslot ${slot} is already erased (inactive)`
-    if (old === undefined) return 'Invalid password, cannot unlock any keyslot'
-    return slot === undefined ? 'No keyslots match given (old) password for erase operation' : `Given keyslot ${slot} doesn't contain the given old password for erase operation`
+function whyNotAdded(error: unknown, slot: number | undefined): string | undefined {
+  if (Qcow2Error.is(error, 'ERR_EXISTS')) return `Refusing to overwrite active keyslot ${slot} - please erase it first`
+  if (Qcow2Error.is(error, 'ERR_NO_SPACE') && !(error instanceof IoError)) return "Can't add a keyslot - all keyslots are in use"
+  return Qcow2Error.is(error, 'ERR_NOT_FOUND') ? 'Invalid password, cannot unlock any keyslot' : undefined
+}
+
+function whyNotErased(error: unknown, slot: number | undefined, isFree: boolean): string | undefined {
+  if (Qcow2Error.is(error, 'ERR_BUSY')) {
+    const lost = 'erase all the data in the image irreversibly - refusing operation'
+    return slot === undefined ? `All the active keyslots match the (old) password that was given and erasing them will ${lost}` : `Attempt to erase the only active keyslot ${slot} which will ${lost}`
   }
+  if (!Qcow2Error.is(error, 'ERR_NOT_FOUND')) return undefined
+  if (isFree) return `Given keyslot ${slot} is already erased (inactive)`
+  return slot === undefined ? 'No keyslots match given (old) password for erase operation' : `Given keyslot ${slot} doesn't contain the given old password for erase operation`
+}
+
+/** Throws the error again, in the words there are for it. */
+function inWordsOf(words: (error: unknown) => string | undefined): (error: unknown) => never {
   return (error) => {
     const known = words(error)
     throw known === undefined ? error : new ExitError(1, known, { cause: error })

@@ -4,10 +4,16 @@ import { ExitError } from '../errors.ts'
 
 /** The failure to open `name`; with `nameTwice` a file that cannot be opened is named for itself, as `file`, and for its driver. */
 export function couldNotOpen(name: string, error: unknown, { nameTwice = false, file = name }: { readonly nameTwice?: boolean | undefined; readonly file?: string } = {}): ExitError {
-  const nameless = error instanceof UnsupportedError && error.features.includes('external data file')
-  const reason = nameless ? "'data-file' is required for this image" : reasonAbout(name, error)
+  const reason = missingOption(error) ?? reasonAbout(name, error)
   const again = nameTwice && (reason === noSuchFile || reason === denied) ? `Could not open '${file}': ` : ''
   return new ExitError(1, `Could not open '${name}': ${again}${reason}`, { cause: error })
+}
+
+/** What must be said besides the name to open an image. */
+function missingOption(error: unknown): string | undefined {
+  if (!(error instanceof UnsupportedError)) return undefined
+  if (error.features.includes('external data file')) return "'data-file' is required for this image"
+  return error.features.some((feature) => feature.startsWith('encryption ')) ? "Parameter 'encrypt.key-secret' is required for cipher" : undefined
 }
 
 /** The failure to make `name`. */
@@ -38,7 +44,6 @@ export function reasonOf(error: unknown): string {
   if (error instanceof FormatError && error.field === 'crypt_method') return 'Missing CRYPTO header for crypt method 2'
   // a size is refused only for what no disk can have
   if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
-  if (error instanceof UnsupportedError && error.message.startsWith('header: crypt_method')) return "Parameter 'encrypt.key-secret' is required for cipher"
   if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
   return error instanceof Error ? error.message : String(error)
 }
