@@ -6,7 +6,7 @@ import { expect, test } from 'vitest'
 import { revert, revertEagerly } from '../../src/snapshot/revert.ts'
 import { save } from '../../src/snapshot/save-files.ts'
 import { Guest, type GuestOptions } from '../support/guest.ts'
-import { describeWithLinux, expectLinuxGoesOn, roundsForAll } from '../support/linux.ts'
+import { describeWithLinux, expectLinuxGoesOn, roundsForAll, roundsTimeout } from '../support/linux.ts'
 import { tempFolder } from '../support/temp.ts'
 
 const long = process.env['QCOW2_LONG'] === '1'
@@ -18,13 +18,13 @@ describeWithLinux('Linux guest', (qemu, linux) => {
     const folder = tempFolder()
     const file = join(folder, 'saved.qcow2')
     const guest = await Guest.boot(qemu, { ...linux, disks })
-    await guest.run(1, 60_000)
+    await guest.run(1, roundsTimeout)
     const first = guest.ticks.at(-1)!
     const frozen = disks.map((_disk, index) => ({ node: `d${index}`, overlay: join(folder, `overlay-${index}.qcow2`) }))
     const report = await save(guest.qmp, { memory: file, disks: frozen })
     const last = guest.ticks.at(-1)!
     expect(report.mode).toBe('background')
-    await guest.run(long ? roundsForAll : 2)
+    await guest.run(long ? roundsForAll : 2, roundsTimeout)
     expect(guest.errors).toEqual([])
     await guest.kill()
     return { file, first, last }
@@ -43,7 +43,7 @@ describeWithLinux('Linux guest', (qemu, linux) => {
     await guest.kill()
   }
 
-  test('saved in the background, it goes on by postcopy and by ordinary migration', async () => {
+  test('saved in the background, it goes on by postcopy and by ordinary migration', { timeout: (long ? 10 : 3) * roundsTimeout }, async () => {
     const state = await saved()
     const before = hash(state.file)
     await expectRevert(false, state, linux)

@@ -19,6 +19,8 @@ const memory = 256
 const pieces = 170
 /** Rounds after which the guest has certainly checked every piece. */
 export const roundsForAll = 9
+/** How long a slow machine may take for some rounds, in milliseconds; a test does that several times. */
+export const roundsTimeout = 180_000
 
 /** Options of a Linux guest; undefined where the kernel or busybox is missing. */
 export function linuxGuest(): GuestOptions | undefined {
@@ -61,7 +63,7 @@ export function describeWithLinux(name: string, suite: (qemu: Qemu, linux: Guest
 
 /** The guest goes on from between the rounds `first` and `last`, and finds all of its memory, and its disk, whole. */
 export async function expectLinuxGoesOn(guest: Guest, first: number, last: number): Promise<void> {
-  await guest.run(roundsForAll, 60_000)
+  await guest.run(roundsForAll, roundsTimeout)
   expect(guest.errors).toEqual([])
   expect(guest.ticks[0]).toBeGreaterThanOrEqual(first)
   expect(guest.ticks[0]).toBeLessThanOrEqual(last + 1)

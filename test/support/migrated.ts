@@ -60,10 +60,14 @@ async function migrateToFile(guest: Guest): Promise<Migrated> {
 
 async function readAll(stream: DuplexStream, { acknowledge }: MigrationSettings): Promise<Uint8Array> {
   const chunks: Uint8Array[] = []
+  let toAcknowledge = acknowledge === true
   for await (const chunk of new ChunkReader(stream)) {
     chunks.push(chunk)
+    if (!toAcknowledge || !endsWithEof(chunk)) continue
     // SHUT 0: all is well. The end of file of a postcopy is the last byte, alone behind the last footer.
-    if (acknowledge === true && endsWithEof(chunk)) stream.write(Buffer.from('0001000400000000', 'hex'))
+    stream.write(Buffer.from('0001000400000000', 'hex'))
+    // a second one would be unread when QEMU closes the connection, which would then be reset
+    toAcknowledge = false
   }
   return new Uint8Array(Buffer.concat(chunks))
 }
