@@ -3,7 +3,6 @@
  * clusters, which are replaced.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
-import { MemoryDevice } from '../block/memory.ts'
 import { viewOf } from '../bytes/view.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import { owner } from './check-counters.ts'
@@ -11,14 +10,13 @@ import type { CheckState } from './check.ts'
 import type { Engine } from './engine.ts'
 import { incompatible } from './features.ts'
 import { clusterKind, copiedFlag, entryOffset, offsetHigh, offsetLow, zeroFlag } from './l2-entry.ts'
-import { openEngine } from './open.ts'
-import { rootContext } from './references.ts'
+import { openMetadata } from './open.ts'
 import { settle } from './shutdown.ts'
 import { decodeSnapshot } from './snapshot-table.ts'
 
 /** What a downgrade takes. */
 export interface DowngradeOptions extends CallOptions {
-  /** Called in a downgrade before every L2 table whose zero clusters are replaced, and at the end: bytes of tables, done and in all. */
+  /** Called in a downgrade before every L1 entry whose zero clusters are replaced, and at the end: entries, done and in all. */
   readonly onProgress?: ((progress: { readonly done: number; readonly total: number }) => void) | undefined
 }
 
@@ -65,17 +63,15 @@ function snapshotsOf(state: CheckState): { id: string; diskSize: number | undefi
  * @throws UnsupportedError for an encrypted image with a backing file: zeroes of it cannot be written without its key.
  */
 export async function removeZeroClusters(host: BlockDevice, state: CheckState, { onProgress, signal }: DowngradeOptions): Promise<boolean> {
-  const { context, l2Clusters } = state
+  const { context } = state
   const { clusterSize } = context.geometry
   const encrypted = context.header.cryptMethod !== 'none'
   const hasBacking = context.cluster0.backingFile !== undefined
   const zeroes = new Uint8Array(clusterSize)
   let engine: Engine | undefined
   let leaks = false
-  let done = 0
-  for (const cluster of l2Clusters) {
+  for await (const cluster of l2Clusters(state, onProgress)) {
     signal?.throwIfAborted()
-    onProgress?.({ done: done++ * clusterSize, total: l2Clusters.length * clusterSize })
     const view = viewOf(await context.read(cluster * clusterSize, clusterSize))
     const homeless: number[] = []
     let changed = false
@@ -97,19 +93,35 @@ export async function removeZeroClusters(host: BlockDevice, state: CheckState, {
     if (!changed) continue
     if (homeless.length > 0) {
       if (encrypted) throw new UnsupportedError('amend: zero clusters hide the backing file of an encrypted image; flatten it first', ['zero clusters'])
-      engine ??= await openEngine(host, { readOnly: false, context: rootContext(undefined, nothingBehind, () => Promise.resolve(host)) })
+      engine ??= await openMetadata(host)
       await placeZeroes(engine, view, homeless, context.expected.get(cluster))
     }
     await host.flush()
     await host.write(cluster * clusterSize, new Uint8Array(view.buffer, view.byteOffset, clusterSize))
   }
-  onProgress?.({ done: done * clusterSize, total: done * clusterSize })
   await host.flush()
   return leaks
 }
 
-/** Only places are taken from the engine: it reads no guest data. */
-const nothingBehind = { backing: new MemoryDevice(0, { readOnly: true }) }
+/** The L2 tables of the active layer and the snapshots, each once, by their host clusters. */
+async function* l2Clusters({ context, snapshots }: CheckState, onProgress: DowngradeOptions['onProgress']): AsyncGenerator<number, void, undefined> {
+  const { header, geometry } = context
+  const tables = [{ offset: header.l1TableOffset, size: header.l1Size }, ...snapshots.l1Tables]
+  const total = tables.reduce((sum, { size }) => sum + size, 0)
+  const visited = new Set<number>()
+  let done = 0
+  for (const { offset, size } of tables) {
+    const entries = viewOf(await context.read(offset, size * 8))
+    for (let at = 0; at < size * 8; at += 8) {
+      onProgress?.({ done: done++, total })
+      const cluster = entryOffset(entries.getUint32(at), entries.getUint32(at + 4)) / geometry.clusterSize
+      if (cluster === 0 || visited.has(cluster)) continue
+      visited.add(cluster)
+      yield cluster
+    }
+  }
+  onProgress?.({ done, total })
+}
 
 /** Gives entries of an L2 table, by their places in it, clusters of zeroes, durably counted as often as the table is referred to. */
 async function placeZeroes(engine: Engine, table: DataView, entries: readonly number[], references: number): Promise<void> {

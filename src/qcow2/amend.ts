@@ -13,8 +13,11 @@ import { runCheck, type CheckState } from './check.ts'
 import { encodeFeatureNames, featureNames, autoclear, compatible, incompatible } from './features.ts'
 import { extensionType, withExtension, type Extension } from './extensions.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
+import { openMetadata } from './open.ts'
 import { rebuildRefcounts } from './repair-rebuild.ts'
 import { repairedSnapshots, repairImage } from './repair.ts'
+import { settle } from './shutdown.ts'
+import { replaceSnapshots } from './snapshot-operations.ts'
 
 /** What is to change; what is left out stays. */
 export interface AmendOptions extends DowngradeOptions {
@@ -61,7 +64,7 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   if (!isSound) await refuseDamage(host, state, refcountOrder, options)
   const isDowngrade = version === 2 && header.version === 3
   if (isDowngrade) refuseDowngrade(state)
-  if (version === 3 && header.version === 2) await upgrade(host, state, options)
+  if (version === 3 && header.version === 2) await upgrade(host, state, isSound, options)
   if (refcountOrder !== header.refcountOrder) {
     const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, refcountOrder })
     await rebuildRefcounts(context, { refcountOrder })
@@ -113,8 +116,13 @@ async function rewriteHeader(host: BlockDevice, change: (content: HeaderCluster)
 }
 
 /** Version 3 demands more of the snapshot table, which is therefore replaced first. */
-async function upgrade(host: BlockDevice, state: CheckState, options: AmendOptions): Promise<void> {
-  if (state.context.header.snapshotCount > 0) {
+async function upgrade(host: BlockDevice, state: CheckState, isSound: boolean, options: AmendOptions): Promise<void> {
+  if (state.context.header.snapshotCount > 0 && isSound) {
+    const engine = await openMetadata(host)
+    await replaceSnapshots(engine, engine.snapshots)
+    await settle(engine)
+  } else if (state.context.header.snapshotCount > 0) {
+    // counters that are wrong do not tell what is free
     const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, omitSnapshotTable: true })
     await rebuildRefcounts(context, { snapshots: repairedSnapshots(state) })
   }

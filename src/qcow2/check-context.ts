@@ -81,7 +81,7 @@ export class CheckContext {
     const { clusterSize } = this.geometry
     if (offset + length - this.host.size >= clusterSize) {
       const message = `${length} bytes at ${offsetText(offset)} are in use, but the file ends at ${this.host.size}`
-      this.report.corruption({ structure: 'host cluster', offset, message }, times)
+      this.report.corruption({ structure: 'host cluster', offset, message, problem: 'past end of file', value: length }, times)
       return
     }
     const last = Math.floor((offset + length - 1) / clusterSize)
@@ -93,7 +93,8 @@ export class CheckContext {
     const room = this.layout.max - this.expected.get(cluster)
     if (times > room) {
       const message = `cluster ${cluster} has more references than refcounts of ${this.layout.bits} bits can count; amend the image to wider ones`
-      this.report.corruption({ structure: 'refcount', offset: cluster * this.geometry.clusterSize, message }, times - room)
+      const offset = cluster * this.geometry.clusterSize
+      this.report.corruption({ structure: 'refcount', offset, message, problem: 'too many references' }, times - room)
     }
     this.expected.add(cluster, Math.min(times, room), by)
   }

@@ -26,13 +26,6 @@ export type MappingRepair =
   | { readonly kind: 'copied'; readonly entryOffset: number; readonly cluster: number }
   | { readonly kind: 'zero'; readonly entryOffset: number }
 
-/** What walking the tables yields besides counters. */
-export interface MappingResult {
-  readonly repairs: MappingRepair[]
-  /** Host clusters that hold L2 tables, each once, ascending. */
-  readonly l2Clusters: readonly number[]
-}
-
 /** An L1 table to walk. */
 export interface L1Location {
   readonly offset: number
@@ -44,11 +37,11 @@ export interface L1Location {
 }
 
 /** Walks all L1 tables and then each L2 table once. COPIED flags are checked against `stored`. */
-export async function checkMapping(context: CheckContext, tables: readonly L1Location[], stored: StoredRefcounts): Promise<MappingResult> {
+export async function checkMapping(context: CheckContext, tables: readonly L1Location[], stored: StoredRefcounts): Promise<readonly MappingRepair[]> {
   const walk = new MappingWalk(context, stored)
   for (const table of tables) await walk.l1(table)
   await walk.l2()
-  return { repairs: walk.repairs, l2Clusters: [...walk.l2Clusters()] }
+  return walk.repairs
 }
 
 class MappingWalk {
@@ -98,7 +91,7 @@ class MappingWalk {
   /** Reads every L2 table named so far and counts what it maps. */
   async l2(): Promise<void> {
     const { clusterSize } = this.#context.geometry
-    await this.#context.readClusters(this.l2Clusters(), (bytes, cluster) => {
+    await this.#context.readClusters(this.#l2Clusters(), (bytes, cluster) => {
       this.#table(bytes, cluster * clusterSize, this.#all.get(cluster), this.#active.get(cluster))
     })
     const table = new Uint8Array(clusterSize)
@@ -109,7 +102,7 @@ class MappingWalk {
   }
 
   /** Host clusters of the aligned L2 tables named so far, ascending. */
-  *l2Clusters(): Generator<number, void, undefined> {
+  *#l2Clusters(): Generator<number, void, undefined> {
     const end = this.#all.highest + 1
     for (let cluster = this.#all.nextUsed(0, end); cluster < end; cluster = this.#all.nextUsed(cluster + 1, end)) yield cluster
   }
@@ -157,7 +150,8 @@ class MappingWalk {
       const holdsData = extendedL2 ? alloc !== 0 : kind === 'normal'
       if (offset % clusterSize !== 0) {
         const message = `the cluster offset ${offsetText(offset)} is not a multiple of ${clusterSize}`
-        report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
+        const problem = holdsData ? 'unaligned' : 'unaligned preallocation'
+        report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low), problem, value: offset }, times)
         if (!holdsData) this.repairs.push({ kind: 'zero', entryOffset: at })
       }
       if (!hasDataFile) {

@@ -1,5 +1,24 @@
 /** What a check found, and the collector that the parts of a check report to. */
 
+/** What is wrong, where it has a name that programs may go by. */
+export type CheckProblem =
+  /** An offset is not a multiple of the cluster size. */
+  | 'unaligned'
+  /** The same, of a cluster that holds nothing yet but zeroes: a repair takes the offset away. */
+  | 'unaligned preallocation'
+  /** What is referred to ends a cluster or more past the end of the file. */
+  | 'past end of file'
+  /** More references than the refcounts can count. */
+  | 'too many references'
+  /** A snapshot without the extra data that version 3 demands. */
+  | 'incomplete snapshot'
+  /** A snapshot with more extra data than QEMU allows. */
+  | 'too much extra data'
+  /** More snapshots than QEMU allows. */
+  | 'too many snapshots'
+  /** Snapshots past the largest size of their table. */
+  | 'snapshot table too large'
+
 /** One thing that is wrong with an image. */
 export interface CheckFinding {
   /** A corruption endangers data; a leak only wastes space. */
@@ -10,11 +29,14 @@ export interface CheckFinding {
   readonly offset: number
   /** For people; the wording may change. */
   readonly message: string
+  readonly problem?: CheckProblem
+  /** The offset or the number of bytes or of things that is wrong. */
+  readonly value?: number
   /** The flag of an entry that is wrong, by the specification's name. */
   readonly flag?: 'COPIED'
   /** The L1 or L2 entry as the file has it: 16 hexadecimal digits, of which the first is the most significant. */
   readonly entry?: string
-  /** Which entry of its L1 table, counted from 0. */
+  /** Which entry of its table, counted from 0. */
   readonly index?: number
   /** The refcount that was expected, where the finding is about one. */
   readonly expected?: number
@@ -53,6 +75,8 @@ export interface CheckReport {
   readonly findings: readonly CheckFinding[]
   /** After a repair: of what the first check listed, what is no longer wrong. */
   readonly repaired?: readonly CheckFinding[]
+  /** After a repair that built the refcount structures anew: byte offsets of the clusters of the old ones that it freed, ascending. */
+  readonly freedRefcountClusters?: readonly number[]
 }
 
 /** An offset in a message: a damaged one may be past 2^53, where the digits of a number are rounded. */

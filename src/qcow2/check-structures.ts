@@ -3,10 +3,11 @@
  * the tables themselves is reported here; what they refer to is walked elsewhere.
  */
 import { viewOf } from '../bytes/view.ts'
-import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { Qcow2Error } from '../core/errors.ts'
 import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, type BitmapRecord } from './bitmaps-directory.ts'
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
+import type { CheckFinding } from './check-report.ts'
 import type { L1Location } from './check-mapping.ts'
 import { decodeBitmapsExtension, encryptionPointerOf, extensionType, findExtension } from './extensions.ts'
 import { autoclear } from './features.ts'
@@ -19,8 +20,10 @@ export interface CheckedSnapshots {
   readonly table: Uint8Array
   /** Bytes of the table, without the last record's padding. */
   readonly length: number
-  /** Corruptions of the table itself, which rewriting it repairs. */
+  /** Corruptions of records, which rewriting the table repairs. */
   readonly toRewrite: number
+  /** Records at the end that are beyond the limits of the table. */
+  readonly surplus: number
   /** The L1 tables worth walking. */
   readonly l1Tables: readonly L1Location[]
 }
@@ -32,32 +35,40 @@ export async function checkSnapshotTable(context: CheckContext, count: boolean):
   const tooMany = header.snapshotCount - records
   if (tooMany > 0) {
     const message = `${header.snapshotCount} snapshots, at most ${maxSnapshots}`
-    report.corruption({ structure: 'snapshot table', offset: header.snapshotsOffset, message }, tooMany)
+    report.corruption({ structure: 'snapshot table', offset: header.snapshotsOffset, message, problem: 'too many snapshots', value: tooMany }, tooMany)
   }
   const walk = await walkTable(context, records)
   if (count) context.reference(header.snapshotsOffset, walk.length, owner.snapshotTable)
-  return { ...walk, toRewrite: walk.toRewrite + tooMany }
+  return { ...walk, surplus: walk.surplus + tooMany }
 }
 
 /** Goes through the records one by one; what a table holds is known only after decoding what precedes. */
 async function walkTable(context: CheckContext, count: number): Promise<CheckedSnapshots> {
-  const table = await readTable(context, count)
+  const { table, records } = await readTable(context, count)
   const l1Tables: L1Location[] = []
   let toRewrite = 0
   let next = 0
   let length = 0
-  for (let index = 0; index < count; index++) {
+  for (let index = 0; index < records; index++) {
     const offset = context.header.snapshotsOffset + next
-    const report = (message: string): void => context.report.corruption({ structure: 'snapshot table', offset, message })
+    const report: Report = (message, more) => context.report.corruption({ structure: 'snapshot table', offset, message, index, ...more })
     length = next + snapshotRecordLength(table, next)
     const record = rawRecord(table, next, context.geometry.clusterSize)
     if (!checkExtraData(context, record, report)) toRewrite++
     const l1Table = checkL1Location(context, record, report)
     if (l1Table !== undefined) l1Tables.push(l1Table)
-    next = Math.ceil(length / 8) * 8
+    next = roundUp8(length)
   }
-  return { table: table.subarray(0, Math.min(table.length, next)), length, toRewrite, l1Tables }
+  const surplus = count - records
+  if (surplus > 0) {
+    const message = `the last ${surplus} of ${count} snapshots lie past the ${maxSnapshotTableBytes} bytes the table may take`
+    const found = { structure: 'snapshot table', offset: context.header.snapshotsOffset + next, message, problem: 'snapshot table too large', value: surplus } as const
+    context.report.corruption(found, surplus)
+  }
+  return { table: table.subarray(0, Math.min(table.length, next)), length, toRewrite, surplus, l1Tables }
 }
+
+type Report = (message: string, more?: Pick<CheckFinding, 'problem' | 'value'>) => void
 
 /** The fields a check looks at; the others may hold anything. */
 interface RawRecord {
@@ -82,20 +93,20 @@ function rawRecord(table: Uint8Array, at: number, clusterSize: number): RawRecor
   }
 }
 
-function checkExtraData(context: CheckContext, record: RawRecord, report: (message: string) => void): boolean {
+function checkExtraData(context: CheckContext, record: RawRecord, report: Report): boolean {
   const length = record.extraDataLength
   if (length > maxSnapshotExtraData) {
-    report(`snapshot ${record.id} has ${length} bytes of extra data, at most ${maxSnapshotExtraData}`)
+    report(`snapshot ${record.id} has ${length} bytes of extra data, at most ${maxSnapshotExtraData}`, { problem: 'too much extra data', value: length })
     return false
   }
   if (context.header.version === 3 && length < 16) {
-    report(`snapshot ${record.id} has ${length} bytes of extra data, version 3 needs 16`)
+    report(`snapshot ${record.id} has ${length} bytes of extra data, version 3 needs 16`, { problem: 'incomplete snapshot', value: length })
     return false
   }
   return true
 }
 
-function checkL1Location(context: CheckContext, record: RawRecord, report: (message: string) => void): L1Location | undefined {
+function checkL1Location(context: CheckContext, record: RawRecord, report: Report): L1Location | undefined {
   const { clusterSize } = context.geometry
   if (!record.isAligned) {
     report(`snapshot ${record.id}: its L1 table offset ${record.l1TableOffset} is not a multiple of ${clusterSize}`)
@@ -108,25 +119,34 @@ function checkL1Location(context: CheckContext, record: RawRecord, report: (mess
   return { offset: record.l1TableOffset, size: record.l1Size, active: false }
 }
 
-/** The bytes of `count` records. What is read doubles until they all end within it. */
-async function readTable(context: CheckContext, count: number): Promise<Uint8Array> {
+/** Bytes of a table that are looked at: extra data that is too long may stretch it past its limit. */
+const maxStoredTable = 2 * maxSnapshotTableBytes
+
+/**
+ * The bytes of `count` records, or of those among them that a table has room for when their extra data is cut to what is
+ * allowed. What is read doubles until they all end within it.
+ */
+async function readTable(context: CheckContext, count: number): Promise<{ table: Uint8Array; records: number }> {
   const { snapshotsOffset } = context.header
-  if (count === 0) return new Uint8Array(0)
+  if (count === 0) return { table: new Uint8Array(0), records: 0 }
   for (let size = 1 << 16; ; size *= 2) {
     const table = await context.read(snapshotsOffset, size)
-    let next = 0
-    let records = 0
+    let [next, kept, records, isFull] = [0, 0, 0, false]
     for (; records < count; records++) {
-      const end = next + snapshotRecordLength(table, next)
-      if (!(end <= size)) break
-      next = Math.ceil(end / 8) * 8
+      const length = snapshotRecordLength(table, next)
+      if (!(next + length <= size)) break
+      const extraData = viewOf(table).getUint32(next + 36)
+      kept += roundUp8(length - Math.max(0, extraData - maxSnapshotExtraData))
+      isFull = kept > maxSnapshotTableBytes
+      if (isFull) break
+      next += roundUp8(length)
     }
-    if (records === count) return table
-    if (size >= maxSnapshotTableBytes) {
-      const detail = `the ${count} records take more than ${maxSnapshotTableBytes} bytes`
-      throw new FormatError(detail, { structure: 'snapshot table', offset: snapshotsOffset })
-    }
+    if (records === count || isFull || size >= maxStoredTable) return { table, records }
   }
+}
+
+function roundUp8(length: number): number {
+  return Math.ceil(length / 8) * 8
 }
 
 /** Counts the clusters of the LUKS header. */

@@ -25,8 +25,6 @@ export interface CheckState {
   readonly stored: StoredRefcounts
   readonly snapshots: CheckedSnapshots
   readonly repairs: readonly MappingRepair[]
-  /** Host clusters that hold L2 tables, each once, ascending. */
-  readonly l2Clusters: readonly number[]
   readonly comparison: RefcountComparison
   /** The refcount structures must be built anew. */
   readonly rebuild: boolean
@@ -66,7 +64,7 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
   const active = { offset: header.l1TableOffset, size: header.l1Size, active: true }
   const { held = [] } = options
   const heldTables = held.map(({ l1 }) => ({ offset: 0, size: l1.length / 8, active: false, entries: l1 }))
-  const { repairs, l2Clusters } = await checkMapping(context, [active, ...snapshots.l1Tables, ...heldTables], stored)
+  const repairs = await checkMapping(context, [active, ...snapshots.l1Tables, ...heldTables], stored)
   for (const space of held) countHeld(context, space)
   checkLuksHeader(context)
   await checkBitmaps(context)
@@ -77,7 +75,6 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
     stored,
     snapshots,
     repairs,
-    l2Clusters,
     comparison,
     rebuild: structures || comparison.rebuild,
     report: reportOf(context, comparison),

@@ -36,6 +36,8 @@ export function compress(engine: Engine, source: Uint8Array): Uint8Array | undef
  */
 export async function storeCompressed(engine: Engine, guest: number, payloads: readonly Uint8Array[]): Promise<void> {
   const { clusterSize, clusterBits, extendedL2 } = engine.geometry
+  // a new L2 table lies before what it maps, as it does for plain writes
+  await withEntry(engine, guest, () => undefined)
   const places: Piece[] = []
   for (const bytes of payloads) places.push({ offset: await engine.packer.place(bytes.length), bytes })
   engine.decompressed.clear()

@@ -45,6 +45,8 @@ export interface OpenOptions extends ReferenceOptions, CallOptions {
   readonly forceShare?: boolean | undefined
   /** Opens an encrypted image: the LUKS passphrase, or the key of legacy AES. */
   readonly passphrase?: string | Uint8Array | undefined
+  /** Called when refcounts that the last writer postponed (dirty bit) were set right before the image opened for writing. */
+  readonly onRepair?: ((report: CheckReport) => void) | undefined
 }
 
 const openOptions: OptionNames<OpenOptions> = {
@@ -53,6 +55,7 @@ const openOptions: OptionNames<OpenOptions> = {
   syncLimit: true,
   forceShare: true,
   passphrase: true,
+  onRepair: true,
   references: true,
   backing: true,
   dataFile: true,
@@ -103,7 +106,7 @@ export class Qcow2Image extends BaseDevice {
    */
   static async open(source: Source, options: OpenOptions = {}): Promise<Qcow2Image> {
     refuseUnknownOptions('Qcow2Image.open', options, openOptions)
-    const { direct, syncLimit, forceShare, signal } = options
+    const { direct, syncLimit, forceShare, cacheSize, onRepair, signal } = options
     signal?.throwIfAborted()
     const readOnly = options.readOnly === true || isReadOnly(source)
     const device = await openSource(source, { readOnly, direct, syncLimit, forceShare, signal })
@@ -112,7 +115,7 @@ export class Qcow2Image extends BaseDevice {
       if (!device.readOnly) release = holdImageFile(device)
       const context = rootContext(pathOf(source), options, openNested)
       return new Qcow2Image(
-        await openEngine(device, { readOnly: device.readOnly, cacheSize: options.cacheSize, context, openCipher: cipherFrom(options) }),
+        await openEngine(device, { readOnly: device.readOnly, cacheSize, context, openCipher: cipherFrom(options), onRepair }),
         release,
       )
     } catch (error) {

@@ -3,9 +3,11 @@
  * cannot be handled. Everything is checked against the limits before memory is taken for it.
  */
 import type { BlockDevice } from '../block/device.ts'
+import { MemoryDevice } from '../block/memory.ts'
 import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
 import { FormatError, UnsupportedError } from '../core/errors.ts'
+import type { CheckReport } from './check-report.ts'
 import { Engine, type DataCipher, type EngineState } from './engine.ts'
 import { extensionType, findExtension } from './extensions.ts'
 import { incompatible } from './features.ts'
@@ -13,7 +15,7 @@ import { prepareFirstWrite } from './first-write.ts'
 import { decodeHeaderCluster, type HeaderCluster } from './header.ts'
 import { HostFile } from './host-file.ts'
 import { PointerTable } from './pointer-table.ts'
-import { openBacking, openDataFile, type ReferenceContext } from './references.ts'
+import { openBacking, openDataFile, rootContext, type ReferenceContext } from './references.ts'
 import { repairImage } from './repair.ts'
 import { readSnapshotTable } from './snapshot-list.ts'
 
@@ -23,8 +25,10 @@ export interface OpenEngineOptions {
   /** Bytes of the metadata caches; default 32 MiB. */
   readonly cacheSize?: number | undefined
   /** Makes the cipher of an encrypted image. */
-  readonly openCipher?: ((content: HeaderCluster, host: HostFile) => Promise<DataCipher>) | undefined
+  readonly openCipher?: ((content: HeaderCluster, host: HostFile) => Promise<DataCipher | undefined>) | undefined
   readonly context: ReferenceContext
+  /** See `OpenOptions`. */
+  readonly onRepair?: ((report: CheckReport) => void) | undefined
 }
 
 const defaultCacheSize = 32 << 20
@@ -56,11 +60,17 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
   const { header } = content
   refuseState(content, options)
   if (!readOnly && (header.incompatibleFeatures & incompatible.dirty) !== 0n) {
-    await repairDirty(host)
+    await repairDirty(host, options)
     return openEngine(device, options)
   }
   const cipher = header.cryptMethod === 'none' ? undefined : await options.openCipher?.(content, host)
   return assembleEngine(host, await readState(host, content, readOnly), options, cipher)
+}
+
+/** Opens an engine for its tables and counters alone: it has neither a backing file nor a key, and may not be asked for guest data. */
+export function openMetadata(device: BlockDevice): Promise<Engine> {
+  const context = rootContext(undefined, { backing: new MemoryDevice(0, { readOnly: true }) }, () => Promise.resolve(device))
+  return openEngine(device, { readOnly: false, context, openCipher: () => Promise.resolve(undefined) })
 }
 
 /** Follows the references of an image whose state is known, and puts the engine together. */
@@ -107,8 +117,9 @@ export async function readState(host: HostFile, content: HeaderCluster, readOnly
 }
 
 /** Sets right the refcounts that the last writer postponed and did not get to. */
-async function repairDirty(host: HostFile): Promise<void> {
+async function repairDirty(host: HostFile, { onRepair }: OpenEngineOptions): Promise<void> {
   const report = await repairImage(host.device, { repair: 'all' })
+  onRepair?.(report)
   if (report.corruptions === 0 && report.checkErrors === 0) return
   throw new FormatError(
     `the dirty bit is set, and repairing left ${report.corruptions} corruptions and ${report.checkErrors} check errors`,

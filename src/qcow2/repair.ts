@@ -6,6 +6,7 @@ import type { BlockDevice } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
 import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error } from '../core/errors.ts'
+import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { MappingRepair } from './check-mapping.ts'
 import type { CheckFinding, CheckReport } from './check-report.ts'
@@ -41,7 +42,8 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   const fixed = options.repair === 'leaks' ? await repairLeaks(before) : await repairAll(host, before, options)
   if (fixed === undefined) return { ...before.report, checkErrors: before.report.checkErrors + 1 }
   let after = await runCheck(host, options)
-  const repaired = goneFindings(before.report.findings.filter((finding) => !isFlag(finding)), after.report)
+  const found = [...before.report.findings.filter(isStructure), ...fixed.counted.report.findings.filter(isCounter)]
+  const repaired = goneFindings(found, after.report)
   const mayFixCopied = options.repair === 'all' || isClean(after)
   if (mayFixCopied && after.repairs.length > 0) {
     const flags = after.report.findings.filter(isFlag)
@@ -50,7 +52,8 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
     repaired.push(...goneFindings(flags, after.report))
   }
   if (after.report.corruptions === 0 && after.report.checkErrors === 0) await clearStateBits(after.context)
-  return { ...after.report, corruptionsFixed: fixed.corruptions, leaksFixed: fixed.leaks, repaired }
+  const { corruptions: corruptionsFixed, leaks: leaksFixed, freedRefcountClusters } = fixed
+  return { ...after.report, corruptionsFixed, leaksFixed, repaired, ...(freedRefcountClusters === undefined ? {} : { freedRefcountClusters }) }
 }
 
 /** @throws TypeError for anything but the two kinds of repair */
@@ -60,12 +63,20 @@ function checkRepair(repair: unknown): void {
 
 /** Nothing is wrong but COPIED flags, and the form of the snapshot table, which says nothing of any counter. */
 function isClean({ report, repairs, snapshots }: CheckState): boolean {
-  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= repairs.length + snapshots.toRewrite
+  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= repairs.length + snapshots.toRewrite + snapshots.surplus
 }
 
 /** A COPIED flag that contradicts a counter: which of the two is wrong shows when the counters are right. */
 function isFlag({ flag }: CheckFinding): boolean {
   return flag === 'COPIED'
+}
+
+function isCounter({ structure, expected }: CheckFinding): boolean {
+  return structure === 'refcount' && expected !== undefined
+}
+
+function isStructure(finding: CheckFinding): boolean {
+  return !isFlag(finding) && !isCounter(finding)
 }
 
 /** What was wrong and no longer is. */
@@ -78,6 +89,9 @@ function goneFindings(before: readonly CheckFinding[], after: CheckReport): Chec
 interface Fixed {
   corruptions: number
   leaks: number
+  /** The check whose counters were repaired: what was patched before is not wrong in it. */
+  readonly counted: CheckState
+  readonly freedRefcountClusters?: readonly number[]
 }
 
 async function repairLeaks(state: CheckState): Promise<Fixed | undefined> {
@@ -86,12 +100,12 @@ async function repairLeaks(state: CheckState): Promise<Fixed | undefined> {
 }
 
 async function repairAll(host: BlockDevice, before: CheckState, options: RepairOptions): Promise<Fixed> {
-  const zeroed = await repairEntries(before.context, before.repairs, 'zero')
-  // the entries that were zeroed referred to clusters, so the counting starts over
-  const state = zeroed === 0 ? before : await runCheck(host, options)
+  const patched = (await repairEntries(before.context, before.repairs, 'zero')) + (await dropSurplusSnapshots(before))
+  // what was patched referred to clusters, so the counting starts over
+  const state = patched === 0 ? before : await runCheck(host, options)
   if (!state.rebuild && state.snapshots.toRewrite === 0) {
     const fixed = await repairCounters(state, true)
-    return { ...fixed, corruptions: fixed.corruptions + zeroed }
+    return { ...fixed, corruptions: fixed.corruptions + patched }
   }
   const snapshots = state.snapshots.toRewrite > 0 ? repairedSnapshots(state) : undefined
   const counted = await runCheck(host, { ...options, omitRefcounts: true, omitSnapshotTable: snapshots !== undefined })
@@ -102,9 +116,23 @@ async function repairAll(host: BlockDevice, before: CheckState, options: RepairO
   const after = await runCheck(host, options)
   return {
     // flags that contradicted a lost counter were right all the time
-    corruptions: zeroed + Math.max(0, corruptionsButFlags(state) - corruptionsButFlags(after)),
+    corruptions: patched + Math.max(0, corruptionsButFlags(state) - corruptionsButFlags(after)),
     leaks: Math.max(0, state.report.leaks - after.report.leaks),
+    counted: state,
+    ...(state.rebuild ? { freedRefcountClusters: freedRefcountClusters(state, after) } : {}),
   }
+}
+
+/** Byte offsets of clusters that belonged to the refcount structures and now to nothing. */
+function freedRefcountClusters(before: CheckState, after: CheckState): number[] {
+  const { expected, geometry } = before.context
+  const end = expected.highest + 1
+  const freed: number[] = []
+  for (let cluster = expected.nextUsed(0, end); cluster < end; cluster = expected.nextUsed(cluster + 1, end)) {
+    const owners = expected.owners(cluster)
+    if ((owners & (owner.refcountTable | owner.refcountBlock)) !== 0 && after.context.expected.get(cluster) === 0) freed.push(cluster * geometry.clusterSize)
+  }
+  return freed
 }
 
 function corruptionsButFlags({ report, repairs }: CheckState): number {
@@ -119,7 +147,7 @@ async function repairCounters(state: CheckState, raise: boolean): Promise<Fixed>
   const { context, stored, comparison } = state
   const { host, geometry, layout } = context
   const { differences } = comparison
-  const fixed: Fixed = { corruptions: 0, leaks: 0 }
+  const fixed: Fixed = { corruptions: 0, leaks: 0, counted: state }
   const changed = new Map<number, Uint8Array>()
   for (let i = 0; i < differences.length; i += 3) {
     const [cluster, found, expected] = [differences[i]!, differences[i + 1]!, differences[i + 2]!]
@@ -167,6 +195,16 @@ function patchEntry(bytes: Uint8Array, repair: MappingRepair, at: number, extend
     // with subclusters the bitmap behind it says which are zero; the others stay the backing file's
     if (!extendedL2) bytes[at + 7] = 1
   }
+}
+
+/** Takes the snapshots past the limits of the table out of the count in the header; where the table has to be rewritten they go with that. */
+async function dropSurplusSnapshots({ context, snapshots: { surplus, toRewrite } }: CheckState): Promise<number> {
+  if (surplus === 0 || toRewrite > 0) return 0
+  const count = new Uint8Array(4)
+  viewOf(count).setUint32(0, context.header.snapshotCount - surplus)
+  await context.host.write(60, count)
+  await context.host.flush()
+  return surplus
 }
 
 /** The snapshot table with every record as version 3 demands, and no more than is allowed. */

@@ -103,7 +103,7 @@ describe('check', () => {
     expect(found.stderr).toBe('ERROR cluster 5 refcount=0 reference=1\nERROR OFLAG_COPIED data cluster: l2_entry=8000000000050000 refcount=0\n')
     const repaired = await run(['check', '-r', 'all', path])
     expect(repaired.code).toBe(0)
-    expect(repaired.stderr).toBe('ERROR cluster 5 refcount=0 reference=1\nRepairing cluster 5 refcount=0 reference=1\n')
+    expect(repaired.stderr).toBe('ERROR cluster 5 refcount=0 reference=1\nRebuilding refcount structure\nRepairing cluster 1 refcount=1 reference=0\nRepairing cluster 2 refcount=1 reference=0\n')
     // the flag was right all the time
     expect(repaired.stdout).toContain('    1 corruptions\n')
     expect(await run(['check', path])).toMatchObject({ code: 0, stderr: '' })

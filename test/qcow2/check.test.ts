@@ -7,6 +7,7 @@ import { openFile } from '../../src/block/file.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import type { CheckReport } from '../../src/qcow2/check-report.ts'
+import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { repairImage } from '../../src/qcow2/repair.ts'
 import { describeWithQemu, type Qemu } from '../support/qemu.ts'
 import { damage, damages, makeImages, type Damage } from './damaged-images.ts'
@@ -217,6 +218,22 @@ describeWithQemu('check', (qemu) => {
     expect(await qemuCheck(qemu, path)).toMatchObject({ code: 0 })
     expect(JSON.parse(await qemu.imgOk('info', '--output=json', path))).toMatchObject({ snapshots: [{}, { id: '2', name: 's2' }] })
   })
+})
+
+test('snapshots past the limits of their table are found, told by name, and dropped', async () => {
+  const device = new MemoryDevice(0, { growable: true })
+  const image = await Qcow2Image.create(device, { size: 1 << 20, version: 2 })
+  await image.flush()
+  const bytes = Buffer.from(await device.read(0, device.size))
+  bytes.writeUInt32BE(65539, 60)
+  bytes.writeBigUInt64BE(1n << 20n, 64)
+  const large = new MemoryDevice(new Uint8Array(4 << 20), { growable: true })
+  await large.write(0, bytes)
+  const tooMany = { problem: 'too many snapshots', value: 3 }
+  expect(await checkImage(large, { maxFindings: 1 })).toMatchObject({ findings: [tooMany] })
+  expect(await repairImage(large, { repair: 'all' })).toMatchObject({ corruptions: 0, leaks: 0, corruptionsFixed: expect.any(Number) as number })
+  await using opened = await Qcow2Image.open(large, { readOnly: true })
+  expect(opened.snapshots.count).toBe(65536)
 })
 
 /** A header, a refcount table and block, an L1 and an L2 table with one entry each: clusters 0 to 4 of 512 bytes. */

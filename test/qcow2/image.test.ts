@@ -16,6 +16,7 @@ import { Qcow2Error } from '../../src/core/errors.ts'
 import { amendImage } from '../../src/qcow2/amend.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { convertToQcow2 } from '../../src/qcow2/convert.ts'
+import type { CheckReport } from '../../src/qcow2/check-report.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import type { CreateOptions } from '../../src/qcow2/new-image.ts'
 import { readImageInfo } from '../../src/qcow2/info.ts'
@@ -221,7 +222,10 @@ describe('what an image says of itself', () => {
     const dirty = patch(bytes.slice(), 72, '0000000000000001')
     patch(dirty, 0x20000 + 8, '00000000') // two clusters the last writer did not count
     const device = again(dirty)
-    const image = await Qcow2Image.open(device)
+    const reports: CheckReport[] = []
+    const image = await Qcow2Image.open(device, { onRepair: (report) => reports.push(report) })
+    // the old refcount table and block were given up
+    expect(reports).toMatchObject([{ corruptionsFixed: 2, corruptions: 0, freedRefcountClusters: [0x10000, 0x20000] }])
     expect((await image.read(99_999, 1))[0]).toBe(3)
     await image.write(200_000, new Uint8Array(10))
     await image.close()

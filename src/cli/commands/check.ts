@@ -1,12 +1,13 @@
 import { checkImage } from '../../qcow2/check.ts'
-import { offsetText, type CheckFinding, type CheckReport } from '../../qcow2/check-report.ts'
+import type { CheckReport } from '../../qcow2/check-report.ts'
 import { repairImage } from '../../qcow2/repair.ts'
 import { Qcow2Error } from '../../core/errors.ts'
-import { command } from '../command.ts'
+import { command, type Context } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { forceShareOption, formatOption, imageOptsOption, isDirect, objectOption, openerFor, outputOption, quietOption, specOf } from '../image/options.ts'
 import { couldNotOpen } from '../image/reasons.ts'
 import { checkText, repairText } from '../print/check.ts'
+import { findingLines, unreadableSnapshots } from '../print/findings.ts'
 import { prettyJson, type CheckEntry } from '../print/shapes.ts'
 
 export const checkCommand = command({
@@ -46,6 +47,7 @@ export const checkCommand = command({
         throw isNoImage(error) ? couldNotOpen(spec.given ?? filename, error) : error
       })
       const clusterSize = 2 ** (await host.read(23, 1))[0]!
+      if (context.terminal.program === 'qemu-img') await refuseSnapshots(report, context)
       for (const line of findingLines(report, clusterSize)) await context.terminal.stderr.write(`${line}\n`)
       const result = checkEntry(filename, report)
       if (options.output === 'json') await print(prettyJson(result))
@@ -62,34 +64,14 @@ function isNoImage(error: unknown): boolean {
   return Qcow2Error.is(error, 'ERR_FORMAT') || Qcow2Error.is(error, 'ERR_UNSUPPORTED')
 }
 
-/** As qemu-img finds them: structures, then counters, which it tells before it repairs them too, then COPIED flags. */
-function findingLines({ repaired = [], findings }: CheckReport, clusterSize: number): string[] {
-  const lines = (list: readonly CheckFinding[], among: Rank, isRepaired: boolean): string[] =>
-    list.filter((finding) => rankOf(finding) === among).map((finding) => findingLine(finding, clusterSize, isRepaired))
-  const left = (['structure', 'counter', 'flag'] as const).flatMap((rank) => lines(findings, rank, false))
-  return [...lines(repaired, 'structure', true), ...lines(repaired, 'counter', false), ...lines(repaired, 'counter', true), ...lines(repaired, 'flag', true), ...left]
-}
-
-type Rank = 'structure' | 'counter' | 'flag'
-
-function rankOf({ structure, flag, found }: CheckFinding): Rank {
-  if (structure === 'refcount') return 'counter'
-  return flag === undefined || found === undefined ? 'structure' : 'flag'
-}
-
-/** In qemu-img's words, where it has words for it. */
-function findingLine(finding: CheckFinding, clusterSize: number, repaired: boolean): string {
-  const { kind, structure, offset, message, flag, entry, index, expected, found } = finding
-  const word = repaired ? 'Repairing' : 'ERROR'
-  if (structure === 'refcount' && expected !== undefined && found !== undefined) {
-    return `${kind === 'leak' && !repaired ? 'Leaked' : word} cluster ${Math.floor(offset / clusterSize)} refcount=${found} reference=${expected}`
-  }
-  if (flag === 'COPIED' && entry !== undefined && found !== undefined) {
-    const digits = entry.replace(/^0+/, '')
-    const what = index === undefined ? `data cluster: l2_entry=${digits}` : `L2 cluster: l1_index=${index} l1_entry=${digits}`
-    return `${word} OFLAG_COPIED ${what} refcount=${found}`
-  }
-  return `${word} ${structure} at offset ${offsetText(offset)}: ${message}`
+/** A table beyond its limits is where qemu-img ends, unless it may cut it. */
+async function refuseSnapshots({ findings }: CheckReport, { terminal }: Pick<Context, 'terminal'>): Promise<void> {
+  const unreadable = unreadableSnapshots(findings)
+  if (unreadable === undefined) return
+  const { reason, advice } = unreadable
+  const isCount = reason === 'snapshot table too large'
+  await terminal.stderr.write(`qemu-img: ERROR ${isCount ? '' : 'failed to read the snapshot table: '}${reason}\n${advice}\n`)
+  throw new ExitError(1, 'Check failed: File too large')
 }
 
 function checkEntry(filename: string, report: CheckReport): CheckEntry {

@@ -4,6 +4,7 @@ import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { spaceTaken } from '../image/host.ts'
 import { resolveBacking, type ImageFile, type Opener } from '../image/open.ts'
+import { snapshotTableReason } from '../image/snapshot-table-reason.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openerFor, outputOption, specOf } from '../image/options.ts'
 import { couldNotOpen } from '../image/reasons.ts'
 import { parseName, type ImageSpec } from '../image/spec.ts'
@@ -62,7 +63,7 @@ async function readEntry(opener: Opener, spec: ImageSpec): Promise<ImageEntry> {
     if (file.format === 'raw') return await rawEntry(file)
     return await qcow2Entry(file, nameOf(spec))
   } catch (error) {
-    throw couldNotOpen(spec.given ?? spec.shown, error)
+    throw couldNotOpen(spec.given ?? spec.shown, await snapshotTableReason(file.host, error))
   } finally {
     await file.host.close()
   }

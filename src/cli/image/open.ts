@@ -12,14 +12,17 @@ import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
 import { Qcow2Error } from '../../core/errors.ts'
+import type { CheckReport } from '../../qcow2/check-report.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import { readImageInfo } from '../../qcow2/info.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
 import { ExitError, UsageError } from '../errors.ts'
+import { findingLines } from '../print/findings.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
 import type { Secrets } from './secrets.ts'
+import { snapshotTableReason } from './snapshot-table-reason.ts'
 import { parseName, parsePlace, type ImageSpec, type Place } from './spec.ts'
 
 /** An open image and what lies below it. Closing it closes all. */
@@ -68,6 +71,8 @@ export interface OpenerSettings {
   readonly forceShare?: boolean | undefined
   /** Told what the user should know but need not stop for. */
   readonly warn: (message: string) => void
+  /** Told what was repaired, a line each, when an image had to be before it could be written. */
+  readonly told?: ((lines: readonly string[]) => void) | undefined
   /** Put around the bytes of every file, for tracing. */
   readonly wrap?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
   /** Speak as qemu-img does, whose lines scripts match: it names a file that cannot be opened for itself and for its driver. */
@@ -222,10 +227,13 @@ export class Opener {
     }
     const dataFile = await this.#dataFile(spec, host, how)
     if (spec.dataFile?.kind === 'file') dataFilename = spec.dataFile.path
-    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, dataFile, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
+    let repaired: CheckReport | undefined
+    const onRepair = (report: CheckReport): unknown => (repaired = report)
+    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, dataFile, onRepair, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
       await dataFile?.close()
-      throw error
+      throw await snapshotTableReason(host, error)
     })
+    if (repaired !== undefined) this.settings.told?.(findingLines(repaired, 2 ** (await host.read(23, 1))[0]!))
     return { filename: spec.shown, format: 'qcow2', place: spec.place, spec, device: image, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
   }
 

@@ -52,6 +52,7 @@ export function openerFor<O extends OptionDefinitions>(context: Context<O>): Ope
     warn,
     secrets: parseSecrets(options.object ?? []),
     forceShare: options['force-share'],
+    told: (lines) => lines.forEach((line) => void terminal.stderr.write(`${line}\n`)),
     wrap: context.wrapDevice,
     nameTwice: terminal.program === 'qemu-img',
   })

@@ -44,6 +44,7 @@ export function reasonOf(error: unknown): string {
   if (error instanceof FormatError && error.field === 'crypt_method') return 'Missing CRYPTO header for crypt method 2'
   // a size is refused only for what no disk can have
   if (error instanceof FormatError && error.structure === 'header' && error.field === 'size') return 'Image is too big'
+  if (error instanceof FormatError && error.structure === 'header' && error.field === 'nb_snapshots') return 'Snapshot table too large'
   if (error instanceof UnsupportedError && error.unknownFeatures !== undefined) return `Unsupported qcow2 feature(s): ${featureList(error.unknownFeatures)}`
   return error instanceof Error ? error.message : String(error)
 }

@@ -19,8 +19,13 @@ export function snapshotTable(snapshots: readonly SnapshotEntry[]): string[] {
 }
 
 function row(id: string, name: string, size: string, date: string, time: string, icount: string): string {
-  const left = `${id.padEnd(7)} ${name.padEnd(16)}`
+  const left = `${text(id).padEnd(7)} ${text(name).padEnd(16)}`
   return `${left} ${size.padStart(8)} ${date.padStart(19)} ${time.padStart(15)} ${icount.padStart(10)}`
+}
+
+/** What precedes the first NUL. */
+function text(bytes: string): string {
+  return bytes.split('\0', 1)[0]!
 }
 
 /** `YYYY-MM-DD HH:MM:SS` in local time. */

@@ -1,0 +1,96 @@
+/** What a check found and a repair did, a line each, in the words of qemu-img 10.0 where it has words for it. */
+import { offsetText, type CheckFinding, type CheckReport } from '../../qcow2/check-report.ts'
+
+/**
+ * The lines of a report, in the order in which qemu-img comes to it: structures, then counters, which it tells before it
+ * repairs them too, then COPIED flags. What cannot be repaired is told again whenever the image is gone through again.
+ */
+export function findingLines(report: CheckReport, clusterSize: number): string[] {
+  const { repaired = [], findings, freedRefcountClusters } = report
+  const lines = (list: readonly CheckFinding[], among: Rank, isRepaired: boolean): string[] =>
+    list.filter((finding) => rankOf(finding) === among).map((finding) => findingLine(finding, clusterSize, isRepaired))
+  const structures = lines(findings, 'structure', false)
+  const left = [...structures, ...lines(findings, 'counter', false), ...lines(findings, 'flag', false)]
+  if (report.corruptionsFixed + report.leaksFixed === 0) return left
+  const rebuilt = freedRefcountClusters?.map((offset) => `Repairing cluster ${offset / clusterSize} refcount=1 reference=0`)
+  return [
+    ...lines(repaired, 'structure', true),
+    ...structures,
+    ...lines(repaired, 'counter', false),
+    ...(rebuilt === undefined ? lines(repaired, 'counter', true) : ['Rebuilding refcount structure', ...structures, ...rebuilt]),
+    ...lines(repaired, 'flag', true),
+    ...left,
+  ]
+}
+
+type Rank = 'structure' | 'counter' | 'flag'
+
+function rankOf({ structure, flag, found, expected }: CheckFinding): Rank {
+  if (structure === 'refcount' && expected !== undefined) return 'counter'
+  return flag === undefined || found === undefined ? 'structure' : 'flag'
+}
+
+function findingLine(finding: CheckFinding, clusterSize: number, repaired: boolean): string {
+  const { kind, structure, offset, message, expected, found } = finding
+  const word = repaired ? 'Repairing' : 'ERROR'
+  if (structure === 'refcount' && expected !== undefined && found !== undefined) {
+    return `${kind === 'leak' && !repaired ? 'Leaked' : word} cluster ${Math.floor(offset / clusterSize)} refcount=${found} reference=${expected}`
+  }
+  return flagLine(finding, word) ?? problemLine(finding, word) ?? `${word} ${structure} at offset ${offsetText(offset)}: ${message}`
+}
+
+function flagLine({ flag, entry, index, found }: CheckFinding, word: string): string | undefined {
+  if (flag === undefined || entry === undefined || found === undefined) return undefined
+  const digits = entry.replace(/^0+/, '')
+  const what = index === undefined ? `data cluster: l2_entry=${digits}` : `L2 cluster: l1_index=${index} l1_entry=${digits}`
+  return `${word} OFLAG_COPIED ${what} refcount=${found}`
+}
+
+function problemLine({ problem, value = 0, offset, index }: CheckFinding, word: string): string | undefined {
+  switch (problem) {
+    case 'unaligned':
+    case 'unaligned preallocation':
+      return `${word} offset=${hex(value)}: ${problem === 'unaligned' ? 'Data' : 'Preallocated'} cluster is not properly aligned; L2 entry corrupted.`
+    case 'past end of file':
+      return `ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x${hex(offset)} size 0x${hex(value)}`
+    case 'too many references':
+      return `ERROR: overflow cluster offset=0x${hex(offset)}\n${overflowAdvice}`
+    case 'incomplete snapshot':
+      return `${word} snapshot table entry ${index} is incomplete`
+    case 'too much extra data':
+      return `Discarding too much extra metadata in snapshot table entry ${index} (${value} > 1024)`
+    case 'too many snapshots':
+      return `Discarding ${value} overhanging snapshots`
+    case 'snapshot table too large':
+      return `Discarding ${value} overhanging snapshots (snapshot table is too big)`
+    default:
+      return undefined
+  }
+}
+
+const overflowAdvice =
+  'Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing'
+
+/**
+ * Why qemu-img does not read the snapshot table of an image at all, and what it advises; undefined if it does.
+ * @param findings of a check
+ */
+export function unreadableSnapshots(findings: readonly CheckFinding[]): { readonly reason: string; readonly advice: string } | undefined {
+  for (const { problem, index, value } of findings) {
+    if (problem === 'too many snapshots') return { reason: 'snapshot table too large', advice: removeAll(value) }
+    if (problem === 'too much extra data') {
+      const advice = 'You can force-remove this extra metadata with qemu-img check -r all'
+      return { reason: `Too much extra metadata in snapshot table entry ${index}`, advice }
+    }
+  }
+  const tooLarge = findings.find(({ problem }) => problem === 'snapshot table too large')
+  return tooLarge === undefined ? undefined : { reason: 'Snapshot table is too big', advice: removeAll(tooLarge.value) }
+}
+
+function removeAll(count: number | undefined): string {
+  return `You can force-remove all ${count} overhanging snapshots with qemu-img check -r all`
+}
+
+function hex(value: number): string {
+  return BigInt(value).toString(16)
+}
