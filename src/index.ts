@@ -6,6 +6,7 @@ export * from "./core/errors.ts"
 export type { LuksHeader, LuksKeySlot } from './codec/crypto/luks-header.ts'
 export type { AddKeySlotOptions, EraseKeySlotsOptions, ErasedKeySlots } from './codec/crypto/luks-slots.ts'
 export type { CreateLuksOptions } from './codec/crypto/luks.ts'
+export { LuksImage, readLuksHeader, type CreateLuksImageOptions, type LuksOptions } from './luks/luks-image.ts'
 export { amendImage, type AmendOptions } from './qcow2/amend.ts'
 export { Bitmaps, type AddBitmapOptions } from './qcow2/bitmaps.ts'
 export type { DirtyRange } from './qcow2/bitmaps-bits.ts'

@@ -16,12 +16,13 @@ const layers: Record<string, readonly string[]> = {
   codec: ['core', 'bytes'],
   block: ['core', 'bytes'],
   qmp: ['core', 'bytes'],
+  luks: ['core', 'bytes', 'codec', 'block'],
   qcow2: ['core', 'bytes', 'codec', 'block'],
   migration: ['core', 'bytes', 'codec', 'block'],
   snapshot: ['core', 'bytes', 'block', 'qcow2', 'migration', 'qmp'],
   nbd: ['core', 'bytes', 'block'],
   testing: ['core', 'bytes', 'codec', 'block', 'qcow2', 'migration', 'qmp', 'snapshot'],
-  cli: ['core', 'bytes', 'codec', 'block', 'qcow2', 'migration', 'qmp', 'snapshot', 'nbd', 'testing'],
+  cli: ['core', 'bytes', 'codec', 'block', 'luks', 'qcow2', 'migration', 'qmp', 'snapshot', 'nbd', 'testing'],
 }
 
 /** Files and folders that may import `node:` modules. */

@@ -116,6 +116,12 @@ function openDevice(device: BlockDevice, readOnly: boolean): BlockDevice {
   return readOnly && !padded.readOnly ? slice(padded, 0, padded.size, { readOnly: true }) : padded
 }
 
+/** It can only be read: a web address, a device that says so. */
+export function isReadOnly(source: Source): boolean {
+  if (source instanceof URL) return source.protocol !== 'file:'
+  return typeof source === 'object' && 'readOnly' in source && source.readOnly
+}
+
 /** The path a source was given by, of a local file; undefined for anything else. */
 export function pathOf(source: Source): string | undefined {
   if (typeof source === 'string') return source

@@ -13,7 +13,7 @@ import {
   type WriteZeroesOptions,
 } from '../block/device.ts'
 import { holdImageFile } from '../block/file-lock.ts'
-import { openSource, pathOf, type Source } from '../block/source.ts'
+import { isReadOnly, openSource, pathOf, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { Bitmaps } from './bitmaps.ts'
@@ -259,11 +259,6 @@ function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'si
   if (passphrase === undefined) return undefined
   // for encrypted images only: Node's ciphers take a few milliseconds to load
   return async (content, host) => (await import('./encryption.ts')).openDataCipher(passphrase, content, host, signal)
-}
-
-function isReadOnly(source: Source): boolean {
-  if (source instanceof URL) return source.protocol !== 'file:'
-  return typeof source === 'object' && 'readOnly' in source && source.readOnly
 }
 
 async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {

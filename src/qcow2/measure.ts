@@ -36,7 +36,7 @@ export interface Measurement {
 }
 
 /** Bytes of a LUKS1 header with eight slots of 4000 stripes of a 64-byte key. */
-const luksBytes = 0x1f9000
+export const luksHeaderBytes = 0x1f9000
 
 /**
  * Measures an image of a disk of `size` bytes, of which `dataBytes`, in whole clusters, hold data.
@@ -51,7 +51,7 @@ export function measureQcow2(size: number, options: MeasureOptions = {}, dataByt
   const { clusterSize } = geometry
   if (size > maxDiskSize(geometry)) throw tooLarge(size, geometry)
   const rounded = roundUp(size, clusterSize)
-  const luks = options.luks === true ? roundUp(luksBytes, clusterSize) : 0
+  const luks = options.luks === true ? roundUp(luksHeaderBytes, clusterSize) : 0
   const metadata = metadataBytes(geometry, rounded)
   const everything = options.preallocation === 'falloc' || options.preallocation === 'full' || options.overlay === true
   return {

@@ -30,6 +30,7 @@ import { Guest } from '../support/guest.ts'
 import { describeWithQemu, type Qemu } from '../support/qemu.ts'
 import { captureStream, memorySource } from '../support/saved.ts'
 import { makeSave, memoryOf } from '../support/saves.ts'
+import { SlowSource } from '../support/slow-source.ts'
 import { tempFolder } from '../support/temp.ts'
 
 interface Rules {
@@ -285,9 +286,11 @@ describeWithQemu('traps of postcopy', (qemu) => {
   test('17: a page of a block that was not saved is asked for: the revert fails and says so', async () => {
     const { file } = await makeSave(qemu, 'RAM image')
     await using saved = await openSaved(file)
-    const source: PageSource = { ...partsOf(saved), blocks: saved.blocks.filter(({ name }) => name !== 'pc.bios') }
+    // the background has nothing to send before the guest asks: it could be done with the rest before that
+    const slow = new SlowSource({ ...partsOf(saved), blocks: saved.blocks.filter(({ name }) => name !== 'pc.bios') }, 0)
+    setTimeout(() => slow.release(), 3000)
     const guest = await Guest.boot(qemu, { incoming: 'defer' })
-    const reverting = revert(source, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
+    const reverting = revert(slow.source, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
     await expect(reverting).rejects.toMatchObject({
       code: 'ERR_STREAM',
       message: expect.stringContaining('asks for RAM block pc.bios, which the saved VM does not have') as string,

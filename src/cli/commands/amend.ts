@@ -69,7 +69,7 @@ async function inFile<O extends OptionDefinitions, T>(context: Context<O>, work:
   const { cache } = context.options as { readonly cache?: string | undefined }
   const file = await openSettled(openerFor(context), specOf(context), { readOnly: false, direct: isDirect(cache) })
   try {
-    if (file.format !== 'qcow2') throw new ExitError(1, "Format driver 'raw' does not support option amendment")
+    if (file.format !== 'qcow2') throw new ExitError(1, `Format driver '${file.format}' does not support option amendment`)
     return await work(file.host)
   } catch (error) {
     if (error instanceof ExitError || error instanceof UsageError || context.signal.aborted) throw error

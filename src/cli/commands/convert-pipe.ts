@@ -35,6 +35,7 @@ export async function copyFromPipe(context: ConvertContext, request: Request): P
     }
     return
   }
+  if (request.format === 'luks') throw new UsageError('a LUKS volume cannot be made from a pipe')
   if (target === '-') throw new UsageError('a qcow2 image cannot be made from one pipe into another: the source must be read twice')
   if (options['no-create'] || needsEngine(values)) throw new UsageError('a pipe can only be stored in a new image without -n, encryption, data file and preallocation')
   context.leaves(`${target} is incomplete: delete it`)

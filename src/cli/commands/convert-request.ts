@@ -3,7 +3,8 @@ import type { BlockDevice } from '../../block/device.ts'
 import type { ConvertToQcow2Options } from '../../qcow2/convert.ts'
 import type { Context, OptionValues } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { isCreatable, layoutOf, parseCreateOptions, preallocationOf, switchOf, type CreateValues } from '../image/create-options.ts'
+import { layoutOf, parseCreateOptions, preallocationOf, switchOf, type CreateValues } from '../image/create-options.ts'
+import { isImageFormat, type ImageFormat } from '../image/formats.ts'
 import { emptyFile } from '../image/new-image.ts'
 import { resolveBacking } from '../image/open.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
@@ -17,7 +18,7 @@ export const convertOptions = {
   'source-image-opts': { aliases: ['image-opts'], help: 'the sources are not names but options: driver=qcow2,file.filename=...' },
   'source-snapshot': { short: 'l', value: 'SNAPSHOT', help: 'the disk of this snapshot: its name or id, or snapshot.name=NAME, snapshot.id=ID' },
   'source-cache': { short: 'T', value: 'MODE', help: "'none' reads past the page cache" },
-  'target-format': { short: 'O', value: 'FMT', help: 'the format to write, qcow2 or raw (default)' },
+  'target-format': { short: 'O', value: 'FMT', help: 'the format to write, qcow2, luks or raw (default)' },
   'target-image-opts': { help: 'the target is not a name but options; with -n' },
   'target-options': { short: 'o', value: 'OPTIONS', many: true, help: "options of the new image, as for create ('-o help' lists them)" },
   'target-cache': { short: 't', value: 'MODE', help: "'none' writes past the page cache" },
@@ -46,16 +47,16 @@ export type ConvertContext = Context<typeof convertOptions>
 /** What the command line asks for. */
 export interface Request {
   readonly target: string
-  readonly format: 'qcow2' | 'raw'
+  readonly format: ImageFormat
   readonly values: CreateValues
   readonly sparseSize: number | undefined
   readonly workers: number | undefined
 }
 
 /** The format to write. @throws ExitError */
-export function targetFormat(given: OptionValues<typeof convertOptions>): 'qcow2' | 'raw' {
+export function targetFormat(given: OptionValues<typeof convertOptions>): ImageFormat {
   const format = given['target-format'] ?? 'raw'
-  if (!isCreatable(format)) throw new ExitError(1, `Unknown file format '${format}'`)
+  if (!isImageFormat(format)) throw new ExitError(1, `Unknown file format '${format}'`)
   return format
 }
 
@@ -63,7 +64,7 @@ export function targetFormat(given: OptionValues<typeof convertOptions>): 'qcow2
 const greatestSparseSize = 16 << 20
 
 /** Everything that is wrong with a request by itself is found before a file is touched. */
-export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' | 'raw'): Request {
+export function checkRequest({ options, args }: ConvertContext, format: ImageFormat): Request {
   const noCreate = options['no-create']
   if (args.length < 2) throw new UsageError('Must specify image file name')
   if (options['target-image-opts'] && !noCreate) throw new UsageError('--target-image-opts requires use of -n flag')
@@ -92,15 +93,15 @@ export function checkRequest({ options, args }: ConvertContext, format: 'qcow2' 
 }
 
 /** What the options say of the image to be made. */
-function newImageValues(options: OptionValues<typeof convertOptions>, format: 'qcow2' | 'raw'): CreateValues {
-  if (options.backing !== undefined && format === 'raw') throw new ExitError(1, "Backing file not supported for file format 'raw'")
-  if (options['backing-format'] !== undefined && format === 'raw') throw new ExitError(1, "Backing format not supported for file format 'raw'")
+function newImageValues(options: OptionValues<typeof convertOptions>, format: ImageFormat): CreateValues {
+  if (options.backing !== undefined && format !== 'qcow2') throw new ExitError(1, `Backing file not supported for file format '${format}'`)
+  if (options['backing-format'] !== undefined && format !== 'qcow2') throw new ExitError(1, `Backing format not supported for file format '${format}'`)
   const values = parseCreateOptions(format, options['target-options'])
   if (options.backing !== undefined) values.set('backing_file', options.backing)
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
   if (values.has('backing_file') && !values.has('backing_fmt')) throw new ExitError(1, 'Use of backing file requires explicit backing format')
   if (options.compress) refuseCompression(values)
-  if (format === 'raw' && preallocationOf(values) === 'metadata') throw new ExitError(1, 'Unsupported preallocation mode: metadata')
+  if (format !== 'qcow2' && preallocationOf(values) === 'metadata') throw new ExitError(1, 'Unsupported preallocation mode: metadata')
   return values
 }
 
@@ -135,11 +136,11 @@ export async function backingSize(context: ConvertContext, target: string, value
 }
 
 /** Failures that name the target they are about. */
-export async function aboutTarget<T>(target: string, task: () => Promise<T>): Promise<T> {
+export async function aboutTarget<T>(target: string, task: () => Promise<T>, format: ImageFormat = 'qcow2'): Promise<T> {
   try {
     return await task()
   } catch (error) {
-    if (error instanceof ExitError) throw new ExitError(1, `${target}: error while converting qcow2: ${error.message}`, { cause: error })
+    if (error instanceof ExitError) throw new ExitError(1, `${target}: error while converting ${format}: ${error.message}`, { cause: error })
     throw error
   }
 }

@@ -4,7 +4,7 @@ import { convertToQcow2 } from '../../qcow2/convert.ts'
 import { copyDevice } from '../../qcow2/copy.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import { command } from '../command.ts'
-import { ExitError } from '../errors.ts'
+import { ExitError, UsageError } from '../errors.ts'
 import { concatenated } from '../image/concatenated.ts'
 import { asksForHelp, createHelp, layoutOf, preallocationOf } from '../image/create-options.ts'
 import { makeImage, refuseSelf } from '../image/new-image.ts'
@@ -76,6 +76,7 @@ async function copy(context: ConvertContext, sources: readonly OpenedImage[], re
   const { target } = request
   if (target === '-') {
     if (request.format === 'raw') await writeStream(context, '-', contentOf(source, signal), source.size, progress)
+    else if (request.format === 'luks') throw new UsageError('a LUKS volume cannot be sent into a pipe')
     else await sendImage(context, source, request, progress)
     return
   }
@@ -84,6 +85,7 @@ async function copy(context: ConvertContext, sources: readonly OpenedImage[], re
   context.leaves(options['no-create'] ? `${target} is partly overwritten` : `${target} is incomplete: delete it`)
   if (options['no-create']) await copyInto(context, source, target, { sparseSize, targetIsZero: options['target-is-zero'] ? true : undefined, signal, onProgress })
   else if (request.format === 'raw') await makeRawCopy(context, source, request, { sparseSize, signal, onProgress })
+  else if (request.format === 'luks') await makeLuksCopy(context, source, request, { signal, onProgress })
   else await makeQcow2Copy(context, source, request, onProgress)
   if (options.bitmaps) await copyBitmaps(context, sources[0]!, target)
   progress.finish()
@@ -109,6 +111,19 @@ async function copyInto(context: ConvertContext, source: BlockDevice, target: st
 async function makeRawCopy(context: ConvertContext, source: BlockDevice, { target, values }: Request, copying: CopyOptions): Promise<void> {
   await using file = await createFile(context, target)
   await copyDevice(source, file, preallocationOf(values) === 'off' ? copying : { ...copying, sparseSize: 0 })
+}
+
+/** All of the disk is written, zeroes too: what is not would read as random bytes. */
+async function makeLuksCopy(context: ConvertContext, source: BlockDevice, { target, values }: Request, copying: CopyOptions): Promise<void> {
+  const opener = openerFor(context)
+  values.set('size', String(source.size))
+  await aboutTarget(target, () => makeImage(target, 'luks', values, context.signal, opener.settings.secrets), 'luks')
+  const opened = await opener.spec({ ...parseName(target, 'luks'), keySecret: values.get('key-secret')! }, { readOnly: false })
+  try {
+    await copyDevice(source, opened.device, { ...copying, sparseSize: 0 })
+  } finally {
+    await opened.close()
+  }
 }
 
 async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, request: Request, onProgress: (progress: { done: number; total: number }) => void): Promise<void> {

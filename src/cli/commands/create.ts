@@ -1,6 +1,7 @@
 import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { asksForHelp, createHelp, formattingLine, isCreatable, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
+import { asksForHelp, createHelp, formattingLine, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
+import { imageFormats, isImageFormat, type ImageFormat } from '../image/formats.ts'
 import { makeImage } from '../image/new-image.ts'
 import { resolveBacking } from '../image/open.ts'
 import { objectOption, openerFor, quietOption } from '../image/options.ts'
@@ -18,7 +19,7 @@ export const createCommand = command({
     "'-o help' lists what -o takes.",
   ],
   options: {
-    format: { short: 'f', value: 'FMT', help: 'qcow2 or raw (default)' },
+    format: { short: 'f', value: 'FMT', help: 'qcow2, luks or raw (default)' },
     options: { short: 'o', value: 'OPTIONS', many: true, help: "options of the format, for example cluster_size=4k,lazy_refcounts=on ('-o help' lists them)" },
     backing: { short: 'b', value: 'FILENAME', file: true, help: 'make an overlay on top of this image' },
     'backing-format': { short: 'F', value: 'FMT', help: 'format of the backing file; it is never guessed' },
@@ -39,7 +40,7 @@ export const createCommand = command({
   async run(context) {
     const { options, args, print, signal } = context
     const format = options.format ?? 'raw'
-    if (!isCreatable(format)) throw new ExitError(1, `${args[0] ?? ''}: Unknown file format '${format}'${didYouMean(format, ['qcow2', 'raw'])}`)
+    if (!isImageFormat(format)) throw new ExitError(1, `${args[0] ?? ''}: Unknown file format '${format}'${didYouMean(format, imageFormats)}`)
     if (asksForHelp(options.options)) {
       await print(createHelp(format, args.length === 0 ? 'create' : 'create file'))
       return 0
@@ -74,13 +75,13 @@ interface CreateFlags {
 
 async function gatherValues<O extends OptionDefinitions>(
   context: Context<O>,
-  format: 'qcow2' | 'raw',
+  format: ImageFormat,
   filename: string,
   size: string | undefined,
 ): Promise<CreateValues> {
   const options = context.options as unknown as CreateFlags
   const values = parseCreateOptions(format, options.options)
-  if (format === 'raw' && options.backing !== undefined) throw new ExitError(1, "Backing file not supported for file format 'raw'")
+  if (format !== 'qcow2' && options.backing !== undefined) throw new ExitError(1, `Backing file not supported for file format '${format}'`)
   if (options.backing !== undefined) values.set('backing_file', options.backing)
   if (options['backing-format'] !== undefined) values.set('backing_fmt', options['backing-format'])
   if (size !== undefined && values.has('size')) throw new ExitError(1, 'The image size must be specified only once')
@@ -99,7 +100,7 @@ async function lookAtBacking<O extends OptionDefinitions>(context: Context<O>, f
     .below(resolved, format)
     .catch((error: unknown) => {
       const cause = error instanceof ExitError ? error.cause : error
-      if (format !== undefined && format !== 'qcow2' && format !== 'raw') throw new ExitError(1, `Unknown driver '${format}'\nCould not open backing image.`)
+      if (format !== undefined && !isImageFormat(format)) throw new ExitError(1, `Unknown driver '${format}'\nCould not open backing image.`)
       throw new ExitError(1, `Could not open '${resolved}': ${reasonOf(cause)}\nCould not open backing image.`, { cause })
     })
   if (format === undefined) throw new ExitError(1, `Backing file specified without backing format\nDetected format of ${backing.format}.`)

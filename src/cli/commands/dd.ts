@@ -5,7 +5,6 @@ import { convertToQcow2 } from '../../qcow2/convert.ts'
 import { copyDevice } from '../../qcow2/copy.ts'
 import { command, type Context } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { isCreatable } from '../image/create-options.ts'
 import { emptyFile, refuseSelf } from '../image/new-image.ts'
 import { openerFor, forceShareOption, imageOptsOption, objectOption } from '../image/options.ts'
 import { rawImage } from '../image/raw.ts'
@@ -32,7 +31,7 @@ export const ddCommand = command({
   async run(context) {
     const { options, args, signal } = context
     const format = options['target-format'] ?? 'raw'
-    if (!isCreatable(format)) throw new ExitError(1, `Unknown file format '${format}'`)
+    if (format !== 'qcow2' && format !== 'raw') throw new ExitError(1, `Unknown file format '${format}'`)
     const operands = operandsOf(args)
     const [input, output] = [operands.get('if'), operands.get('of')]
     const blockSize = blockSizeOf(operands.get('bs'))

@@ -1,4 +1,5 @@
 import type { LuksHeader } from '../../codec/crypto/luks-header.ts'
+import { luksDiskSize, readLuksHeader } from '../../luks/luks-image.ts'
 import { readImageInfo, type ImageInfo } from '../../qcow2/info.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
@@ -61,6 +62,7 @@ async function readEntry(opener: Opener, spec: ImageSpec): Promise<ImageEntry> {
   const file = await opener.file(spec, { readOnly: true })
   try {
     if (file.format === 'raw') return await rawEntry(file)
+    if (file.format === 'luks') return await luksEntry(file, spec)
     return await qcow2Entry(file, nameOf(spec))
   } catch (error) {
     throw couldNotOpen(spec.given ?? spec.shown, await snapshotTableReason(file.host, error))
@@ -81,9 +83,26 @@ async function rawEntry(file: ImageFile): Promise<ImageEntry> {
   }
 }
 
+async function luksEntry(file: ImageFile, spec: ImageSpec): Promise<ImageEntry> {
+  const taken = await spaceTaken(file.place)
+  const header = await readLuksHeader(file.host)
+  const { format: _, ...data } = luksData(header)
+  return {
+    children: [fileChild(file, taken)],
+    'virtual-size': luksDiskSize(file.host, header),
+    filename: nameOf(spec),
+    format: 'luks',
+    ...(taken === undefined ? {} : { 'actual-size': taken }),
+    'format-specific': { type: 'luks', data },
+    encrypted: true,
+    'dirty-flag': false,
+  }
+}
+
 /** As QEMU names an image that its file name alone does not open. */
-function nameOf({ shown, place, keySecret }: ImageSpec): string {
+function nameOf({ shown, format, place, keySecret }: ImageSpec): string {
   if (keySecret === undefined || place.kind !== 'file') return shown
+  if (format === 'luks') return `json:{"driver": "luks", "file": {"driver": "file", "filename": ${JSON.stringify(place.path)}}, "key-secret": ${JSON.stringify(keySecret)}}`
   return `json:{"encrypt.key-secret": ${JSON.stringify(keySecret)}, "driver": "qcow2", "file": {"driver": "file", "filename": ${JSON.stringify(place.path)}}}`
 }
 

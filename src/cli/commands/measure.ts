@@ -1,8 +1,9 @@
 import { Qcow2Error } from '../../core/errors.ts'
-import { measureConversion, measureQcow2, type Measurement, type MeasureOptions } from '../../qcow2/measure.ts'
+import { luksHeaderBytes, measureConversion, measureQcow2, type Measurement, type MeasureOptions } from '../../qcow2/measure.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { asksForHelp, createHelp, isCreatable, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
+import { asksForHelp, createHelp, layoutOf, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
+import { isImageFormat, type ImageFormat } from '../image/formats.ts'
 import type { OpenedImage } from '../image/open.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, outputOption } from '../image/options.ts'
 import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
@@ -14,7 +15,7 @@ export const measureCommand = command({
   name: 'measure',
   summary: 'Calculate how much space a new image will need',
   options: {
-    'target-format': { short: 'O', value: 'FMT', help: 'format of the new image, qcow2 or raw (default)' },
+    'target-format': { short: 'O', value: 'FMT', help: 'format of the new image, qcow2, luks or raw (default)' },
     options: { short: 'o', value: 'OPTIONS', many: true, help: 'options of the new image, as for create' },
     size: { short: 's', value: 'SIZE', help: 'an empty disk of this size' },
     snapshot: { short: 'l', value: 'SNAPSHOT', help: 'the disk of this snapshot of FILENAME' },
@@ -31,8 +32,7 @@ export const measureCommand = command({
   ],
   async run(context) {
     const { options, args, print, signal } = context
-    const format = options['target-format'] ?? 'raw'
-    if (!isCreatable(format)) throw new ExitError(1, `Unknown file format '${format}'`)
+    const format = formatOf(options['target-format'] ?? 'raw')
     if (asksForHelp(options.options)) {
       await print(createHelp(format))
       return 0
@@ -51,7 +51,7 @@ export const measureCommand = command({
     async function measureImage(): Promise<Result> {
       const opened = await openSnapshot(await openArgument(context, { readOnly: true }), snapshotParameter(options.snapshot))
       try {
-        return format === 'raw' ? { required: opened.device.size, fullyAllocated: opened.device.size } : await measureTo(opened, values, signal)
+        return format === 'qcow2' ? await measureTo(opened, values, signal) : measureFlat(format, opened.device.size)
       } finally {
         await opened.close()
       }
@@ -59,17 +59,28 @@ export const measureCommand = command({
   },
 })
 
+function formatOf(name: string): ImageFormat {
+  if (!isImageFormat(name)) throw new ExitError(1, `Unknown file format '${name}'`)
+  return name
+}
+
 type Result = Omit<Measurement, 'bitmaps'> & { readonly bitmaps?: number | undefined }
 
 function asTooLarge(error: unknown): never {
   throw Qcow2Error.is(error, 'ERR_RANGE') ? new ExitError(1, 'The image size is too large (try using a larger cluster size)', { cause: error }) : error
 }
 
-function measureSize(format: 'qcow2' | 'raw', values: CreateValues): Result {
+function measureSize(format: ImageFormat, values: CreateValues): Result {
   const size = Number(values.get('size'))
-  if (format === 'raw') return { required: size, fullyAllocated: size }
+  if (format !== 'qcow2') return measureFlat(format, size)
   const { required, fullyAllocated } = measureQcow2(size, measureOptions(values))
   return { required, fullyAllocated }
+}
+
+/** Formats in which all of the disk takes space. */
+function measureFlat(format: ImageFormat, size: number): Result {
+  const bytes = size + (format === 'luks' ? luksHeaderBytes : 0)
+  return { required: bytes, fullyAllocated: bytes }
 }
 
 async function measureTo({ device, image, snapshot }: OpenedImage, values: CreateValues, signal: AbortSignal): Promise<Result> {

@@ -5,6 +5,7 @@
 import type { CreateOptions } from '../../qcow2/new-image.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { didYouMean } from '../nearest.ts'
+import type { ImageFormat } from './formats.ts'
 import { optionSize } from '../size.ts'
 import { keyValues } from './key-values.ts'
 
@@ -65,13 +66,23 @@ function fileOptions(...names: readonly ('nocow' | 'extent_size_hint')[]): Reado
   return Object.fromEntries(names.map((name) => [name, { kind: name === 'nocow' ? 'switch' : 'size', ofFile: true, help: 'accepted for compatibility' }]))
 }
 
-/** The formats images can be made in. */
-export function isCreatable(format: string): format is 'qcow2' | 'raw' {
-  return format === 'qcow2' || format === 'raw'
+const luksOptions: Readonly<Record<string, KnownOption>> = {
+  size: { kind: 'size', help: 'virtual disk size' },
+  'key-secret': { kind: 'text', help: 'ID of the secret that opens the volume' },
+  'cipher-alg': { kind: 'text', help: 'name of the encryption cipher algorithm' },
+  'cipher-mode': { kind: 'text', help: 'name of the encryption cipher mode' },
+  'ivgen-alg': { kind: 'text', help: 'name of the IV generator algorithm' },
+  'ivgen-hash-alg': { kind: 'text', help: 'name of the IV generator hash algorithm' },
+  'hash-alg': { kind: 'text', help: 'name of the encryption hash algorithm' },
+  'iter-time': { kind: 'number', help: 'time to spend in PBKDF in milliseconds' },
+  ...fileOptions('nocow'),
+  preallocation: { kind: 'text', ofFile: true, help: 'off, falloc or full' },
+  ...fileOptions('extent_size_hint'),
 }
 
-function knownOptions(format: 'qcow2' | 'raw', isAmend = false): Readonly<Record<string, KnownOption>> {
+function knownOptions(format: ImageFormat, isAmend = false): Readonly<Record<string, KnownOption>> {
   if (format === 'raw') return rawOptions
+  if (format === 'luks') return luksOptions
   return isAmend ? qcow2Options : Object.fromEntries(Object.entries(qcow2Options).filter(([, { amend }]) => amend !== 'only'))
 }
 
@@ -86,7 +97,7 @@ export function asksForHelp(texts: readonly string[]): boolean {
 }
 
 /** The list of what `-o` takes; for an image to be made in a file, what is of the file too. */
-export function createHelp(format: 'qcow2' | 'raw', which: 'create' | 'create file' | 'amend' = 'create'): string {
+export function createHelp(format: ImageFormat, which: 'create' | 'create file' | 'amend' = 'create'): string {
   const units: Record<Kind, string> = { text: '<str>', size: '<size>', switch: '<bool (on/off)>', number: '<num>' }
   const lines = Object.entries(knownOptions(format, which === 'amend'))
     .filter(([, option]) => (which === 'amend' ? option.amend !== undefined : which === 'create file' || option.ofFile !== true))
@@ -99,7 +110,7 @@ export function createHelp(format: 'qcow2' | 'raw', which: 'create' | 'create fi
  * Parses `-o` texts. Values come out as qemu-img shows them: sizes in bytes, switches in the words given.
  * @throws UsageError for a name or a value that cannot be
  */
-export function parseCreateOptions(format: 'qcow2' | 'raw', texts: readonly string[], isAmend = false): CreateValues {
+export function parseCreateOptions(format: ImageFormat, texts: readonly string[], isAmend = false): CreateValues {
   const known = knownOptions(format, isAmend)
   const values: CreateValues = new Map()
   for (const text of texts) {
@@ -144,7 +155,7 @@ function shownValue(name: string, kind: Kind, value: string): string {
 }
 
 /** `Formatting 'F', fmt=qcow2 cluster_size=65536 ...`, in qemu-img's order. */
-export function formattingLine(filename: string, format: 'qcow2' | 'raw', values: CreateValues): string {
+export function formattingLine(filename: string, format: ImageFormat, values: CreateValues): string {
   const shown = Object.entries(knownOptions(format)).flatMap(([name, { always }]) => {
     const value = values.get(name) ?? always
     return value === undefined ? [] : [`${name}=${value}`]
@@ -216,7 +227,7 @@ function compressionOf(value: string): 'zlib' | 'zstd' {
 }
 
 /** What a size is that the format, or this program, does not reach. */
-export function tooLarge(format: 'qcow2' | 'raw'): string {
+export function tooLarge(format: ImageFormat): string {
   return `The image size is too large for file format '${format}'${format === 'raw' ? '' : ' (try using a larger cluster size)'}`
 }
 

@@ -4,12 +4,14 @@ import type { BlockDevice } from '../../block/device.ts'
 import { openFile } from '../../block/file.ts'
 import { MemoryDevice } from '../../block/memory.ts'
 import { Qcow2Error } from '../../core/errors.ts'
+import { LuksImage } from '../../luks/luks-image.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import type { CreateOptions } from '../../qcow2/new-image.ts'
 import type { Reference } from '../../qcow2/references.ts'
 import type { Context } from '../command.ts'
 import { ExitError } from '../errors.ts'
 import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from './create-options.ts'
+import type { ImageFormat } from './formats.ts'
 import { syncLimit, type OpenedImage } from './open.ts'
 import { couldNotCreate } from './reasons.ts'
 import type { Secrets } from './secrets.ts'
@@ -19,9 +21,10 @@ import { parseName, parsePlace } from './spec.ts'
  * Makes an image and closes it. An existing file is replaced.
  * @throws ExitError in qemu-img's words
  */
-export async function makeImage(name: string, format: 'qcow2' | 'raw', values: CreateValues, signal: AbortSignal, secrets?: Secrets): Promise<void> {
+export async function makeImage(name: string, format: ImageFormat, values: CreateValues, signal: AbortSignal, secrets?: Secrets): Promise<void> {
   const path = pathOf(name)
   if (format === 'raw') return makeRaw(path, values, signal)
+  if (format === 'luks') return makeLuks(path, values, signal, secrets)
   const layout = layoutOf(values)
   if (layout.dataFile !== undefined) await makeDataFile(pathOf(layout.dataFile), layout.size)
   try {
@@ -29,7 +32,7 @@ export async function makeImage(name: string, format: 'qcow2' | 'raw', values: C
     await image.flush()
     await image.close()
     const { dataFile, preallocation } = layout
-    if (dataFile !== undefined && (preallocation === 'falloc' || preallocation === 'full')) await fill(pathOf(dataFile), layout.size, signal)
+    if (dataFile !== undefined && (preallocation === 'falloc' || preallocation === 'full')) await fill(pathOf(dataFile), 0, layout.size, signal)
   } catch (error) {
     if (Qcow2Error.is(error, 'ERR_RANGE')) {
       throw new ExitError(1, tooLarge('qcow2'), { cause: error })
@@ -44,12 +47,42 @@ function encryptionOf(values: CreateValues, secrets: Secrets | undefined): Pick<
   const format = values.get('encrypt.format') ?? (switchOf(values, 'encryption') === true ? 'aes' : undefined)
   if (format === undefined) return {}
   if (format !== 'luks' && format !== 'aes') throw new ExitError(1, `Parameter 'encrypt.format' does not accept value '${format}'`)
-  const id = values.get('encrypt.key-secret')
-  if (id === undefined) throw new ExitError(1, "Parameter 'encrypt.key-secret' is required for cipher")
+  if (format === 'luks') refuseOtherCiphers(values, 'encrypt.')
+  return { encryption: { format, ...keyOf(values, 'encrypt.', secrets) } }
+}
+
+/** The passphrase of a new LUKS header, and how dear trying others is to be. */
+function keyOf(values: CreateValues, prefix: 'encrypt.' | '', secrets: Secrets | undefined): { passphrase: Uint8Array; iterations?: number } {
+  const id = values.get(`${prefix}key-secret`)
+  if (id === undefined) throw new ExitError(1, `Parameter '${prefix}key-secret' is required for cipher`)
   const passphrase = secrets?.get(id)
   if (passphrase === undefined) throw new ExitError(1, `No secret with id '${id}'`)
-  const time = values.get('encrypt.iter-time')
-  return { encryption: { format, passphrase, ...(time === undefined ? {} : { iterations: iterationsFor(Number(time)) }) } }
+  const time = values.get(`${prefix}iter-time`)
+  return { passphrase, ...(time === undefined ? {} : { iterations: iterationsFor(Number(time)) }) }
+}
+
+/** What is made of LUKS: QEMU's defaults. */
+const madeCipher: Readonly<Record<string, string>> = { 'cipher-alg': 'aes-256', 'cipher-mode': 'xts', 'ivgen-alg': 'plain64', 'hash-alg': 'sha256' }
+
+function refuseOtherCiphers(values: CreateValues, prefix: 'encrypt.' | ''): void {
+  for (const [name, made] of Object.entries(madeCipher)) {
+    const asked = values.get(prefix + name)
+    if (asked !== undefined && asked !== made) throw new ExitError(1, `Parameter '${prefix}${name}' does not accept value '${asked}': only '${made}' is made`)
+  }
+}
+
+async function makeLuks(path: string, values: CreateValues, signal: AbortSignal, secrets: Secrets | undefined): Promise<void> {
+  const size = Math.ceil(Number(values.get('size')) / 512) * 512
+  const preallocation = preallocationOf(values)
+  if (preallocation === 'metadata') throw new ExitError(1, `${path}: Unsupported preallocation mode: metadata`)
+  refuseOtherCiphers(values, '')
+  const key = keyOf(values, '', secrets)
+  if (size + (4 << 20) >= 2 ** 53) throw new ExitError(1, 'The image size is too large for file format \'luks\'')
+  await using image = await LuksImage.create(path, { size, ...key, signal }).catch((error: unknown) => {
+    throw couldNotCreate(path, error)
+  })
+  const { payloadOffset } = image.header
+  if (preallocation !== 'off') await fill(path, payloadOffset, size, signal)
 }
 
 /** PBKDF2 iterations that take about so many milliseconds on a machine of today. */
@@ -75,9 +108,9 @@ async function makeRaw(path: string, values: CreateValues, signal: AbortSignal):
 }
 
 /** Makes a file take its space. */
-async function fill(path: string, size: number, signal: AbortSignal): Promise<void> {
+async function fill(path: string, offset: number, length: number, signal: AbortSignal): Promise<void> {
   await using device = await openFile(path)
-  await device.writeZeroes(0, size, { signal })
+  await device.writeZeroes(offset, length, { signal })
   await device.flush()
 }
 

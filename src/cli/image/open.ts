@@ -12,6 +12,7 @@ import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
 import { Qcow2Error } from '../../core/errors.ts'
+import { LuksImage } from '../../luks/luks-image.ts'
 import type { CheckReport } from '../../qcow2/check-report.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import { readImageInfo } from '../../qcow2/info.ts'
@@ -19,6 +20,8 @@ import type { Reference } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { findingLines } from '../print/findings.ts'
+import { isImageFormat, type ImageFormat } from './formats.ts'
+import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
 import type { Secrets } from './secrets.ts'
@@ -29,7 +32,7 @@ import { parseName, parsePlace, type ImageSpec, type Place } from './spec.ts'
 export interface OpenedImage {
   /** As the user, or the image above, names it. */
   readonly filename: string
-  readonly format: 'qcow2' | 'raw'
+  readonly format: ImageFormat
   readonly place: Place
   /** As it was opened. */
   readonly spec: ImageSpec
@@ -50,7 +53,7 @@ export interface OpenedImage {
 export interface ImageFile {
   readonly filename: string
   readonly place: Place
-  readonly format: 'qcow2' | 'raw'
+  readonly format: ImageFormat
   readonly host: BlockDevice
   /** Bytes of the image: of the part of the file that the options leave. */
   readonly size: number
@@ -58,7 +61,7 @@ export interface ImageFile {
 
 /** An image that another is made over. */
 export interface Below {
-  readonly format: 'qcow2' | 'raw'
+  readonly format: ImageFormat
   /** Bytes of the disk. */
   readonly size: number
 }
@@ -135,10 +138,10 @@ export class Opener {
       return below
     } catch (error) {
       const file = await this.file(parseName(name, format), { readOnly: true }).catch(() => undefined)
-      const info = file?.format === 'qcow2' ? await readImageInfo(file.host).catch(() => undefined) : undefined
+      const size = file && (await lockedSize(file.format, file.host).catch(() => undefined))
       await file?.host.close()
-      if (info === undefined || info.encryption === 'none') throw error
-      return { format: 'qcow2', size: info.virtualSize }
+      if (file === undefined || size === undefined) throw error
+      return { format: file.format, size }
     }
   }
 
@@ -150,13 +153,13 @@ export class Opener {
     try {
       refuseUnknownFormat(spec.format)
       const host = await this.bytes(spec.place, how)
-      const isImage = (await probe(host)) === 'qcow2'
-      if (spec.format === 'qcow2' && !isImage) {
+      const found = await probe(host)
+      if (spec.format !== undefined && spec.format !== 'raw' && spec.format !== found) {
         await host.close()
-        throw new Qcow2Error('ERR_FORMAT', 'Image is not in qcow2 format')
+        throw new Qcow2Error('ERR_FORMAT', spec.format === 'luks' ? 'Volume is not in LUKS format' : 'Image is not in qcow2 format')
       }
       const { size } = partOf(host, spec.part)
-      return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' || !isImage ? 'raw' : 'qcow2', host, size }
+      return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' ? 'raw' : found, host, size }
     } catch (error) {
       throw couldNotOpen(spec.given ?? spec.shown, error, { ...this.settings, file: spec.shown })
     }
@@ -203,7 +206,8 @@ export class Opener {
     const host = await this.bytes(spec.place, { ...how, readOnly })
     try {
       const format = spec.format ?? (await probe(host))
-      if (format === 'raw') return openedRaw(spec, partOf(host, spec.part))
+      if (format === 'raw') return opened(spec, 'raw', host, rawImage(partOf(host, spec.part)))
+      if (format === 'luks') return opened(spec, 'luks', host, pad(await this.#luks(spec, host, readOnly)))
       return await this.#openQcow2(spec, host, { ...how, readOnly }, [...above, identity])
     } catch (error) {
       await host.close()
@@ -258,16 +262,27 @@ export class Opener {
     }
   }
 
-  #passphrase(spec: ImageSpec): object {
-    if (spec.keySecret === undefined) return {}
-    const secret = this.settings.secrets?.get(spec.keySecret)
-    if (secret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `No secret with id '${spec.keySecret}'`)
-    return { passphrase: secret }
+  #passphrase({ keySecret }: ImageSpec): { passphrase?: Uint8Array } {
+    return keySecret === undefined ? {} : { passphrase: this.#secret(keySecret) }
+  }
+
+  async #luks({ keySecret }: ImageSpec, host: BlockDevice, readOnly: boolean): Promise<LuksImage> {
+    if (keySecret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', "Parameter 'key-secret' is required for cipher")
+    const passphrase = this.#secret(keySecret)
+    return LuksImage.open(host, { passphrase, readOnly, signal: this.settings.signal }).catch((error: unknown) => {
+      throw Qcow2Error.is(error, 'ERR_NOT_FOUND') ? new Qcow2Error('ERR_NOT_FOUND', 'Invalid password, cannot unlock any keyslot', { cause: error }) : error
+    })
+  }
+
+  #secret(id: string): Uint8Array {
+    const secret = this.settings.secrets?.get(id)
+    if (secret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `No secret with id '${id}'`)
+    return secret
   }
 }
 
 function refuseUnknownFormat(format: string | undefined): void {
-  if (format !== undefined && format !== 'raw' && format !== 'qcow2') throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${format}'`)
+  if (format !== undefined && !isImageFormat(format)) throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${format}'`)
 }
 
 /** What `offset` and `size` leave of the bytes. */
@@ -278,16 +293,10 @@ function partOf(host: BlockDevice, part: ImageSpec['part']): BlockDevice {
   return slice(host, offset, size)
 }
 
-function openedRaw(spec: ImageSpec, host: BlockDevice): OpenedImage {
+/** An image without tables of its own. */
+function opened(spec: ImageSpec, format: ImageFormat, host: BlockDevice, device: BlockDevice): OpenedImage {
   const { shown: filename, place } = spec
-  const device = rawImage(host)
-  return { filename, format: 'raw', place, spec, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
-}
-
-/** `qcow2` by its magic, else `raw`. */
-async function probe(host: BlockDevice): Promise<'qcow2' | 'raw'> {
-  const [a, b, c, d] = host.size < 4 ? [] : await host.read(0, 4)
-  return a === 0x51 && b === 0x46 && c === 0x49 && d === 0xfb ? 'qcow2' : 'raw'
+  return { filename, format, place, spec, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
 }
 
 /**

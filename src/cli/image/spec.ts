@@ -5,6 +5,7 @@
 import type { NbdAddress } from '../../nbd/socket.ts'
 import { UsageError } from '../errors.ts'
 import { optionSize } from '../size.ts'
+import { isImageFormat } from './formats.ts'
 import { jsonTree, optionTree, type OptionTree } from './key-values.ts'
 
 /** Where the bytes are. */
@@ -54,8 +55,6 @@ const harmless = new Set([
   'l2-cache-entry-size', 'l2-cache-size', 'locking', 'lazy-refcounts', 'node-name', 'overlap-check', 'pass-discard-other',
   'pass-discard-request', 'pass-discard-snapshot', 'refcount-cache-size', 'x-check-cache-dropped',
 ])
-
-const formats = new Set(['qcow2', 'raw'])
 
 /**
  * The meaning of a plain name: a path, `file:PATH`, `json:{...}`, `nbd:` and `nbd+unix:` and `http(s):` addresses.
@@ -124,7 +123,7 @@ function fromTree(tree: OptionTree, text: string, format: string | undefined): I
   const driver = options.text('driver') ?? format
   const readOnly = options.text('read-only')
   const common = readOnly === undefined ? {} : { readOnly: readOnly === 'on' || readOnly === 'true' }
-  if (driver !== undefined && !formats.has(driver)) {
+  if (driver !== undefined && !isImageFormat(driver)) {
     const place = placeOf(driver, options)
     options.end()
     return { shown: shownPlace(place, text), format: undefined, place, ...common }
@@ -141,7 +140,7 @@ function formatSpec(format: string | undefined, options: Options, text: string):
   if (filename === undefined && below === undefined) throw new UsageError(`${text}: a 'file' is needed`)
   const place = below === undefined ? parsePlace(filename!) : nestedPlace(below)
   const part = format === 'raw' ? partOf(options) : undefined
-  const keySecret = options.tree('encrypt')?.['key-secret']
+  const keySecret = format === 'luks' ? options.text('key-secret') : options.tree('encrypt')?.['key-secret']
   const backing = options.either('backing')
   const data = options.tree('data-file')
   return {
@@ -163,7 +162,7 @@ function partOf(options: Options): ImageSpec['part'] {
 
 function nestedPlace(tree: OptionTree): Place {
   const { driver } = tree
-  if (typeof driver === 'string' && formats.has(driver)) return { kind: 'image', spec: fromTree(tree, 'file', undefined) }
+  if (typeof driver === 'string' && isImageFormat(driver)) return { kind: 'image', spec: fromTree(tree, 'file', undefined) }
   const options = new Options(tree)
   const place = placeOf(options.text('driver') ?? 'file', options)
   options.end()

@@ -1,0 +1,182 @@
+/**
+ * A LUKS1 volume in a file of its own, QEMU's format `luks`: the header, then the disk through the cipher. The header and
+ * the key slots are `codec/crypto`. (LUKS1 on-disk format specification 1.2.3.)
+ */
+import { BaseDevice, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type WriteOptions } from '../block/device.ts'
+import { isReadOnly, openSource, openTarget, type Source } from '../block/source.ts'
+import { createLuks, openLuks } from '../codec/crypto/luks.ts'
+import { decodeLuksHeader, type LuksHeader } from '../codec/crypto/luks-header.ts'
+import { sectorSize, type SectorCipher } from '../codec/crypto/sector-cipher.ts'
+import { viewOf } from '../bytes/view.ts'
+import { FormatError } from '../core/errors.ts'
+import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
+
+/** How a LUKS volume is opened. */
+export interface LuksOptions extends CallOptions {
+  /** Opens a key slot. A string is taken as UTF-8. */
+  readonly passphrase: string | Uint8Array
+  /** Default false. */
+  readonly readOnly?: boolean | undefined
+  /** Direct I/O for paths: past the page cache. Default false. */
+  readonly direct?: boolean | undefined
+}
+
+/** A new LUKS volume. */
+export interface CreateLuksImageOptions extends CallOptions {
+  /** Bytes of the disk, a multiple of 512. */
+  readonly size: number
+  readonly passphrase: string | Uint8Array
+  /** PBKDF2 iterations of the key slot; default 600,000. */
+  readonly iterations?: number | undefined
+}
+
+const openOptions: OptionNames<LuksOptions> = { passphrase: true, readOnly: true, direct: true, signal: true }
+const createOptions: OptionNames<CreateLuksImageOptions> = { size: true, passphrase: true, iterations: true, signal: true }
+
+/** Key material of eight slots may be this long before it is refused. */
+const maxArea = 64 << 20
+const payloadOffsetAt = 104
+/** Encrypted or decrypted in one go, so that a long request does not hold the event loop. */
+const pieceBytes = 1 << 20
+
+/**
+ * The disk in a LUKS1 volume. Requests are whole sectors of 512 bytes; `pad` takes any. Nothing tells zeroes from data in
+ * such a volume, so its map is one extent of data; a new one reads as random bytes where nothing was written.
+ *
+ * @example
+ * ```ts
+ * import { convertToQcow2, LuksImage } from 'qcow2'
+ *
+ * await using volume = await LuksImage.open('disk.luks', { passphrase: 'secret', readOnly: true })
+ * await convertToQcow2(volume, 'disk.qcow2')
+ * ```
+ */
+export class LuksImage extends BaseDevice {
+  /** Of the volume. */
+  readonly header: LuksHeader
+  readonly #host: BlockDevice
+  readonly #cipher: SectorCipher
+
+  private constructor(host: BlockDevice, header: LuksHeader, cipher: SectorCipher) {
+    super()
+    this.#host = host
+    this.header = header
+    this.#cipher = cipher
+  }
+
+  /**
+   * Opens a volume; a device given belongs to the image then.
+   * @throws FormatError if the header is malformed; Qcow2Error `ERR_NOT_FOUND` if the passphrase opens no key slot;
+   * UnsupportedError for LUKS2 and ciphers other than AES; TypeError for an unknown option.
+   */
+  static async open(source: Source, options: LuksOptions): Promise<LuksImage> {
+    refuseUnknownOptions('LuksImage.open', options, openOptions)
+    const { passphrase, direct, signal } = options
+    const host = await openSource(source, { readOnly: options.readOnly === true || isReadOnly(source), direct, signal })
+    try {
+      const area = await readArea(host)
+      return new LuksImage(host, decodeLuksHeader(area), await openLuks(area, passphrase, { signal }))
+    } catch (error) {
+      if (host !== source) await host.close()
+      throw error
+    }
+  }
+
+  /**
+   * Makes a new volume as QEMU does (aes-256, xts-plain64, sha256), durable, and opens it for writing. What a file held
+   * before is lost.
+   * @throws RangeError for a size that is not a multiple of 512; what {@link open} throws of options.
+   */
+  static async create(target: Source, options: CreateLuksImageOptions): Promise<LuksImage> {
+    refuseUnknownOptions('LuksImage.create', options, createOptions)
+    const { size, passphrase, iterations, signal } = options
+    if (!Number.isSafeInteger(size) || size < 0 || size % sectorSize !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
+    const { area, cipher } = await createLuks(passphrase, { iterations })
+    const host = await openTarget(target, { signal })
+    try {
+      await host.resize(area.length + size)
+      await host.write(0, area, { signal })
+      await host.flush({ signal })
+      return new LuksImage(host, decodeLuksHeader(area), cipher)
+    } catch (error) {
+      if (host !== target) await host.close()
+      throw error
+    }
+  }
+
+  /** Of the disk, in bytes: whole sectors. */
+  get size(): number {
+    return luksDiskSize(this.#host, this.header)
+  }
+
+  get readOnly(): boolean {
+    return this.#host.readOnly
+  }
+
+  get limits(): BlockLimits {
+    return { requestAlignment: sectorSize, memoryAlignment: 1, optimalTransfer: this.#host.limits.optimalTransfer, discardAlignment: sectorSize }
+  }
+
+  protected async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    for (let at = 0; at < target.length; at += pieceBytes) {
+      const piece = target.subarray(at, at + pieceBytes)
+      await this.#host.readInto(this.header.payloadOffset + offset + at, piece, options)
+      this.#cipher.decrypt(piece, (offset + at) / sectorSize)
+    }
+  }
+
+  protected async onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+    for (let at = 0; at < source.length; at += pieceBytes) {
+      const piece = source.slice(at, at + pieceBytes)
+      this.#cipher.encrypt(piece, (offset + at) / sectorSize)
+      await this.#host.write(this.header.payloadOffset + offset + at, piece, options)
+    }
+  }
+
+  // eslint-disable-next-line @typescript-eslint/require-await -- there is nothing to look up
+  protected override async *onMap(offset: number, length: number): AsyncGenerator<Extent, void, undefined> {
+    yield extent({ start: offset, length, depth: 0, present: true, zero: false, data: true, compressed: false })
+  }
+
+  protected onFlush(options?: CallOptions): Promise<void> {
+    return this.#host.flush(options)
+  }
+
+  /** Zeroes are written where the disk grows: the file's own would read as random bytes. */
+  protected override async onResize(size: number, options?: CallOptions): Promise<void> {
+    if (size % sectorSize !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
+    const before = this.size
+    await this.#host.resize(this.header.payloadOffset + size, options)
+    if (size > before) await this.onWriteZeroes(before, size - before, options)
+  }
+
+  protected onClose(): Promise<void> {
+    return this.#host.close()
+  }
+}
+
+/**
+ * The header of a volume; no key is needed. A device given stays open.
+ * @throws FormatError, UnsupportedError if it cannot be understood.
+ */
+export async function readLuksHeader(host: BlockDevice): Promise<LuksHeader> {
+  return decodeLuksHeader(await readArea(host))
+}
+
+/** Bytes of the disk in a volume: whole sectors. */
+export function luksDiskSize(host: BlockDevice, { payloadOffset }: LuksHeader): number {
+  const bytes = Math.max(0, host.size - payloadOffset)
+  return bytes - (bytes % sectorSize)
+}
+
+/** The header and the key material: all that lies before the disk. */
+async function readArea(host: BlockDevice): Promise<Uint8Array> {
+  const fixed = await host.read(0, Math.min(sectorSize, host.size))
+  if (fixed.length < sectorSize) throw new FormatError(`the file has ${host.size} bytes, the header alone takes 592`, { structure: 'LUKS header', offset: 0 })
+  const length = viewOf(fixed).getUint32(payloadOffsetAt) * sectorSize
+  if (length > host.size || length > maxArea) {
+    const detail = `the payload offset is ${length}; it must lie in the file, which has ${host.size} bytes, and be at most ${maxArea}`
+    throw new FormatError(detail, { structure: 'LUKS header', field: 'payload_offset', offset: payloadOffsetAt })
+  }
+  return host.read(0, length)
+}
