@@ -1,9 +1,12 @@
 import { resolve } from 'node:path'
+import { IoError } from '../../core/errors.ts'
 import { commitImage } from '../../qcow2/commit.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
-import { chainOf, resolveBacking, type OpenedImage } from '../image/open.ts'
+import { resolveBacking } from '../image/names.ts'
+import { chainOf, type OpenedImage } from '../image/open.ts'
 import { formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption } from '../image/options.ts'
+import { reasonOf } from '../image/reasons.ts'
 import { parsePlace } from '../image/spec.ts'
 
 export const commitCommand = command({
@@ -40,7 +43,9 @@ export const commitCommand = command({
         context.leaves(`${below.filename} may hold a part of the changes; ${opened.filename} still has all of them: commit again`)
         const progress = context.progress()
         const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
-        await commitImage(image, target.device, { keep: options.drop || options.base !== undefined, depth, signal, onProgress })
+        await commitImage(image, target.device, { keep: options.drop || options.base !== undefined, depth, signal, onProgress }).catch((error: unknown) => {
+          throw error instanceof IoError ? new ExitError(1, `Block job failed: ${reasonOf(error)}`, { cause: error }) : error
+        })
         progress.finish()
       } finally {
         await target.close()

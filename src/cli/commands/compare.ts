@@ -1,8 +1,11 @@
+import type { BlockDevice, CallOptions, Extent, MapOptions } from '../../block/device.ts'
+import { FilterDevice } from '../../block/filter.ts'
 import { compareDevices, type Comparison } from '../../qcow2/compare.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import type { OpenedImage } from '../image/open.ts'
 import { forceShareOption, imageOptsOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
+import { reasonOf } from '../image/reasons.ts'
 import { parseImageOpts } from '../image/spec.ts'
 
 export const compareCommand = command({
@@ -24,7 +27,7 @@ export const compareCommand = command({
     { name: 'FILENAME1', help: 'an image' },
     { name: 'FILENAME2', help: 'the other' },
   ],
-  exitCodes: { 0: 'the disks are equal', 1: 'they differ', 2: 'an image could not be opened', 4: 'an image could not be read' },
+  exitCodes: { 0: 'the disks are equal', 1: 'they differ', 2: 'an image could not be opened', 3: 'the map of an image could not be read', 4: 'an image could not be read' },
   failure: (error) => (error instanceof ExitError ? error.exitCode : 4),
   examples: [
     { line: 'qcow2 compare disk.qcow2 disk.raw', shows: 'whether a conversion was right' },
@@ -48,8 +51,17 @@ export const compareCommand = command({
       const b = await open(args[1]!, options['b-format'])
       try {
         const progress = context.progress()
-        const result = await compareDevices(a.device, b.device, { strict: options.strict, signal, onProgress: ({ done, total }) => progress.update(done, total) })
+        const shorter = Math.min(a.device.size, b.device.size)
+        // told where the common part is equal
+        const warn = async (offset: number): Promise<void> => {
+          if (!options.quiet && !options.strict && a.device.size !== b.device.size && offset >= shorter) await print(sizeWarning)
+        }
+        const result = await compareDevices(named(a), named(b), { strict: options.strict, signal, onProgress: ({ done, total }) => progress.update(done, total) }).catch(async (error: unknown) => {
+          if (error instanceof PlaceError) await warn(error.offset)
+          throw error
+        })
         progress.finish()
+        await warn(result.equal ? shorter : result.offset)
         if (!options.quiet) for (const line of resultLines(result)) await print(line)
         return result.equal ? 0 : 1
       } finally {
@@ -61,8 +73,52 @@ export const compareCommand = command({
   },
 })
 
+/** The disk of an image, whose failures say in qemu-img's words what failed where. Closing it does not close the image. */
+function named({ device, filename }: OpenedImage): BlockDevice {
+  return new NamedDevice(device, filename)
+}
+
+/** A failure somewhere on a disk. */
+class PlaceError extends ExitError {
+  readonly offset: number
+
+  constructor(exitCode: number, offset: number, message: string, options: ErrorOptions) {
+    super(exitCode, message, options)
+    this.offset = offset
+  }
+}
+
+class NamedDevice extends FilterDevice {
+  readonly #name: string
+
+  constructor(inner: BlockDevice, name: string) {
+    super(inner)
+    this.#name = name
+  }
+
+  protected override async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    try {
+      await super.onRead(offset, target, options)
+    } catch (error) {
+      options?.signal?.throwIfAborted()
+      throw new PlaceError(4, offset, `Error while reading offset ${offset} of ${this.#name}: ${reasonOf(error)}`, { cause: error })
+    }
+  }
+
+  protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
+    try {
+      yield* super.onMap(offset, length, options)
+    } catch (error) {
+      options?.signal?.throwIfAborted()
+      throw new PlaceError(3, offset, `Sector allocation test failed for ${this.#name}: ${reasonOf(error)}`, { cause: error })
+    }
+  }
+}
+
+const sizeWarning = 'Warning: Image size mismatch!'
+
 function resultLines(result: Comparison): string[] {
-  if (result.equal) return [...(result.sizesDiffer ? ['Warning: Image size mismatch!'] : []), 'Images are identical.']
+  if (result.equal) return ['Images are identical.']
   if (result.reason === 'size') return ['Strict mode: Image size mismatch!']
   if (result.reason === 'allocation') return [`Strict mode: Offset ${result.offset} block status mismatch!`]
   return [`Content mismatch at offset ${result.offset}!`]

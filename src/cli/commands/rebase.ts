@@ -1,7 +1,7 @@
 import { rebaseImage, setBackingFile } from '../../qcow2/rebase.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { resolveBacking } from '../image/open.ts'
+import { resolveBacking } from '../image/names.ts'
 import { forceShareOption, formatOption, imageOptsOption, isDirect, objectOption, openArgument, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { couldNotOpen } from '../image/reasons.ts'
 

@@ -158,7 +158,8 @@ function shownValue(name: string, kind: Kind, value: string): string {
 export function formattingLine(filename: string, format: ImageFormat, values: CreateValues): string {
   const shown = Object.entries(knownOptions(format)).flatMap(([name, { always }]) => {
     const value = values.get(name) ?? always
-    return value === undefined ? [] : [`${name}=${value}`]
+    // as it would have to be written in -o
+    return value === undefined ? [] : [`${name}=${value.replaceAll(',', ',,')}`]
   })
   return `Formatting '${filename}', ${[`fmt=${format}`, ...shown].join(' ')}`
 }

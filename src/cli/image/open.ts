@@ -3,8 +3,8 @@
  * Owns the chain, so that every image in it has the name users know it by; the formats are the
  * library's.
  */
-import { existsSync } from 'node:fs'
-import { dirname, isAbsolute, resolve } from 'node:path'
+import { readFile } from 'node:fs/promises'
+import { resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
 import { MemoryDevice } from '../../block/memory.ts'
 import { NullDevice } from '../../block/null.ts'
@@ -20,7 +20,9 @@ import type { Reference } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { findingLines } from '../print/findings.ts'
+import { blkdebug, rulesOf } from './blkdebug.ts'
 import { isImageFormat, type ImageFormat } from './formats.ts'
+import { resolveBacking, splitSnapshot } from './names.ts'
 import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
@@ -169,6 +171,7 @@ export class Opener {
   async bytes(place: Place, how: OpenHow): Promise<BlockDevice> {
     const { signal, forceShare, wrap } = this.settings
     const { readOnly, direct } = how
+    if (place.kind === 'blkdebug') return failing(await this.bytes(place.inner, how), place, 'file')
     if (place.kind === 'image') return (await this.#open(place.spec, how, [])).device
     if (place.kind === 'nbd') {
       // loaded where it is used: most runs open files only
@@ -203,6 +206,10 @@ export class Opener {
     const identity = spec.place.kind === 'file' ? resolve(spec.place.path) : spec.shown
     if (above.includes(identity)) throw new Qcow2Error('ERR_FORMAT', `the backing chain loops: ${[...above, identity].join(' -> ')}`)
     refuseUnknownFormat(spec.format)
+    if (spec.place.kind === 'blkdebug' && spec.place.inner.kind === 'image' && spec.format === undefined) {
+      const below = await this.#open(spec.place.inner.spec, { ...how, readOnly }, above)
+      return { ...below, spec, device: await failing(below.device, spec.place, 'file'), image: undefined }
+    }
     const host = await this.bytes(spec.place, { ...how, readOnly })
     try {
       const format = spec.format ?? (await probe(host))
@@ -238,7 +245,8 @@ export class Opener {
       throw await snapshotTableReason(host, error)
     })
     if (repaired !== undefined) this.settings.told?.(findingLines(repaired, 2 ** (await host.read(23, 1))[0]!))
-    return { filename: spec.shown, format: 'qcow2', place: spec.place, spec, device: image, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
+    const device = spec.place.kind === 'blkdebug' ? await failing(image, spec.place, 'guest') : image
+    return { filename: spec.shown, format: 'qcow2', place: spec.place, spec, device, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
   }
 
   /** The data file that the options give, instead of the one the image names. */
@@ -293,37 +301,16 @@ function partOf(host: BlockDevice, part: ImageSpec['part']): BlockDevice {
   return slice(host, offset, size)
 }
 
+/** The device, with the faults that `blkdebug` is asked for. */
+async function failing(device: BlockDevice, { rules, configuration }: Extract<Place, { kind: 'blkdebug' }>, side: 'file' | 'guest'): Promise<BlockDevice> {
+  const configured = configuration === undefined ? [] : rulesOf(await readFile(configuration, 'utf8'))
+  return blkdebug(device, [...configured, ...rules], side)
+}
+
 /** An image without tables of its own. */
 function opened(spec: ImageSpec, format: ImageFormat, host: BlockDevice, device: BlockDevice): OpenedImage {
   const { shown: filename, place } = spec
   return { filename, format, place, spec, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
-}
-
-/**
- * A backing file's name, as the image at `place` means it: QEMU puts the image's folder before it,
- * letter by letter.
- */
-export function resolveBacking(place: Place, name: string): string {
-  if (isAbsolute(name) || parsePlaceKind(name) !== 'path' || place.kind !== 'file') return name
-  const folder = dirname(place.path)
-  const above = place.path.includes('/') ? `${folder === '/' ? '' : folder}/` : ''
-  return above + name
-}
-
-function parsePlaceKind(name: string): 'path' | 'protocol' {
-  const colon = name.indexOf(':')
-  const slash = name.indexOf('/')
-  return colon > 0 && (slash < 0 || colon < slash) ? 'protocol' : 'path'
-}
-
-/** `FILE@SNAPSHOT`, where there is no file of the whole name but one of the first part. */
-function splitSnapshot(name: string): { file: string; snapshot: string } | undefined {
-  if (name.startsWith('json:') || existsSync(name)) return undefined
-  for (let at = name.lastIndexOf('@'); at > 0; at = name.lastIndexOf('@', at - 1)) {
-    const file = name.slice(0, at)
-    if (existsSync(file) || parsePlaceKind(file) === 'protocol') return { file, snapshot: name.slice(at + 1) }
-  }
-  return undefined
 }
 
 /** The images of a chain, the top first. */

@@ -5,6 +5,7 @@
 import type { NbdAddress } from '../../nbd/socket.ts'
 import { UsageError } from '../errors.ts'
 import { optionSize } from '../size.ts'
+import { injectedError, type InjectedError } from './blkdebug.ts'
 import { isImageFormat } from './formats.ts'
 import { jsonTree, optionTree, type OptionTree } from './key-values.ts'
 
@@ -26,6 +27,8 @@ export type Place =
   | { readonly kind: 'http'; readonly url: URL }
   /** Zeroes that take anything: QEMU's `null-co`. */
   | { readonly kind: 'null'; readonly size: number }
+  /** Fails requests: by rules, and those of a configuration file. */
+  | { readonly kind: 'blkdebug'; readonly inner: Place; readonly rules: readonly InjectedError[]; readonly configuration: string | undefined }
   /** A format within a format: the outer one's bytes are the inner one's guest view. */
   | { readonly kind: 'image'; readonly spec: ImageSpec }
 
@@ -87,6 +90,8 @@ export function parsePlace(name: string): Place {
     case 'http':
     case 'https':
       return { kind: 'http', url: new URL(name) }
+    case 'blkdebug':
+      return blkdebugName(name)
     default:
       throw new UsageError(`Unknown protocol '${name.slice(0, colon)}'`)
   }
@@ -116,6 +121,13 @@ function nbdName(text: string): Place {
   if (path !== undefined) return { kind: 'nbd', address: { path }, name }
   if (host === undefined || port === undefined) throw new UsageError(`${text}: an NBD address is nbd:unix:PATH or nbd:HOST:PORT`)
   return { kind: 'nbd', address: { host, port: Number(port) }, name }
+}
+
+/** `blkdebug:CONFIGURATION:NAME`, where the first may be empty. */
+function blkdebugName(name: string): Place {
+  const match = /^blkdebug:([^:]*):(.+)$/s.exec(name)
+  if (match === null) throw new UsageError(`${name}: the form is blkdebug:CONFIGURATION:FILENAME`)
+  return { kind: 'blkdebug', inner: parsePlace(match[2]!), rules: [], configuration: match[1] === '' ? undefined : match[1] }
 }
 
 function fromTree(tree: OptionTree, text: string, format: string | undefined): ImageSpec {
@@ -185,6 +197,8 @@ function placeOf(driver: string, options: Options): Place {
       return { kind: 'null', size: optionSize('size', options.text('size') ?? '1G') }
     case 'nbd':
       return nbdPlace(options)
+    case 'blkdebug':
+      return blkdebugPlace(options)
     case 'http':
     case 'https': {
       const url = options.text('url') ?? options.text('filename')
@@ -194,6 +208,15 @@ function placeOf(driver: string, options: Options): Place {
     default:
       throw new UsageError(`Unknown driver '${driver}'`)
   }
+}
+
+function blkdebugPlace(options: Options): Place {
+  const image = options.tree('image')
+  if (image === undefined) throw new UsageError("The 'blkdebug' block driver requires an image")
+  // limits cut requests, and without rules that ask for a state setting one changes nothing
+  for (const without of ['align', 'max-transfer', 'opt-write-zero', 'max-write-zero', 'opt-discard', 'max-discard', 'set-state']) options.either(without)
+  const rules = Object.values(options.tree('inject-error') ?? {}).map((rule) => injectedError(requireTree(rule, 'inject-error')))
+  return { kind: 'blkdebug', inner: nestedPlace(image), rules, configuration: options.text('config') }
 }
 
 function nbdPlace(options: Options): Place {
