@@ -3,7 +3,7 @@
  * the tables themselves is reported here; what they refer to is walked elsewhere.
  */
 import { viewOf } from '../bytes/view.ts'
-import { Qcow2Error } from '../core/errors.ts'
+import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, type BitmapRecord } from './bitmaps-directory.ts'
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
@@ -141,7 +141,12 @@ async function readTable(context: CheckContext, count: number): Promise<{ table:
       if (isFull) break
       next += roundUp8(length)
     }
-    if (records === count || isFull || size >= maxStoredTable) return { table, records }
+    if (records === count || isFull) return { table, records }
+    if (size >= maxStoredTable) {
+      // a length that is damaged: it says nothing of where the records behind it are
+      const detail = `record ${records} of ${count} ends more than ${maxStoredTable} bytes behind the start of the table`
+      throw new FormatError(detail, { structure: 'snapshot table', offset: snapshotsOffset + next })
+    }
   }
 }
 

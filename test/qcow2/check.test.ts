@@ -231,9 +231,25 @@ test('snapshots past the limits of their table are found, told by name, and drop
   await large.write(0, bytes)
   const tooMany = { problem: 'too many snapshots', value: 3 }
   expect(await checkImage(large, { maxFindings: 1 })).toMatchObject({ findings: [tooMany] })
+  const before = large.bytes.slice()
+  expect(await repairImage(large, { repair: 'leaks' })).toMatchObject({ checkErrors: 1, corruptionsFixed: 0, leaksFixed: 0 })
+  expect(Buffer.compare(large.bytes, before)).toBe(0)
   expect(await repairImage(large, { repair: 'all' })).toMatchObject({ corruptions: 0, leaks: 0, corruptionsFixed: expect.any(Number) as number })
   await using opened = await Qcow2Image.open(large, { readOnly: true })
   expect(opened.snapshots.count).toBe(65536)
+})
+
+test('a record of a length nobody would write drops no snapshot', async () => {
+  const device = new MemoryDevice(0, { growable: true })
+  const image = await Qcow2Image.create(device, { size: 1 << 20 })
+  for (const name of ['a', 'b']) await image.snapshots.create({ name })
+  await image.flush()
+  const bytes = device.bytes.slice()
+  const view = new DataView(bytes.buffer)
+  view.setUint32(Number(view.getBigUint64(64)) + 36, 0x4000_0000)
+  const damaged = new MemoryDevice(bytes.slice(), { growable: true })
+  for (const repair of ['leaks', 'all'] as const) await expect(repairImage(damaged, { repair })).rejects.toMatchObject({ code: 'ERR_FORMAT', structure: 'snapshot table' })
+  expect(Buffer.compare(damaged.bytes, bytes)).toBe(0)
 })
 
 /** A header, a refcount table and block, an L1 and an L2 table with one entry each: clusters 0 to 4 of 512 bytes. */

@@ -46,7 +46,9 @@ function flagLine({ flag, entry, index, found }: CheckFinding, word: string): st
   return `${word} OFLAG_COPIED ${what} refcount=${found}`
 }
 
-function problemLine({ problem, value = 0, offset, index }: CheckFinding, word: string): string | undefined {
+function problemLine({ problem, value = 0, offset, index }: CheckFinding, word: 'ERROR' | 'Repairing'): string | undefined {
+  const discards = problem === 'too much extra data' || problem === 'too many snapshots' || problem === 'snapshot table too large'
+  if (discards && word === 'ERROR') return undefined
   switch (problem) {
     case 'unaligned':
     case 'unaligned preallocation':
