@@ -24,6 +24,8 @@ export interface CheckedSnapshots {
   readonly toRewrite: number
   /** Records at the end that are beyond the limits of the table. */
   readonly surplus: number
+  /** Snapshots whose L1 table cannot be one: what they hold is not counted. */
+  readonly unwalked: number
   /** The L1 tables worth walking. */
   readonly l1Tables: readonly L1Location[]
 }
@@ -65,7 +67,7 @@ async function walkTable(context: CheckContext, count: number): Promise<CheckedS
     const found = { structure: 'snapshot table', offset: context.header.snapshotsOffset + next, message, problem: 'snapshot table too large', value: surplus } as const
     context.report.corruption(found, surplus)
   }
-  return { table: table.subarray(0, Math.min(table.length, next)), length, toRewrite, surplus, l1Tables }
+  return { table: table.subarray(0, Math.min(table.length, next)), length, toRewrite, surplus, unwalked: records - l1Tables.length, l1Tables }
 }
 
 type Report = (message: string, more?: Pick<CheckFinding, 'problem' | 'value'>) => void

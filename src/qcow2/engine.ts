@@ -19,7 +19,7 @@ import { refcountLayout } from './refcount-layout.ts'
 import { Refcounts } from './refcounts.ts'
 import { Requests } from './requests.ts'
 import { SnapshotHolds } from './snapshot-holds.ts'
-import type { SnapshotRecord } from './snapshot-table.ts'
+import { hasSoundL1, type SnapshotRecord } from './snapshot-table.ts'
 import { TableCache } from './table-cache.ts'
 import { WriteBack } from './write-back.ts'
 
@@ -300,7 +300,8 @@ export class Engine {
     this.#mark(header.snapshotsOffset, this.snapshotTableLength)
     const table = this.refcountTable
     for (let at = table.nextUsed(0); at < table.length; at = table.nextUsed(at + 1)) this.#mark(table.offsetAt(at), clusterSize)
-    for (const { l1TableOffset, l1Size } of this.snapshots) this.#mark(l1TableOffset, l1Size * 8)
+    // a table that cannot be one is nobody's; what it might have named is counted all the same
+    for (const record of this.snapshots) if (hasSoundL1(record, clusterSize)) this.#mark(record.l1TableOffset, record.l1Size * 8)
     // without the autoclear bit the extension is stale, and what it names may be in use for something else
     const trusted = (header.autoclearFeatures & autoclear.bitmaps) !== 0n
     const bitmaps = trusted ? findExtension(this.content.extensions, extensionType.bitmaps) : undefined

@@ -28,7 +28,7 @@ export interface RepairOptions extends CheckOptions {
  *
  * Not every corruption can be repaired: damaged entries stay as they are, and so do counts that do not
  * fit the refcount width. `leaks` changes nothing (one `checkErrors`) if the refcount structures would
- * have to be built anew, or the snapshot table is past its limits: then nothing tells a leak from what is in use.
+ * have to be built anew, or not every snapshot can be gone through: then nothing tells a leak from what is in use.
  * @throws Qcow2Error `ERR_READ_ONLY` if the device cannot be written; what {@link checkImage} throws.
  */
 export function repairImage(source: Source, options: RepairOptions): Promise<CheckReport> {
@@ -95,8 +95,9 @@ interface Fixed {
 }
 
 async function repairLeaks(state: CheckState): Promise<Fixed | undefined> {
-  // what snapshots past the limits refer to was not counted, and is no leak
-  if (state.rebuild || state.snapshots.surplus > 0) return undefined
+  const { surplus, unwalked } = state.snapshots
+  // what snapshots hold that could not be looked at was not counted, and is no leak
+  if (state.rebuild || surplus > 0 || unwalked > 0) return undefined
   return repairCounters(state, false)
 }
 

@@ -4,7 +4,8 @@
 import type { Header } from './header.ts'
 import type { HostFile } from './host-file.ts'
 import { maxSnapshotTableBytes } from './limits.ts'
-import { checkSnapshot, decodeSnapshot, snapshotRecordLength, type SnapshotRecord } from './snapshot-table.ts'
+import { PointerTable } from './pointer-table.ts'
+import { checkSnapshot, checkSnapshotL1, decodeSnapshot, snapshotRecordLength, type SnapshotRecord } from './snapshot-table.ts'
 
 /** A snapshot table and how long it is. */
 export interface SnapshotTable {
@@ -17,10 +18,10 @@ const firstRead = 8192
 
 /**
  * Reads the snapshot table a header names.
- * @throws FormatError if a record is malformed or beyond QEMU's limits.
+ * @throws FormatError if a record is malformed or beyond QEMU's limits; its L1 table is looked at when it is read.
  */
 export async function readSnapshotTable(host: HostFile, header: Header): Promise<SnapshotTable> {
-  const { snapshotCount, snapshotsOffset, clusterBits } = header
+  const { snapshotCount, snapshotsOffset } = header
   const records: SnapshotRecord[] = []
   if (snapshotCount === 0) return { records, length: 0 }
   const room = Math.min(maxSnapshotTableBytes, Math.max(0, host.size - snapshotsOffset))
@@ -33,11 +34,20 @@ export async function readSnapshotTable(host: HostFile, header: Header): Promise
       continue
     }
     const { record, next } = decodeSnapshot(bytes, at, snapshotsOffset)
-    checkSnapshot(record, 2 ** clusterBits)
+    checkSnapshot(record)
     records.push(record.diskSize === undefined ? { ...record, diskSize: header.size } : record)
     at = next
   }
   return { records, length: at }
+}
+
+/**
+ * Reads the L1 table of a snapshot.
+ * @throws FormatError if it cannot be one.
+ */
+export async function readSnapshotL1(host: HostFile, record: SnapshotRecord, clusterSize: number): Promise<PointerTable> {
+  checkSnapshotL1(record, clusterSize)
+  return PointerTable.read(host, record.l1TableOffset, record.l1Size)
 }
 
 async function readTable(host: HostFile, offset: number, length: number): Promise<Uint8Array> {

@@ -10,6 +10,7 @@ import { clustersFor, requiredL1Size } from './geometry.ts'
 import { maxSnapshots } from './limits.ts'
 import { PointerTable, tableBytes } from './pointer-table.ts'
 import { settle } from './shutdown.ts'
+import { readSnapshotL1 } from './snapshot-list.ts'
 import { encodeSnapshotTable, nextSnapshotId, type SnapshotRecord } from './snapshot-table.ts'
 import { adjustTree, recomputeCopied, shareTree, unshareTree } from './tree.ts'
 
@@ -156,7 +157,7 @@ export async function deleteSnapshot(engine: Engine, record: SnapshotRecord): Pr
   assertSnapshotsPossible(engine)
   if (engine.unchanged) await engine.change()
   await settle(engine)
-  const l1 = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
+  const l1 = await readSnapshotL1(engine.host, record, engine.geometry.clusterSize)
   await replaceSnapshots(
     engine,
     engine.snapshots.filter((each) => each !== record),
@@ -200,7 +201,7 @@ export async function applySnapshot(engine: Engine, record: SnapshotRecord, sign
   if (record.l1Size < entries) {
     throw new FormatError(`l1_size of snapshot ${record.id} is ${record.l1Size}, its disk needs ${entries}`, { structure: 'snapshot table' }, 'ERR_CORRUPT')
   }
-  const source = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
+  const source = await readSnapshotL1(engine.host, record, engine.geometry.clusterSize)
   await shareTree(engine, source, entries, signal)
   const old = engine.l1Table
   const length = Math.max(old.length, entries)

@@ -97,26 +97,31 @@ export function snapshotRecordLength(table: Uint8Array, at: number): number {
 }
 
 /**
- * Refuses what QEMU refuses in a record.
- * @throws FormatError for an unaligned or too large L1 table or too much extra data.
+ * Refuses what QEMU refuses in a record when it reads the table.
+ * @throws FormatError for too much extra data.
  */
-export function checkSnapshot(record: SnapshotRecord, clusterSize: number): void {
+export function checkSnapshot(record: SnapshotRecord): void {
+  if (record.extraDataLength <= maxSnapshotExtraData) return
+  const detail = `extra data of snapshot ${record.id} is ${record.extraDataLength} bytes, at most ${maxSnapshotExtraData}`
+  throw new FormatError(detail, { structure: 'snapshot table', field: record.id })
+}
+
+/**
+ * Refuses an L1 table that cannot be one. Only what uses the snapshot asks: the rest of the image is sound without it.
+ * @throws FormatError if the table is not aligned or too large.
+ */
+export function checkSnapshotL1(record: SnapshotRecord, clusterSize: number): void {
+  if (hasSoundL1(record, clusterSize)) return
   const location = { structure: 'snapshot table', field: record.id }
   if (record.l1Size > maxL1Bytes / 8) {
     throw new FormatError(`l1_size of snapshot ${record.id} is ${record.l1Size}, at most ${maxL1Bytes / 8}`, location)
   }
-  if (record.l1TableOffset % clusterSize !== 0) {
-    throw new FormatError(
-      `l1_table_offset of snapshot ${record.id} is ${record.l1TableOffset}, not a multiple of ${clusterSize}`,
-      location,
-    )
-  }
-  if (record.extraDataLength > maxSnapshotExtraData) {
-    throw new FormatError(
-      `extra data of snapshot ${record.id} is ${record.extraDataLength} bytes, at most ${maxSnapshotExtraData}`,
-      location,
-    )
-  }
+  throw new FormatError(`l1_table_offset of snapshot ${record.id} is ${record.l1TableOffset}, not a multiple of ${clusterSize}`, location)
+}
+
+/** The L1 table of a snapshot is aligned and not too large. */
+export function hasSoundL1({ l1TableOffset, l1Size }: SnapshotRecord, clusterSize: number): boolean {
+  return l1Size <= maxL1Bytes / 8 && l1TableOffset % clusterSize === 0
 }
 
 /**

@@ -6,7 +6,6 @@ import type { CallOptions } from '../block/device.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
 import { vmStateBase } from './geometry.ts'
-import { PointerTable } from './pointer-table.ts'
 import { SnapshotDevice } from './snapshot-device.ts'
 import {
   addSnapshot,
@@ -18,6 +17,7 @@ import {
   replaceSnapshots,
 } from './snapshot-operations.ts'
 import { infoOf, type SnapshotInfo } from './snapshot-info.ts'
+import { readSnapshotL1 } from './snapshot-list.ts'
 import type { SnapshotRecord } from './snapshot-table.ts'
 import { assertSnapshotName, detailsOf, SnapshotWriter, type FinishOptions } from './snapshot-writer.ts'
 
@@ -167,7 +167,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
       const record = this.#get(idOrName)
       const release = engine.snapshotHolds.open(record.id)
       try {
-        const l1 = await PointerTable.read(engine.host, record.l1TableOffset, record.l1Size)
+        const l1 = await readSnapshotL1(engine.host, record, engine.geometry.clusterSize)
         const disk = record.diskSize ?? engine.header.size
         const sizes = { disk, vmState: record.vmStateSize, vmStateBase: vmStateBase(engine.geometry, disk) }
         return new SnapshotDevice(engine, { l1, backing: engine.backing }, sizes, release)

@@ -252,6 +252,44 @@ test('a record of a length nobody would write drops no snapshot', async () => {
   expect(Buffer.compare(damaged.bytes, bytes)).toBe(0)
 })
 
+test.each([{ at: 6, value: 0x02 }, { at: 8, value: 0x10 }])('an image is as good as before when the L1 table of a snapshot is lost ($at)', async ({ at, value }) => {
+  const device = new MemoryDevice(0, { growable: true })
+  const image = await Qcow2Image.create(device, { size: 1 << 20 })
+  await image.write(0, new Uint8Array(100_000).fill(1))
+  await image.snapshots.create({ name: 'whole' })
+  await image.write(0, new Uint8Array(100_000).fill(2))
+  await image.snapshots.create({ name: 'lost' })
+  await image.flush()
+  const bytes = device.bytes.slice()
+  const second = Number(new DataView(bytes.buffer).getBigUint64(64)) + 72
+  bytes[second + at] = value
+  const damaged = new MemoryDevice(bytes.slice(), { growable: true })
+  // `leaks` must not free what the lost table named
+  expect(await repairImage(damaged, { repair: 'leaks' })).toMatchObject({ checkErrors: 1, leaksFixed: 0 })
+  expect(Buffer.compare(damaged.bytes, bytes)).toBe(0)
+  const opened = await Qcow2Image.open(damaged)
+  const lost = { code: 'ERR_FORMAT', structure: 'snapshot table' }
+  await expect(opened.snapshots.open('lost')).rejects.toMatchObject(lost)
+  await expect(opened.snapshots.apply('lost')).rejects.toMatchObject(lost)
+  await expect(opened.snapshots.delete('lost')).rejects.toMatchObject(lost)
+  await opened.write(0, new Uint8Array(100_000).fill(3))
+  await opened.snapshots.create({ name: 'third' })
+  const whole = await opened.snapshots.open('whole')
+  expect(new Set(await whole.read(0, 100_000))).toEqual(new Set([1]))
+  await whole.close()
+  await opened.snapshots.delete('whole')
+  await opened.flush()
+  // set right again, the snapshot still has what it held
+  const after = damaged.bytes.slice()
+  const table = Number(new DataView(after.buffer).getBigUint64(64))
+  after[table + at] = new Uint8Array(device.bytes)[second + at]!
+  const mended = await Qcow2Image.open(new MemoryDevice(after), { readOnly: true })
+  const found = await mended.snapshots.open('lost')
+  expect(new Set(await found.read(0, 100_000))).toEqual(new Set([2]))
+  // the last flush freed a cluster whose counter the next one lowers
+  expect(await checkImage(new MemoryDevice(after))).toMatchObject({ corruptions: 0, checkErrors: 0 })
+})
+
 /** A header, a refcount table and block, an L1 and an L2 table with one entry each: clusters 0 to 4 of 512 bytes. */
 function tinyImage(l1Entry: bigint, l2Entry: bigint, refcounts: readonly number[]): MemoryDevice {
   const bytes = Buffer.alloc(5 * 512)

@@ -25,7 +25,7 @@ import {
   offsetLow,
 } from '../../src/qcow2/l2-entry.ts'
 import { refcountLayout } from '../../src/qcow2/refcount-layout.ts'
-import { checkSnapshot, decodeSnapshot, encodeSnapshotTable, nextSnapshotId, type SnapshotRecord } from '../../src/qcow2/snapshot-table.ts'
+import { checkSnapshot, checkSnapshotL1, decodeSnapshot, encodeSnapshotTable, nextSnapshotId, type SnapshotRecord } from '../../src/qcow2/snapshot-table.ts'
 import { subclusterKind, subclusterMask, subclusterRun, validSubclusters } from '../../src/qcow2/subcluster.ts'
 
 const hex = (text: string): Uint8Array => Uint8Array.from(Buffer.from(text.replaceAll(/\s/g, ''), 'hex'))
@@ -416,9 +416,9 @@ describe('snapshot table', () => {
 
   test('limits and ids', () => {
     const { record } = decodeSnapshot(worked, 0, 0)
-    expect(codeOf(() => checkSnapshot({ ...record, l1Size: 4194305 }, 4096))).toBe('ERR_FORMAT')
-    expect(codeOf(() => checkSnapshot({ ...record, extraDataLength: 1025 }, 4096))).toBe('ERR_FORMAT')
-    expect(codeOf(() => checkSnapshot({ ...record, l1TableOffset: 512 }, 4096))).toBe('ERR_FORMAT')
+    expect(codeOf(() => checkSnapshotL1({ ...record, l1Size: 4194305 }, 4096))).toBe('ERR_FORMAT')
+    expect(codeOf(() => checkSnapshot({ ...record, extraDataLength: 1025 }))).toBe('ERR_FORMAT')
+    expect(codeOf(() => checkSnapshotL1({ ...record, l1TableOffset: 512 }, 4096))).toBe('ERR_FORMAT')
     expect(nextSnapshotId([])).toBe('1')
     expect(nextSnapshotId([{ ...record, id: '7' }, { ...record, id: 'x' }])).toBe('8')
     const next = (...ids: string[]): string => nextSnapshotId(ids.map((id) => ({ ...record, id })))
