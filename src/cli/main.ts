@@ -6,16 +6,25 @@ import { commandNames, loadCommand, loadCommands } from './commands.ts'
 import type { CommandDefinition, Context } from './command.ts'
 import { ExitError, UsageError } from './errors.ts'
 import { commandHelp, programHelp } from './help.ts'
+import { LateSink, withStdout } from './late-sink.ts'
 import { didYouMean } from './nearest.ts'
 import { parse, type ParsedLine } from './parse.ts'
 import { Interrupted } from './process.ts'
 import { progressFor, type Progress, type ProgressStyle } from './progress.ts'
-import { asQemuImg } from './qemu-img.ts'
+import { asQemuImg, isQemuImgCommand } from './qemu-img.ts'
 import type { Terminal } from './terminal.ts'
 import { version } from './version.ts'
 
 /** Runs one command line (without the program's name). Resolves with the exit code; never rejects. */
 export async function main(argv: readonly string[], terminal: Terminal): Promise<number> {
+  if (terminal.program !== 'qemu-img' || terminal.stdout.isTty || !isQemuImgCommand(argv[0])) return runLine(argv, terminal)
+  const late = new LateSink(terminal.stdout)
+  const code = await runLine(argv, withStdout(terminal, late))
+  await late.flush()
+  return code
+}
+
+async function runLine(argv: readonly string[], terminal: Terminal): Promise<number> {
   try {
     const [first, ...rest] = argv
     if (first === undefined) throw new UsageError('a command is missing')

@@ -8,6 +8,13 @@ export function asQemuImg(command: string, message: string): string {
   return `qemu-img: ${locks.reduce((text, [pattern, line]) => text.replace(pattern, line), message)}`
 }
 
+const commands = new Set(['amend', 'bench', 'bitmap', 'check', 'commit', 'compare', 'convert', 'create', 'dd', 'info', 'map', 'measure', 'rebase', 'resize', 'snapshot'])
+
+/** True for a command that qemu-img has too. */
+export function isQemuImgCommand(word: string | undefined): boolean {
+  return word !== undefined && commands.has(word)
+}
+
 type Replacement = readonly [pattern: RegExp, line: string]
 
 const usage: readonly Replacement[] = [

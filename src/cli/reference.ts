@@ -56,7 +56,7 @@ const differences = [
   '| area | tests | why |',
   '| --- | --- | --- |',
   '| faults injected by `blkdebug`, `quorum` | 098 110 217 244 | no steps of QEMU\'s own code as events, no `quorum` |',
-  '| order and number of lines | 074 251 | stdout comes as it is printed, not at the end; `--salvage` tells a damaged range once, not each sector of it |',
+  '| number of lines | 251 | `--salvage` tells a damaged range once, not each sector of it |',
   '| overlaps, damaged refcount tables | 060 108 | overlaps are told besides; refcount table entries are told otherwise |',
   '| what damaged images are answered with | 080 112 | other words; what fails leaves no leaks; wider refcounts leave no damaged counters behind |',
   '| help of `-o` | 082 | other words |',

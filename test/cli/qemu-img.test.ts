@@ -2,13 +2,14 @@
 import { mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join, relative } from 'node:path'
 import { describe, expect, test, vi } from 'vitest'
+import { main } from '../../src/cli/main.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { listen } from '../../src/nbd/socket.ts'
 import { NbdServer } from '../../src/nbd/server.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
-import { run } from './run.ts'
+import { run, terminal } from './run.ts'
 
 const KiB = 1024
 
@@ -82,6 +83,37 @@ test('dd copies as many blocks as count says, from where skip says; zeroes take 
   expect(extents).toEqual([[0, true], [64 * KiB, false], [128 * KiB, true]])
   expect(await run(['dd', `if=${path}`, `of=${path}`])).toMatchObject({ code: 1 })
   expect(readFileSync(path)).toHaveLength(320 * KiB)
+})
+
+describe('by the name qemu-img, into a pipe', () => {
+  /** Both streams of a run in one, as they come. */
+  async function together(program: string, isTty: boolean, ...argv: string[]): Promise<string> {
+    const parts: string[] = []
+    const sink = {
+      isTty,
+      columns: undefined,
+      write: (data: string | Uint8Array): Promise<void> => {
+        parts.push(Buffer.from(data).toString())
+        return Promise.resolve()
+      },
+    }
+    await main(argv, { ...terminal({ program }), stdout: sink, stderr: sink })
+    return parts.join('')
+  }
+
+  test('what goes to stdout comes behind what goes to stderr, as from a C program', async () => {
+    const folder = tempFolder()
+    const path = join(folder, 'disk')
+    const line = `Formatting '${path}', fmt=raw size=1024\n`
+    const failing = ['create', '-f', 'raw', path, '1k']
+    mkdirSync(path)
+    expect(await together('qemu-img', false, ...failing)).toMatch(new RegExp(`^qemu-img: .*\n${line}$`))
+    expect(await together('qemu-img', true, ...failing)).toMatch(new RegExp(`^${line}qemu-img: .*\n$`))
+    expect(await together('qcow2', false, ...failing)).toMatch(new RegExp(`^${line}qcow2: .*\n$`))
+    const raw = join(folder, 'raw')
+    writeFileSync(raw, Buffer.alloc(8192, 3))
+    expect((await run(['convert', '-f', 'raw', raw, '-'], { program: 'qemu-img' })).bytes).toEqual(Buffer.alloc(8192, 3))
+  })
 })
 
 describe('check', () => {
