@@ -5,7 +5,7 @@
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { StoredRefcounts } from './check-refcounts.ts'
-import { offsetText, type CheckFinding } from './check-report.ts'
+import { offsetText, type CheckFinding, type CheckProblem } from './check-report.ts'
 import { ClusterCounters } from './check-counters.ts'
 import { viewOf } from '../bytes/view.ts'
 import { zeroLength } from '../bytes/zero.ts'
@@ -72,13 +72,13 @@ class MappingWalk {
       if (high === 0 && low === 0) continue
       const at = table.offset + index * 8
       if ((high & (reservedHigh | compressedFlag)) !== 0 || (low & (reservedLow | zeroFlag)) !== 0) {
-        report.corruption({ structure: 'L1 entry', offset: at, message: `L1 entry ${index} has reserved bits set: ${hex(high, low)}`, entry: hex(high, low), index })
+        report.corruption({ structure: 'L1 entry', offset: at, message: `L1 entry ${index} has reserved bits set: ${hex(high, low)}`, entry: hex(high, low), index, problem: 'reserved bits' })
       }
       const offset = entryOffset(high, low)
       this.#context.reference(offset, geometry.clusterSize, owner.l2Table)
       if (offset % geometry.clusterSize !== 0) {
         const message = `L1 entry ${index}: the L2 table offset ${offsetText(offset)} is not a multiple of ${geometry.clusterSize}`
-        report.corruption({ structure: 'L1 entry', offset: at, message, entry: hex(high, low), index })
+        report.corruption({ structure: 'L1 entry', offset: at, message, entry: hex(high, low), index, problem: 'unaligned', value: offset })
         this.#unaligned.push({ offset, active: table.active })
       } else if (offset < this.#context.host.size) {
         this.#all.add(offset / geometry.clusterSize, 1)
@@ -131,7 +131,7 @@ class MappingWalk {
         continue
       }
       if ((high & reservedHigh) !== 0 || (low & reservedLow) !== 0) {
-        report.corruption({ structure: 'L2 entry', offset: at, message: `reserved bits are set: ${hex(high, low)}`, entry: hex(high, low) }, times)
+        report.corruption({ structure: 'L2 entry', offset: at, message: `reserved bits are set: ${hex(high, low)}`, entry: hex(high, low), problem: 'reserved bits' }, times)
       }
       const kind = clusterKind(high, low, kindContext)
       if (header.version === 2 && (low & zeroFlag) !== 0) {
@@ -139,7 +139,7 @@ class MappingWalk {
         report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
       }
       if (kind === 'unallocated' || kind === 'zero-plain') {
-        if (alloc !== 0) this.#invalidSubclusters(at, zero, alloc, times)
+        if (alloc !== 0) this.#invalidSubclusters(at, zero, alloc, times, 'subclusters without cluster')
         continue
       }
       const offset = entryOffset(high, low)
@@ -170,7 +170,8 @@ class MappingWalk {
     const corrupt = (message: string): void => report.corruption({ structure: 'L2 entry', offset: at, message, entry: hex(high, low) }, times)
     if (isCopied(high)) {
       const entry = hex(high, low)
-      report.corruption({ structure: 'L2 entry', offset: at, message: `COPIED is set on a compressed cluster: ${entry}`, flag: 'COPIED', entry }, times)
+      const place = { problem: 'compressed with COPIED', value: decodeCompressed(high, low, geometry.clusterBits).offset } as const
+      report.corruption({ structure: 'L2 entry', offset: at, message: `COPIED is set on a compressed cluster: ${entry}`, flag: 'COPIED', entry, ...place }, times)
     }
     if (hasDataFile) {
       corrupt('a compressed cluster in an image with an external data file')
@@ -186,9 +187,9 @@ class MappingWalk {
     }
   }
 
-  #invalidSubclusters(at: number, zero: number, alloc: number, times: number): void {
+  #invalidSubclusters(at: number, zero: number, alloc: number, times: number, problem?: CheckProblem): void {
     const message = `the subcluster bitmap is invalid: ZERO ${zero.toString(16)}, ALLOC ${alloc.toString(16)}`
-    this.#context.report.corruption({ structure: 'L2 entry', offset: at, message }, times)
+    this.#context.report.corruption({ structure: 'L2 entry', offset: at, message, ...(problem === undefined ? {} : { problem }) }, times)
   }
 
   /** In the active layer COPIED must be set exactly where the stored refcount is 1. */

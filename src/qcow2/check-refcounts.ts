@@ -6,7 +6,7 @@ import { viewOf } from '../bytes/view.ts'
 import { isZero } from '../bytes/zero.ts'
 import { describeOwners, owner, type ClusterCounters } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
-import { offsetText } from './check-report.ts'
+import { offsetText, type CheckProblem } from './check-report.ts'
 
 /** The counters as they are in the image. */
 export class StoredRefcounts {
@@ -125,20 +125,20 @@ export class StoredRefcounts {
     const { clusterSize } = geometry
     this.#context.reference(header.refcountTableOffset, header.refcountTableClusters * clusterSize, owner.refcountTable)
     let rebuild = header.refcountTableClusters === 0
-    const corrupt = (index: number, detail: string): void => {
+    const corrupt = (index: number, problem: CheckProblem, value: number, detail: string): void => {
       rebuild = true
       const message = `refcount table entry ${index}: ${detail}`
-      report.corruption({ structure: 'refcount table', offset: header.refcountTableOffset + index * 8, message })
+      report.corruption({ structure: 'refcount table', offset: header.refcountTableOffset + index * 8, message, index, problem, value })
     }
     this.offsets.forEach((offset, index) => {
       if (offset === undefined) return
-      if (this.#reserved.has(index)) corrupt(index, 'reserved bits are set')
-      else if (offset % clusterSize !== 0) corrupt(index, `the block offset ${offsetText(offset)} is not a multiple of ${clusterSize}`)
-      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, `the block offset ${offsetText(offset)} is past the end of the file`)
+      if (this.#reserved.has(index)) corrupt(index, 'reserved bits', offset, 'reserved bits are set')
+      else if (offset % clusterSize !== 0) corrupt(index, 'unaligned', offset, `the block offset ${offsetText(offset)} is not a multiple of ${clusterSize}`)
+      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, 'past end of file', offset, `the block offset ${offsetText(offset)} is past the end of the file`)
       else {
         this.#context.reference(offset, clusterSize, owner.refcountBlock)
         const count = expected.get(offset / clusterSize)
-        if (count !== 1) corrupt(index, `its block, cluster ${offset / clusterSize}, has ${count} references`)
+        if (count !== 1) corrupt(index, 'shared refcount block', count, `its block, cluster ${offset / clusterSize}, has ${count} references`)
       }
     })
     return rebuild

@@ -2,12 +2,20 @@
 
 /** What is wrong, where it has a name that programs may go by. */
 export type CheckProblem =
+  /** Bits of an entry are set that have no meaning. */
+  | 'reserved bits'
   /** An offset is not a multiple of the cluster size. */
   | 'unaligned'
   /** The same, of a cluster that holds nothing yet but zeroes: a repair takes the offset away. */
   | 'unaligned preallocation'
   /** What is referred to ends a cluster or more past the end of the file. */
   | 'past end of file'
+  /** A subcluster has a place in a cluster that has none. */
+  | 'subclusters without cluster'
+  /** COPIED is set on a compressed cluster. */
+  | 'compressed with COPIED'
+  /** A refcount block that something else refers to as well. */
+  | 'shared refcount block'
   /** More references than the refcounts can count. */
   | 'too many references'
   /** A snapshot without the extra data that version 3 demands. */

@@ -143,8 +143,13 @@ describeWithQemu('check', (qemu) => {
         const device = new MemoryDevice(bytes.slice(), { growable: true })
         const ours = await repairImage(device, { repair, maxFindings: 1e6 }).catch((error: unknown) => String(error))
         if (typeof ours === 'string') {
-          // a number beyond 2^53 in a table that has to be rewritten
-          if (!ours.includes('exceeds 2^53')) expect(theirs.code, ours).toBe(1)
+          // a number beyond 2^53 in a table that has to be rewritten; a length that QEMU takes for its word, and reads names from far behind
+          if (!ours.includes('exceeds 2^53') && !ours.includes('behind the start of the table')) expect(theirs.code, ours).toBe(1)
+          return
+        }
+        if (repair === 'leaks' && ours.findings.some(({ structure }) => structure === 'snapshot table') && ours.checkErrors > 0) {
+          // QEMU frees what a snapshot holds whose L1 table it cannot find
+          expect(Buffer.compare(device.bytes, bytes)).toBe(0)
           return
         }
         writeFileSync(ourPath, await device.read(0, device.size))

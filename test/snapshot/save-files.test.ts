@@ -16,15 +16,16 @@ describeWithQemu('files', (qemu) => {
   const revertTwice = async (file: string): Promise<void> => {
     const { tick } = await memoryOf(file)
     const known: number[] = []
-    for (let round = 0; round < 2; round++) {
+    // on a busy machine the background may be done before the guest waits for anything
+    for (let round = 0; round < 2 || (known.at(-2) === 0 && round < 8); round++) {
       const guest = await Guest.boot(qemu, { incoming: 'defer' })
       await revertFile(file, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
       await guest.expectGoesOn(tick)
       known.push([...faultsOf(parseFaultOrder((await readTextFile(faultOrderPath(file)))!))].length)
       await guest.kill()
     }
-    expect(known[0]).toBeGreaterThan(0)
-    expect(known[1]).toBeGreaterThanOrEqual(known[0]!)
+    expect(known.at(-2)).toBeGreaterThan(0)
+    expect(known.at(-1)).toBeGreaterThanOrEqual(known.at(-2)!)
   }
 
   test.each<[string, (folder: string) => MemoryTarget, string]>([

@@ -1,5 +1,5 @@
 /** What a check found and a repair did, a line each, in the words of qemu-img 10.0 where it has words for it. */
-import { offsetText, type CheckFinding, type CheckReport } from '../../qcow2/check-report.ts'
+import { offsetText, type CheckFinding, type CheckProblem, type CheckReport } from '../../qcow2/check-report.ts'
 
 /**
  * The lines of a report, in the order in which qemu-img comes to it: structures, then counters, which it tells before it
@@ -46,12 +46,20 @@ function flagLine({ flag, entry, index, found }: CheckFinding, word: string): st
   return `${word} OFLAG_COPIED ${what} refcount=${found}`
 }
 
-function problemLine({ problem, value = 0, offset, index }: CheckFinding, word: 'ERROR' | 'Repairing'): string | undefined {
+function problemLine({ structure, problem, value = 0, offset, index, entry = '' }: CheckFinding, word: 'ERROR' | 'Repairing'): string | undefined {
+  if (structure === 'refcount table') return refcountTableLine(problem, index, value, word)
   const discards = problem === 'too much extra data' || problem === 'too many snapshots' || problem === 'snapshot table too large'
   if (discards && word === 'ERROR') return undefined
   switch (problem) {
+    case 'reserved bits':
+      return `${word} found ${structure === 'L1 entry' ? 'L1' : 'l2'} entry with reserved bits set: ${entry.replace(/^0+/, '')}`
+    case 'subclusters without cluster':
+      return `${word}: Unallocated cluster has non-zero subcluster allocation map`
+    case 'compressed with COPIED':
+      return `${word}: coffset=0x${hex(value)}: copied flag must never be set for compressed clusters`
     case 'unaligned':
     case 'unaligned preallocation':
+      if (structure === 'L1 entry') return `${word} l2_offset=${hex(value)}: Table is not cluster aligned; L1 entry corrupted`
       return `${word} offset=${hex(value)}: ${problem === 'unaligned' ? 'Data' : 'Preallocated'} cluster is not properly aligned; L2 entry corrupted.`
     case 'past end of file':
       return `ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x${hex(offset)} size 0x${hex(value)}`
@@ -65,6 +73,21 @@ function problemLine({ problem, value = 0, offset, index }: CheckFinding, word: 
       return `Discarding ${value} overhanging snapshots`
     case 'snapshot table too large':
       return `Discarding ${value} overhanging snapshots (snapshot table is too big)`
+    default:
+      return undefined
+  }
+}
+
+function refcountTableLine(problem: CheckProblem | undefined, index: number | undefined, value: number, word: string): string | undefined {
+  switch (problem) {
+    case 'reserved bits':
+      return `${word} refcount table entry ${index} has reserved bits set`
+    case 'unaligned':
+      return `${word} refcount block ${index} is not cluster aligned; refcount table entry corrupted`
+    case 'past end of file':
+      return `${word} refcount block ${index} is outside image`
+    case 'shared refcount block':
+      return `${word} refcount block ${index} refcount=${value}`
     default:
       return undefined
   }
