@@ -56,7 +56,7 @@ const differences = [
   '| area | tests | why |',
   '| --- | --- | --- |',
   '| faults injected by `blkdebug`, `quorum` | 098 110 217 244 | no steps of QEMU\'s own code as events, no `quorum` |',
-  '| number of lines | 251 | `--salvage` tells a damaged range once, not each sector of it |',
+  '| order of lines | 251 | the map is read ahead of the data |',
   '| overlaps | 060 108 | told besides |',
   '| what damaged images are answered with | 080 112 | other words; what fails leaves no leaks; wider refcounts leave no damaged counters behind |',
   '| help of `-o` | 082 | other words |',

@@ -45,6 +45,9 @@ describe('convert --salvage', () => {
     expect(code).toBe(0)
     expect(stderr.match(/warning: error while reading offset 65536: /g)).toHaveLength(1)
     expect(stderr.trim().split('\n')).toHaveLength(1)
+    // qemu-img tells each sector
+    const each = await run(['convert', '--salvage', '-O', format, path, target], { program: 'qemu-img' })
+    expect(each.stderr.match(/warning: error while reading offset \d+: /g)).toHaveLength(128)
     const raw = join(folder, 'raw')
     expect((await run(['convert', '-f', format, '-O', 'raw', target, raw])).code).toBe(0)
     const saved = readFileSync(raw)

@@ -71,7 +71,7 @@ async function openSource(context: ConvertContext, name: string): Promise<Opened
 async function copy(context: ConvertContext, sources: readonly OpenedImage[], request: Request): Promise<void> {
   const { signal, options } = context
   const disk = concatenated(sources.map(({ device }) => device))
-  const source = options.salvage ? salvaged(disk, context.warn) : disk
+  const source = options.salvage ? salvaged(disk, context.warn, context.terminal.program === 'qemu-img') : disk
   const progress = context.progress()
   const { target } = request
   if (target === '-') {

@@ -8,17 +8,19 @@ const sector = 512
 /** How far behind a place the map of which cannot be read the next one is looked for; what lies between is read. */
 const mapStep = 1 << 16
 
-/** The device, read as far as possible. `warn` is told of each range that is lost. */
-export function salvaged(device: BlockDevice, warn: (message: string) => void): BlockDevice {
-  return new SalvagedDevice(device, warn)
+/** The device, read as far as possible. `warn` is told of each range that is lost, or, with `eachSector`, of each sector, as by qemu-img. */
+export function salvaged(device: BlockDevice, warn: (message: string) => void, eachSector = false): BlockDevice {
+  return new SalvagedDevice(device, warn, eachSector)
 }
 
 class SalvagedDevice extends FilterDevice {
   readonly #warn: (message: string) => void
+  readonly #eachSector: boolean
 
-  constructor(inner: BlockDevice, warn: (message: string) => void) {
+  constructor(inner: BlockDevice, warn: (message: string) => void, eachSector: boolean) {
     super(inner)
     this.#warn = warn
+    this.#eachSector = eachSector
   }
 
   protected override async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
@@ -41,7 +43,7 @@ class SalvagedDevice extends FilterDevice {
       } catch (error) {
         options?.signal?.throwIfAborted()
         // a range is told once, by its first sector
-        if (lost) part.fill(0)
+        if (lost && !this.#eachSector) part.fill(0)
         else this.#lose(offset + at, part, error)
         lost = true
       }
