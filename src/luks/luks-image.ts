@@ -4,9 +4,8 @@
  */
 import { BaseDevice, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type WriteOptions } from '../block/device.ts'
 import { isReadOnly, openSource, openTarget, type Source } from '../block/source.ts'
-import { createLuks, openLuks } from '../codec/crypto/luks.ts'
 import { decodeLuksHeader, type LuksHeader } from '../codec/crypto/luks-header.ts'
-import { sectorSize, type SectorCipher } from '../codec/crypto/sector-cipher.ts'
+import type { SectorCipher } from '../codec/crypto/sector-cipher.ts'
 import { viewOf } from '../bytes/view.ts'
 import { FormatError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
@@ -32,6 +31,11 @@ export interface CreateLuksImageOptions extends CallOptions {
 
 const openOptions: OptionNames<LuksOptions> = { passphrase: true, readOnly: true, direct: true, signal: true }
 const createOptions: OptionNames<CreateLuksImageOptions> = { size: true, passphrase: true, iterations: true, signal: true }
+
+const sectorSize = 512
+
+/** Node's ciphers take a few milliseconds to load: only who uses them waits. */
+const loadCrypto = (): Promise<typeof import('../codec/crypto/luks.ts')> => import('../codec/crypto/luks.ts')
 
 /** Key material of eight slots may be this long before it is refused. */
 const maxArea = 64 << 20
@@ -75,6 +79,7 @@ export class LuksImage extends BaseDevice {
     const host = await openSource(source, { readOnly: options.readOnly === true || isReadOnly(source), direct, signal })
     try {
       const area = await readArea(host)
+      const { openLuks } = await loadCrypto()
       return new LuksImage(host, decodeLuksHeader(area), await openLuks(area, passphrase, { signal }))
     } catch (error) {
       if (host !== source) await host.close()
@@ -91,6 +96,7 @@ export class LuksImage extends BaseDevice {
     refuseUnknownOptions('LuksImage.create', options, createOptions)
     const { size, passphrase, iterations, signal } = options
     if (!Number.isSafeInteger(size) || size < 0 || size % sectorSize !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
+    const { createLuks } = await loadCrypto()
     const { area, cipher } = await createLuks(passphrase, { iterations })
     const host = await openTarget(target, { signal })
     try {

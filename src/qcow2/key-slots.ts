@@ -4,7 +4,7 @@
  */
 import type { CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
-import { addKeySlot, eraseKeySlots, type AddKeySlotOptions, type ErasedKeySlots, type EraseKeySlotsOptions, type SlotChange } from '../codec/crypto/luks-slots.ts'
+import type { AddKeySlotOptions, ErasedKeySlots, EraseKeySlotsOptions, SlotChange } from '../codec/crypto/luks-slots.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { CheckContext } from './check-context.ts'
@@ -21,6 +21,9 @@ export interface ErasePassphraseOptions extends EraseKeySlotsOptions, CallOption
 const addOptions: OptionNames<AddPassphraseOptions> = { slot: true, replace: true, iterations: true, signal: true }
 const eraseOptions: OptionNames<ErasePassphraseOptions> = { evenLast: true, signal: true }
 
+/** Node's ciphers take a few milliseconds to load: only who uses them waits. */
+const loadSlots = (): Promise<typeof import('../codec/crypto/luks-slots.ts')> => import('../codec/crypto/luks-slots.ts')
+
 /**
  * Lets another passphrase open an image encrypted with LUKS (LUKS1 specification 1.2.3, section 4.3); the key slot it took.
  * `passphrase` is one that opens it already; both are kept. The file is opened and closed again, a device given stays open.
@@ -32,7 +35,7 @@ const eraseOptions: OptionNames<ErasePassphraseOptions> = { evenLast: true, sign
  */
 export async function addPassphrase(source: Source, passphrase: string | Uint8Array, added: string | Uint8Array, options: AddPassphraseOptions = {}): Promise<number> {
   refuseUnknownOptions('addPassphrase', options, addOptions)
-  const slots = await changeSlots(source, options, (area) => addKeySlot(area, passphrase, added, options))
+  const slots = await changeSlots(source, options, async (area) => (await loadSlots()).addKeySlot(area, passphrase, added, options))
   return slots[0]!
 }
 
@@ -45,7 +48,7 @@ export async function addPassphrase(source: Source, passphrase: string | Uint8Ar
  */
 export async function erasePassphrase(source: Source, which: ErasedKeySlots, options: ErasePassphraseOptions = {}): Promise<readonly number[]> {
   refuseUnknownOptions('erasePassphrase', options, eraseOptions)
-  return changeSlots(source, options, (area) => eraseKeySlots(area, which, options))
+  return changeSlots(source, options, async (area) => (await loadSlots()).eraseKeySlots(area, which, options))
 }
 
 async function changeSlots(source: Source, { signal }: CallOptions, change: (area: Uint8Array) => Promise<SlotChange>): Promise<readonly number[]> {
