@@ -52,13 +52,24 @@ export function assertSnapshotsPossible(engine: Engine): void {
  * durable before the next. A crash leaves counters that are too high, and flags that are too careful;
  * what fails or is aborted is undone.
  */
-export async function captureDisk(engine: Engine, signal?: AbortSignal): Promise<CapturedDisk> {
+export function captureDisk(engine: Engine, signal?: AbortSignal): Promise<CapturedDisk> {
+  return capture(engine, requiredL1Size(engine.geometry, engine.header.size), signal)
+}
+
+/** As {@link captureDisk}, with VM state that lies behind the disk of the active layer: for a snapshot that gets none of its own. */
+export function captureAll(engine: Engine, signal?: AbortSignal): Promise<CapturedDisk> {
+  const { l1Table, geometry, header } = engine
+  let entries = l1Table.length
+  while (entries > 0 && l1Table.offsetAt(entries - 1) === 0) entries--
+  return capture(engine, Math.max(entries, requiredL1Size(geometry, header.size)), signal)
+}
+
+async function capture(engine: Engine, entries: number, signal: AbortSignal | undefined): Promise<CapturedDisk> {
   signal?.throwIfAborted()
   assertSnapshotsPossible(engine)
   if (engine.unchanged) await engine.change()
   await settle(engine)
-  const { l1Table, header, geometry } = engine
-  const entries = requiredL1Size(geometry, header.size)
+  const { l1Table, header } = engine
   await shareTree(engine, l1Table, entries, signal)
   for (let index = 0; index < entries; index++) {
     const offset = l1Table.offsetAt(index)
@@ -197,11 +208,13 @@ export async function applySnapshot(engine: Engine, record: SnapshotRecord, sign
   if (engine.untouched) await engine.touch()
   if (size !== engine.header.size) await prepareResize(engine)
   await settle(engine)
-  const entries = requiredL1Size(engine.geometry, size)
-  if (record.l1Size < entries) {
-    throw new FormatError(`l1_size of snapshot ${record.id} is ${record.l1Size}, its disk needs ${entries}`, { structure: 'snapshot table' }, 'ERR_CORRUPT')
+  const needed = requiredL1Size(engine.geometry, size)
+  if (record.l1Size < needed) {
+    throw new FormatError(`l1_size of snapshot ${record.id} is ${record.l1Size}, its disk needs ${needed}`, { structure: 'snapshot table' }, 'ERR_CORRUPT')
   }
   const source = await readSnapshotL1(engine.host, record, engine.geometry.clusterSize)
+  // VM state saved with a snapshot stays in it; what lay behind the disk when it was taken comes back
+  const entries = record.vmStateSize > 0 ? needed : record.l1Size
   await shareTree(engine, source, entries, signal)
   const old = engine.l1Table
   const length = Math.max(old.length, entries)

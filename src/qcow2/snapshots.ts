@@ -11,7 +11,7 @@ import {
   addSnapshot,
   applySnapshot,
   assertSnapshotsPossible,
-  captureDisk,
+  captureAll,
   deleteSnapshot,
   releaseDisk,
   replaceSnapshots,
@@ -80,7 +80,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
     const engine = this.#engine
     const details = detailsOf(options.name, options)
     return engine.requests.exclusive(async () => {
-      const disk = await captureDisk(engine, options.signal)
+      const disk = await captureAll(engine, options.signal)
       try {
         return infoOf(await addSnapshot(engine, details, disk, undefined))
       } catch (error) {

@@ -123,6 +123,39 @@ describeWithQemu('images made by QEMU', (qemu) => {
     })
   }
 
+  test.each(['cluster_size=65536', 'cluster_size=4096', 'cluster_size=512,compat=0.10', 'extended_l2=on'])('VM state behind the active disk goes into a snapshot and comes back with it: %s', async (options) => {
+    const path = join(tempFolder(), 'disk.qcow2')
+    await qemu.imgOk('create', '-q', '-f', 'qcow2', '-o', options, path, '8M')
+    const io = async (...commands: string[]): Promise<void> => {
+      const { code, stdout } = await qemu.io(...commands.flatMap((command) => ['-c', command]), path)
+      expect({ code, failed: stdout.includes('failed') }, stdout).toEqual({ code: 0, failed: false })
+    }
+    const ours = async (work: (image: Qcow2Image) => Promise<unknown>): Promise<void> => {
+      await using image = await Qcow2Image.open(path)
+      await work(image)
+      await image.close()
+      expect(await qemu.imgOk('check', path)).toContain('No errors were found')
+    }
+    await io('write -P 1 0 64k', 'write -b -P 5 0 300k')
+    await ours((image) => image.snapshots.create({ name: 'a' }))
+    await io('write -P 2 0 64k', 'write -b -P 6 0 300k', 'read -P 2 0 64k')
+    await ours((image) => image.snapshots.create({ name: 'with its own', vmState: [new Uint8Array(200_000).fill(8)] }))
+    await ours((image) => image.snapshots.apply('a'))
+    await io('read -P 1 0 64k', 'read -b -P 5 0 300k')
+    await ours((image) => image.snapshots.delete('a'))
+    await io('read -P 1 0 64k', 'read -b -P 5 0 300k')
+    await ours((image) => image.snapshots.apply('with its own'))
+    await ours(async (image) => {
+      const snapshot = await image.snapshots.open('with its own')
+      expect(new Set(await snapshot.vmState.read(0, 200_000))).toEqual(new Set([8]))
+      await snapshot.close()
+    })
+    await io('read -P 2 0 64k')
+    if (options.includes('compat=0.10')) return
+    await ours((image) => image.resize(600 * MiB))
+    await io('read -P 2 0 64k', 'read -P 0 64k 599M')
+  })
+
   test('a snapshot of qemu-img reads as it was', async () => {
     const folder = tempFolder()
     const file = join(folder, 'image.qcow2')
