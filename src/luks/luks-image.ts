@@ -4,7 +4,7 @@
  */
 import { BaseDevice, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type WriteOptions } from '../block/device.ts'
 import { isReadOnly, openSource, openTarget, type Source } from '../block/source.ts'
-import { decodeLuksHeader, type LuksHeader } from '../codec/crypto/luks-header.ts'
+import { decodeLuksHeader, maxLuksArea, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import type { SectorCipher } from '../codec/crypto/sector-cipher.ts'
 import { viewOf } from '../bytes/view.ts'
 import { FormatError } from '../core/errors.ts'
@@ -37,8 +37,6 @@ const sectorSize = 512
 /** Node's ciphers take a few milliseconds to load: only who uses them waits. */
 const loadCrypto = (): Promise<typeof import('../codec/crypto/luks.ts')> => import('../codec/crypto/luks.ts')
 
-/** Key material of eight slots may be this long before it is refused. */
-const maxArea = 64 << 20
 const payloadOffsetAt = 104
 /** Encrypted or decrypted in one go, so that a long request does not hold the event loop. */
 const pieceBytes = 1 << 20
@@ -180,8 +178,8 @@ async function readArea(host: BlockDevice): Promise<Uint8Array> {
   const fixed = await host.read(0, Math.min(sectorSize, host.size))
   if (fixed.length < sectorSize) throw new FormatError(`the file has ${host.size} bytes, the header alone takes 592`, { structure: 'LUKS header', offset: 0 })
   const length = viewOf(fixed).getUint32(payloadOffsetAt) * sectorSize
-  if (length > host.size || length > maxArea) {
-    const detail = `the payload offset is ${length}; it must lie in the file, which has ${host.size} bytes, and be at most ${maxArea}`
+  if (length > host.size || length > maxLuksArea) {
+    const detail = `the payload offset is ${length}; it must lie in the file, which has ${host.size} bytes, and be at most ${maxLuksArea}`
     throw new FormatError(detail, { structure: 'LUKS header', field: 'payload_offset', offset: payloadOffsetAt })
   }
   return host.read(0, length)

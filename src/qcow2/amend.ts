@@ -64,7 +64,7 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   if (!isSound) await refuseDamage(host, state, refcountOrder, options)
   const isDowngrade = version === 2 && header.version === 3
   if (isDowngrade) refuseDowngrade(state)
-  if (version === 3 && header.version === 2) await upgrade(host, state, isSound, options)
+  if (version === 3 && header.version === 2) await upgrade(host, state, options)
   if (refcountOrder !== header.refcountOrder) {
     const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, refcountOrder })
     await rebuildRefcounts(context, { refcountOrder })
@@ -116,22 +116,25 @@ async function rewriteHeader(host: BlockDevice, change: (content: HeaderCluster)
 }
 
 /** Version 3 demands more of the snapshot table, which is therefore replaced first. */
-async function upgrade(host: BlockDevice, state: CheckState, isSound: boolean, options: AmendOptions): Promise<void> {
-  if (state.context.header.snapshotCount > 0 && isSound) {
-    const engine = await openMetadata(host)
-    await replaceSnapshots(engine, engine.snapshots)
-    await settle(engine)
-  } else if (state.context.header.snapshotCount > 0) {
-    // counters that are wrong do not tell what is free
-    const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, omitSnapshotTable: true })
-    await rebuildRefcounts(context, { snapshots: repairedSnapshots(state) })
-  }
+async function upgrade(host: BlockDevice, state: CheckState, options: AmendOptions): Promise<void> {
+  if (state.context.header.snapshotCount > 0) await rewriteSnapshots(host, state, options)
   const rename = (content: HeaderCluster): HeaderCluster => {
     const names = encodeFeatureNames(featureNames)
     const extensions = content.header.clusterBits > 12 ? withExtension(content.extensions, extensionType.featureNames, names) : content.extensions
     return { ...content, extensions, header: { ...content.header, version: 3, headerLength: 112 } }
   }
   await rewriteHeader(host, rename, options.signal)
+}
+
+async function rewriteSnapshots(host: BlockDevice, state: CheckState, { signal }: CallOptions): Promise<void> {
+  if (isUndamaged(state)) {
+    const engine = await openMetadata(host)
+    await replaceSnapshots(engine, engine.snapshots)
+    return settle(engine)
+  }
+  // counters that are wrong do not tell what is free
+  const { context } = await runCheck(host, { signal, omitRefcounts: true, omitSnapshotTable: true })
+  await rebuildRefcounts(context, { snapshots: repairedSnapshots(state) })
 }
 
 async function changeFields(host: BlockDevice, options: AmendOptions): Promise<void> {

@@ -87,6 +87,11 @@ export interface CheckReport {
   readonly freedRefcountClusters?: readonly number[]
 }
 
+/** The finding is about a stored counter. */
+export function isCounter({ structure, expected }: CheckFinding): boolean {
+  return structure === 'refcount' && expected !== undefined
+}
+
 /** An offset in a message: a damaged one may be past 2^53, where the digits of a number are rounded. */
 export function offsetText(offset: number): string {
   return Number.isSafeInteger(offset) ? `${offset}` : `0x${BigInt(offset).toString(16)}`

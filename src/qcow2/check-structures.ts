@@ -133,17 +133,16 @@ async function readTable(context: CheckContext, count: number): Promise<{ table:
   if (count === 0) return { table: new Uint8Array(0), records: 0 }
   for (let size = 1 << 16; ; size *= 2) {
     const table = await context.read(snapshotsOffset, size)
-    let [next, kept, records, isFull] = [0, 0, 0, false]
+    let [next, kept, records] = [0, 0, 0]
     for (; records < count; records++) {
       const length = snapshotRecordLength(table, next)
       if (!(next + length <= size)) break
       const extraData = viewOf(table).getUint32(next + 36)
       kept += roundUp8(length - Math.max(0, extraData - maxSnapshotExtraData))
-      isFull = kept > maxSnapshotTableBytes
-      if (isFull) break
+      if (kept > maxSnapshotTableBytes) return { table, records }
       next += roundUp8(length)
     }
-    if (records === count || isFull) return { table, records }
+    if (records === count) return { table, records }
     if (size >= maxStoredTable) {
       // a length that is damaged: it says nothing of where the records behind it are
       const detail = `record ${records} of ${count} ends more than ${maxStoredTable} bytes behind the start of the table`

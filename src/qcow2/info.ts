@@ -4,7 +4,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
-import { decodeLuksHeader, type LuksHeader } from '../codec/crypto/luks-header.ts'
+import { decodeLuksHeader, maxLuksArea, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import { FormatError } from '../core/errors.ts'
 import { decodeBitmapDirectory, bitmapLimits, type BitmapRecord } from './bitmaps-directory.ts'
 import { decodeBitmapsExtension, encryptionPointerOf, extensionType, findExtension } from './extensions.ts'
@@ -129,9 +129,6 @@ export async function readBitmapRecords(file: HostFile, content: HeaderCluster):
   await file.readInto(directoryOffset, directory)
   return decodeBitmapDirectory(directory, extension, 2 ** content.header.clusterBits)
 }
-
-/** Key material of LUKS1 is at most 8 slots of 64 bytes in 4000 stripes, but the stripes may be more. */
-const maxLuksArea = 64 << 20
 
 /** The LUKS header and key material, and where they are. */
 export async function readLuksArea(file: HostFile, content: HeaderCluster): Promise<[area: Uint8Array, offset: number]> {

@@ -9,7 +9,7 @@ import { Qcow2Error } from '../core/errors.ts'
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { MappingRepair } from './check-mapping.ts'
-import type { CheckFinding, CheckReport } from './check-report.ts'
+import { isCounter, type CheckFinding, type CheckReport } from './check-report.ts'
 import { runCheck, type CheckOptions, type CheckState } from './check.ts'
 import { keptAutoclear } from './features.ts'
 import { maxSnapshotExtraData } from './limits.ts'
@@ -69,10 +69,6 @@ function isClean({ report, repairs, snapshots }: CheckState): boolean {
 /** A COPIED flag that contradicts a counter: which of the two is wrong shows when the counters are right. */
 function isFlag({ flag }: CheckFinding): boolean {
   return flag === 'COPIED'
-}
-
-function isCounter({ structure, expected }: CheckFinding): boolean {
-  return structure === 'refcount' && expected !== undefined
 }
 
 function isStructure(finding: CheckFinding): boolean {

@@ -68,9 +68,7 @@ function isNoImage(error: unknown): boolean {
 async function refuseSnapshots({ findings }: CheckReport, { terminal }: Pick<Context, 'terminal'>): Promise<void> {
   const unreadable = unreadableSnapshots(findings)
   if (unreadable === undefined) return
-  const { reason, advice } = unreadable
-  const isCount = reason === 'snapshot table too large'
-  await terminal.stderr.write(`qemu-img: ERROR ${isCount ? '' : 'failed to read the snapshot table: '}${reason}\n${advice}\n`)
+  await terminal.stderr.write(`qemu-img: ERROR ${unreadable.inCheck}\n${unreadable.advice}\n`)
   throw new ExitError(1, 'Check failed: File too large')
 }
 

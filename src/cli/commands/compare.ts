@@ -1,4 +1,4 @@
-import type { BlockDevice, CallOptions, Extent, MapOptions } from '../../block/device.ts'
+import type { CallOptions, Extent, MapOptions } from '../../block/device.ts'
 import { FilterDevice } from '../../block/filter.ts'
 import { compareDevices, type Comparison } from '../../qcow2/compare.ts'
 import { command } from '../command.ts'
@@ -56,7 +56,7 @@ export const compareCommand = command({
         const warn = async (offset: number): Promise<void> => {
           if (!options.quiet && !options.strict && a.device.size !== b.device.size && offset >= shorter) await print(sizeWarning)
         }
-        const result = await compareDevices(named(a), named(b), { strict: options.strict, signal, onProgress: ({ done, total }) => progress.update(done, total) }).catch(async (error: unknown) => {
+        const result = await compareDevices(new NamedDevice(a), new NamedDevice(b), { strict: options.strict, signal, onProgress: ({ done, total }) => progress.update(done, total) }).catch(async (error: unknown) => {
           if (error instanceof PlaceError) await warn(error.offset)
           throw error
         })
@@ -73,11 +73,6 @@ export const compareCommand = command({
   },
 })
 
-/** The disk of an image, whose failures say in qemu-img's words what failed where. Closing it does not close the image. */
-function named({ device, filename }: OpenedImage): BlockDevice {
-  return new NamedDevice(device, filename)
-}
-
 /** A failure somewhere on a disk. */
 class PlaceError extends ExitError {
   readonly offset: number
@@ -88,12 +83,13 @@ class PlaceError extends ExitError {
   }
 }
 
+/** The disk of an image, whose failures say in qemu-img's words what failed where. */
 class NamedDevice extends FilterDevice {
   readonly #name: string
 
-  constructor(inner: BlockDevice, name: string) {
-    super(inner)
-    this.#name = name
+  constructor({ device, filename }: OpenedImage) {
+    super(device)
+    this.#name = filename
   }
 
   protected override async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {

@@ -85,7 +85,8 @@ async function copy(context: ConvertContext, sources: readonly OpenedImage[], re
   context.leaves(options['no-create'] ? `${target} is partly overwritten` : `${target} is incomplete: delete it`)
   if (options['no-create']) await copyInto(context, source, target, { sparseSize, targetIsZero: options['target-is-zero'] ? true : undefined, signal, onProgress })
   else if (request.format === 'raw') await makeRawCopy(context, source, request, { sparseSize, signal, onProgress })
-  else if (request.format === 'luks') await makeLuksCopy(context, source, request, { signal, onProgress })
+  // all of the disk is written, zeroes too: what is not would read as random bytes
+  else if (request.format === 'luks') await copyIntoNew(context, source, request, { sparseSize: 0, signal, onProgress })
   else await makeQcow2Copy(context, source, request, onProgress)
   if (options.bitmaps) await copyBitmaps(context, sources[0]!, target)
   progress.finish()
@@ -113,14 +114,15 @@ async function makeRawCopy(context: ConvertContext, source: BlockDevice, { targe
   await copyDevice(source, file, preallocationOf(values) === 'off' ? copying : { ...copying, sparseSize: 0 })
 }
 
-/** All of the disk is written, zeroes too: what is not would read as random bytes. */
-async function makeLuksCopy(context: ConvertContext, source: BlockDevice, { target, values }: Request, copying: CopyOptions): Promise<void> {
+/** Makes an image and copies into it. */
+async function copyIntoNew(context: ConvertContext, source: BlockDevice, { target, format, values }: Request, copying: CopyOptions): Promise<void> {
   const opener = openerFor(context)
   values.set('size', String(source.size))
-  await aboutTarget(target, () => makeImage(target, 'luks', values, context.signal, opener.settings.secrets), 'luks')
-  const opened = await opener.spec({ ...parseName(target, 'luks'), keySecret: values.get('key-secret')! }, { readOnly: false })
+  await aboutTarget(target, () => makeImage(target, format, values, context.signal, opener.settings.secrets), format)
+  const keySecret = values.get(format === 'luks' ? 'key-secret' : 'encrypt.key-secret')
+  const opened = await opener.spec({ ...parseName(target, format), ...(keySecret === undefined ? {} : { keySecret }) }, { readOnly: false })
   try {
-    await copyDevice(source, opened.device, { ...copying, sparseSize: 0 })
+    await copyDevice(source, opened.device, copying)
   } finally {
     await opened.close()
   }
@@ -131,18 +133,8 @@ async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, reque
   const { target, values, sparseSize, workers } = request
   const below = await backingSize(context, target, values)
   if (needsEngine(values)) {
-    values.set('size', String(source.size))
-    const opener = openerFor(context)
-    await aboutTarget(target, () => makeImage(target, 'qcow2', values, signal, opener.settings.secrets))
-    const keySecret = values.get('encrypt.key-secret')
-    const opened = await opener.spec({ ...parseName(target, 'qcow2'), ...(keySecret === undefined ? {} : { keySecret }) }, { readOnly: false })
-    try {
-      const skipBacking = values.has('backing_file')
-      await copyDevice(source, opened.device, { sparseSize, skipBacking, targetIsZero: !skipBacking, signal, onProgress })
-    } finally {
-      await opened.close()
-    }
-    return
+    const skipBacking = values.has('backing_file')
+    return copyIntoNew(context, source, request, { sparseSize, skipBacking, targetIsZero: !skipBacking, signal, onProgress })
   }
   const layout = await aboutTarget(target, () => Promise.resolve(layoutOf(values)))
   await using file = await createFile(context, target)

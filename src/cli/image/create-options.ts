@@ -29,13 +29,7 @@ interface KnownOption {
 const qcow2Options: Readonly<Record<string, KnownOption>> = {
   encryption: { kind: 'switch', help: "the old name of encrypt.format=aes" },
   'encrypt.format': { kind: 'text', help: "encrypt the image, format choices: 'aes', 'luks'" },
-  'encrypt.key-secret': { kind: 'text', help: 'ID of the secret that opens the image' },
-  'encrypt.cipher-alg': { kind: 'text', help: 'name of the encryption cipher algorithm' },
-  'encrypt.cipher-mode': { kind: 'text', help: 'name of the encryption cipher mode' },
-  'encrypt.ivgen-alg': { kind: 'text', help: 'name of the IV generator algorithm' },
-  'encrypt.ivgen-hash-alg': { kind: 'text', help: 'name of the IV generator hash algorithm' },
-  'encrypt.hash-alg': { kind: 'text', help: 'name of the encryption hash algorithm' },
-  'encrypt.iter-time': { kind: 'number', amend: true, help: 'time to spend in PBKDF in milliseconds' },
+  ...cipherOptions('encrypt.', 'image'),
   'encrypt.state': { kind: 'text', amend: 'only', help: "'active' to add a passphrase, 'inactive' to erase one" },
   'encrypt.keyslot': { kind: 'number', amend: 'only', help: 'the key slot, 0 to 7; by itself the first free one, or all of the old secret' },
   'encrypt.new-secret': { kind: 'text', amend: 'only', help: 'ID of the secret to add' },
@@ -55,29 +49,32 @@ const qcow2Options: Readonly<Record<string, KnownOption>> = {
   ...fileOptions('nocow', 'extent_size_hint'),
 }
 
-const rawOptions: Readonly<Record<string, KnownOption>> = {
-  size: { kind: 'size', help: 'virtual disk size' },
+/** Of formats in which a disk lies as it is. */
+const flatFileOptions: Readonly<Record<string, KnownOption>> = {
   ...fileOptions('nocow'),
   preallocation: { kind: 'text', ofFile: true, help: 'off, falloc or full' },
   ...fileOptions('extent_size_hint'),
+}
+
+const rawOptions: Readonly<Record<string, KnownOption>> = { size: { kind: 'size', help: 'virtual disk size' }, ...flatFileOptions }
+
+const luksOptions: Readonly<Record<string, KnownOption>> = { size: { kind: 'size', help: 'virtual disk size' }, ...cipherOptions('', 'volume'), ...flatFileOptions }
+
+/** How a LUKS header is made. */
+function cipherOptions(prefix: 'encrypt.' | '', opened: 'image' | 'volume'): Readonly<Record<string, KnownOption>> {
+  return {
+    [`${prefix}key-secret`]: { kind: 'text', help: `ID of the secret that opens the ${opened}` },
+    [`${prefix}cipher-alg`]: { kind: 'text', help: 'name of the encryption cipher algorithm' },
+    [`${prefix}cipher-mode`]: { kind: 'text', help: 'name of the encryption cipher mode' },
+    [`${prefix}ivgen-alg`]: { kind: 'text', help: 'name of the IV generator algorithm' },
+    [`${prefix}ivgen-hash-alg`]: { kind: 'text', help: 'name of the IV generator hash algorithm' },
+    [`${prefix}hash-alg`]: { kind: 'text', help: 'name of the encryption hash algorithm' },
+    [`${prefix}iter-time`]: { kind: 'number', amend: true, help: 'time to spend in PBKDF in milliseconds' },
+  }
 }
 
 function fileOptions(...names: readonly ('nocow' | 'extent_size_hint')[]): Readonly<Record<string, KnownOption>> {
   return Object.fromEntries(names.map((name) => [name, { kind: name === 'nocow' ? 'switch' : 'size', ofFile: true, help: 'accepted for compatibility' }]))
-}
-
-const luksOptions: Readonly<Record<string, KnownOption>> = {
-  size: { kind: 'size', help: 'virtual disk size' },
-  'key-secret': { kind: 'text', help: 'ID of the secret that opens the volume' },
-  'cipher-alg': { kind: 'text', help: 'name of the encryption cipher algorithm' },
-  'cipher-mode': { kind: 'text', help: 'name of the encryption cipher mode' },
-  'ivgen-alg': { kind: 'text', help: 'name of the IV generator algorithm' },
-  'ivgen-hash-alg': { kind: 'text', help: 'name of the IV generator hash algorithm' },
-  'hash-alg': { kind: 'text', help: 'name of the encryption hash algorithm' },
-  'iter-time': { kind: 'number', help: 'time to spend in PBKDF in milliseconds' },
-  ...fileOptions('nocow'),
-  preallocation: { kind: 'text', ofFile: true, help: 'off, falloc or full' },
-  ...fileOptions('extent_size_hint'),
 }
 
 function knownOptions(format: ImageFormat, isAmend = false): Readonly<Record<string, KnownOption>> {
@@ -229,7 +226,7 @@ function compressionOf(value: string): 'zlib' | 'zstd' {
 
 /** What a size is that the format, or this program, does not reach. */
 export function tooLarge(format: ImageFormat): string {
-  return `The image size is too large for file format '${format}'${format === 'raw' ? '' : ' (try using a larger cluster size)'}`
+  return `The image size is too large for file format '${format}'${format === 'qcow2' ? ' (try using a larger cluster size)' : ''}`
 }
 
 function needsV3(what: string): string {

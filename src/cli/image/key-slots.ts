@@ -6,7 +6,7 @@ import { addPassphrase, erasePassphrase } from '../../qcow2/key-slots.ts'
 import { ExitError } from '../errors.ts'
 import type { CreateValues } from './create-options.ts'
 import { iterationsFor } from './new-image.ts'
-import type { Secrets } from './secrets.ts'
+import { secretOf, type Secrets } from './secrets.ts'
 
 /** What is needed besides the options. */
 export interface KeySlotContext {
@@ -77,12 +77,6 @@ function inWordsOf(words: (error: unknown) => string | undefined): (error: unkno
     const known = words(error)
     throw known === undefined ? error : new ExitError(1, known, { cause: error })
   }
-}
-
-function secretOf(secrets: Secrets | undefined, id: string): string | Uint8Array {
-  const secret = secrets?.get(id)
-  if (secret === undefined) throw new ExitError(1, `No secret with id '${id}'`)
-  return secret
 }
 
 function check(condition: boolean, message: string): void {

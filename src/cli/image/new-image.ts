@@ -14,7 +14,7 @@ import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from
 import type { ImageFormat } from './formats.ts'
 import { syncLimit, type OpenedImage } from './open.ts'
 import { couldNotCreate } from './reasons.ts'
-import type { Secrets } from './secrets.ts'
+import { secretOf, type Secrets } from './secrets.ts'
 import { parseName, parsePlace } from './spec.ts'
 
 /**
@@ -55,8 +55,7 @@ function encryptionOf(values: CreateValues, secrets: Secrets | undefined): Pick<
 function keyOf(values: CreateValues, prefix: 'encrypt.' | '', secrets: Secrets | undefined): { passphrase: Uint8Array; iterations?: number } {
   const id = values.get(`${prefix}key-secret`)
   if (id === undefined) throw new ExitError(1, `Parameter '${prefix}key-secret' is required for cipher`)
-  const passphrase = secrets?.get(id)
-  if (passphrase === undefined) throw new ExitError(1, `No secret with id '${id}'`)
+  const passphrase = secretOf(secrets, id)
   const time = values.get(`${prefix}iter-time`)
   return { passphrase, ...(time === undefined ? {} : { iterations: iterationsFor(Number(time)) }) }
 }
@@ -72,12 +71,10 @@ function refuseOtherCiphers(values: CreateValues, prefix: 'encrypt.' | ''): void
 }
 
 async function makeLuks(path: string, values: CreateValues, signal: AbortSignal, secrets: Secrets | undefined): Promise<void> {
-  const size = Math.ceil(Number(values.get('size')) / 512) * 512
-  const preallocation = preallocationOf(values)
-  if (preallocation === 'metadata') throw new ExitError(1, `${path}: Unsupported preallocation mode: metadata`)
+  const { size, preallocation } = flatLayoutOf(path, values)
   refuseOtherCiphers(values, '')
   const key = keyOf(values, '', secrets)
-  if (size + (4 << 20) >= 2 ** 53) throw new ExitError(1, 'The image size is too large for file format \'luks\'')
+  if (size + (4 << 20) >= 2 ** 53) throw new ExitError(1, tooLarge('luks'))
   await using image = await LuksImage.create(path, { size, ...key, signal }).catch((error: unknown) => {
     throw couldNotCreate(path, error)
   })
@@ -96,15 +93,20 @@ function untouched({ kind }: Reference): boolean | BlockDevice {
 }
 
 async function makeRaw(path: string, values: CreateValues, signal: AbortSignal): Promise<void> {
-  const size = Math.ceil(Number(values.get('size')) / 512) * 512
-  const preallocation = preallocationOf(values)
-  if (preallocation === 'metadata') throw new ExitError(1, `${path}: Unsupported preallocation mode: metadata`)
+  const { size, preallocation } = flatLayoutOf(path, values)
   if (size >= 2 ** 53) throw new ExitError(1, tooLarge('raw'))
   await using device = await openFile(path, { create: 'w' }).catch((error: unknown) => {
     throw couldNotCreate(path, error)
   })
   await device.resize(size)
   if (preallocation !== 'off') await device.writeZeroes(0, size, { signal })
+}
+
+/** What is asked for of a disk that lies in its file as it is. */
+function flatLayoutOf(path: string, values: CreateValues): { size: number; preallocation: 'off' | 'falloc' | 'full' } {
+  const preallocation = preallocationOf(values)
+  if (preallocation === 'metadata') throw new ExitError(1, `${path}: Unsupported preallocation mode: metadata`)
+  return { size: Math.ceil(Number(values.get('size')) / 512) * 512, preallocation }
 }
 
 /** Makes a file take its space. */

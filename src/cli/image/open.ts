@@ -26,7 +26,7 @@ import { resolveBacking, splitSnapshot } from './names.ts'
 import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
-import type { Secrets } from './secrets.ts'
+import { secretOf, type Secrets } from './secrets.ts'
 import { snapshotTableReason } from './snapshot-table-reason.ts'
 import { parseName, parsePlace, type ImageSpec, type Place } from './spec.ts'
 
@@ -244,7 +244,7 @@ export class Opener {
       await dataFile?.close()
       throw await snapshotTableReason(host, error)
     })
-    if (repaired !== undefined) this.settings.told?.(findingLines(repaired, 2 ** (await host.read(23, 1))[0]!))
+    if (repaired !== undefined) this.settings.told?.(findingLines(repaired, image.engine.geometry.clusterSize))
     const device = spec.place.kind === 'blkdebug' ? await failing(image, spec.place, 'guest') : image
     return { filename: spec.shown, format: 'qcow2', place: spec.place, spec, device, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }
   }
@@ -271,21 +271,15 @@ export class Opener {
   }
 
   #passphrase({ keySecret }: ImageSpec): { passphrase?: Uint8Array } {
-    return keySecret === undefined ? {} : { passphrase: this.#secret(keySecret) }
+    return keySecret === undefined ? {} : { passphrase: secretOf(this.settings.secrets, keySecret) }
   }
 
   async #luks({ keySecret }: ImageSpec, host: BlockDevice, readOnly: boolean): Promise<LuksImage> {
     if (keySecret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', "Parameter 'key-secret' is required for cipher")
-    const passphrase = this.#secret(keySecret)
+    const passphrase = secretOf(this.settings.secrets, keySecret)
     return LuksImage.open(host, { passphrase, readOnly, signal: this.settings.signal }).catch((error: unknown) => {
       throw Qcow2Error.is(error, 'ERR_NOT_FOUND') ? new Qcow2Error('ERR_NOT_FOUND', 'Invalid password, cannot unlock any keyslot', { cause: error }) : error
     })
-  }
-
-  #secret(id: string): Uint8Array {
-    const secret = this.settings.secrets?.get(id)
-    if (secret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `No secret with id '${id}'`)
-    return secret
   }
 }
 

@@ -1,6 +1,6 @@
 /** `--object secret,id=ID,data=TEXT` and `file=PATH`: passphrases for encrypted images. */
 import { readFileSync } from 'node:fs'
-import { UsageError } from '../errors.ts'
+import { ExitError, UsageError } from '../errors.ts'
 import { keyValues } from './key-values.ts'
 
 /** The secrets of a command line, by id. */
@@ -21,6 +21,13 @@ export function parseSecrets(objects: readonly string[]): Secrets {
     secrets.set(id, secretBytes(options))
   }
   return secrets
+}
+
+/** @throws ExitError for a secret that no object defines */
+export function secretOf(secrets: Secrets | undefined, id: string): Uint8Array {
+  const secret = secrets?.get(id)
+  if (secret === undefined) throw new ExitError(1, `No secret with id '${id}'`)
+  return secret
 }
 
 function secretBytes(options: ReadonlyMap<string, string>): Uint8Array {

@@ -1,5 +1,5 @@
 /** What a check found and a repair did, a line each, in the words of qemu-img 10.0 where it has words for it. */
-import { offsetText, type CheckFinding, type CheckProblem, type CheckReport } from '../../qcow2/check-report.ts'
+import { isCounter, offsetText, type CheckFinding, type CheckProblem, type CheckReport } from '../../qcow2/check-report.ts'
 
 /**
  * The lines of a report, in the order in which qemu-img comes to it: structures, then counters, which it tells before it
@@ -25,15 +25,16 @@ export function findingLines(report: CheckReport, clusterSize: number): string[]
 
 type Rank = 'structure' | 'counter' | 'flag'
 
-function rankOf({ structure, flag, found, expected }: CheckFinding): Rank {
-  if (structure === 'refcount' && expected !== undefined) return 'counter'
+function rankOf(finding: CheckFinding): Rank {
+  if (isCounter(finding)) return 'counter'
+  const { flag, found } = finding
   return flag === undefined || found === undefined ? 'structure' : 'flag'
 }
 
 function findingLine(finding: CheckFinding, clusterSize: number, repaired: boolean): string {
   const { kind, structure, offset, message, expected, found } = finding
   const word = repaired ? 'Repairing' : 'ERROR'
-  if (structure === 'refcount' && expected !== undefined && found !== undefined) {
+  if (isCounter(finding)) {
     return `${kind === 'leak' && !repaired ? 'Leaked' : word} cluster ${Math.floor(offset / clusterSize)} refcount=${found} reference=${expected}`
   }
   return flagLine(finding, word) ?? problemLine(finding, word) ?? `${word} ${structure} at offset ${offsetText(offset)}: ${message}`
@@ -41,18 +42,16 @@ function findingLine(finding: CheckFinding, clusterSize: number, repaired: boole
 
 function flagLine({ flag, entry, index, found }: CheckFinding, word: string): string | undefined {
   if (flag === undefined || entry === undefined || found === undefined) return undefined
-  const digits = entry.replace(/^0+/, '')
-  const what = index === undefined ? `data cluster: l2_entry=${digits}` : `L2 cluster: l1_index=${index} l1_entry=${digits}`
+  const what = index === undefined ? `data cluster: l2_entry=${digits(entry)}` : `L2 cluster: l1_index=${index} l1_entry=${digits(entry)}`
   return `${word} OFLAG_COPIED ${what} refcount=${found}`
 }
 
-function problemLine({ structure, problem, value = 0, offset, index, entry = '' }: CheckFinding, word: 'ERROR' | 'Repairing'): string | undefined {
+function problemLine(finding: CheckFinding, word: 'ERROR' | 'Repairing'): string | undefined {
+  const { structure, problem, value = 0, offset, index, entry = '' } = finding
   if (structure === 'refcount table') return refcountTableLine(problem, index, value, word)
-  const discards = problem === 'too much extra data' || problem === 'too many snapshots' || problem === 'snapshot table too large'
-  if (discards && word === 'ERROR') return undefined
   switch (problem) {
     case 'reserved bits':
-      return `${word} found ${structure === 'L1 entry' ? 'L1' : 'l2'} entry with reserved bits set: ${entry.replace(/^0+/, '')}`
+      return `${word} found ${structure === 'L1 entry' ? 'L1' : 'l2'} entry with reserved bits set: ${digits(entry)}`
     case 'subclusters without cluster':
       return `${word}: Unallocated cluster has non-zero subcluster allocation map`
     case 'compressed with COPIED':
@@ -67,6 +66,14 @@ function problemLine({ structure, problem, value = 0, offset, index, entry = '' 
       return `ERROR: overflow cluster offset=0x${hex(offset)}\n${overflowAdvice}`
     case 'incomplete snapshot':
       return `${word} snapshot table entry ${index} is incomplete`
+    default:
+      return word === 'Repairing' ? discardLine(finding) : undefined
+  }
+}
+
+/** What a repair cuts off the snapshot table. */
+function discardLine({ problem, value, index }: CheckFinding): string | undefined {
+  switch (problem) {
     case 'too much extra data':
       return `Discarding too much extra metadata in snapshot table entry ${index} (${value} > 1024)`
     case 'too many snapshots':
@@ -96,24 +103,43 @@ function refcountTableLine(problem: CheckProblem | undefined, index: number | un
 const overflowAdvice =
   'Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing'
 
+/** Why qemu-img does not read the snapshot table of an image at all. */
+export interface UnreadableSnapshots {
+  readonly reason: string
+  /** As a check says it. */
+  readonly inCheck: string
+  readonly advice: string
+}
+
 /**
- * Why qemu-img does not read the snapshot table of an image at all, and what it advises; undefined if it does.
- * @param findings of a check
+ * What keeps qemu-img from the snapshot table; undefined if nothing does.
+ * @param findings of a check, in the order of the file
  */
-export function unreadableSnapshots(findings: readonly CheckFinding[]): { readonly reason: string; readonly advice: string } | undefined {
+export function unreadableSnapshots(findings: readonly CheckFinding[]): UnreadableSnapshots | undefined {
   for (const { problem, index, value } of findings) {
-    if (problem === 'too many snapshots') return { reason: 'snapshot table too large', advice: removeAll(value) }
-    if (problem === 'too much extra data') {
-      const advice = 'You can force-remove this extra metadata with qemu-img check -r all'
-      return { reason: `Too much extra metadata in snapshot table entry ${index}`, advice }
+    switch (problem) {
+      case 'too many snapshots':
+        return { reason: 'Snapshot table too large', inCheck: 'snapshot table too large', advice: removeAll(value) }
+      case 'too much extra data':
+        return unreadable(`Too much extra metadata in snapshot table entry ${index}`, 'You can force-remove this extra metadata with qemu-img check -r all')
+      case 'snapshot table too large':
+        return unreadable('Snapshot table is too big', removeAll(value))
     }
   }
-  const tooLarge = findings.find(({ problem }) => problem === 'snapshot table too large')
-  return tooLarge === undefined ? undefined : { reason: 'Snapshot table is too big', advice: removeAll(tooLarge.value) }
+  return undefined
+}
+
+function unreadable(reason: string, advice: string): UnreadableSnapshots {
+  return { reason, inCheck: `failed to read the snapshot table: ${reason}`, advice }
 }
 
 function removeAll(count: number | undefined): string {
   return `You can force-remove all ${count} overhanging snapshots with qemu-img check -r all`
+}
+
+/** Of an entry, without leading zeroes. */
+function digits(entry: string): string {
+  return entry.replace(/^0+/, '')
 }
 
 function hex(value: number): string {

@@ -14,6 +14,8 @@ import { FormatError, UnsupportedError } from '../../core/errors.ts'
 
 const luksHeaderSize = 592
 export const keySlotCount = 8
+/** Bytes of header and key material that are taken: it is 8 slots of 64 bytes in 4000 stripes, but the stripes may be more. */
+export const maxLuksArea: number = 64 << 20
 const slotsAt = 208
 const slotSize = 48
 const active = 0x00ac71f3
