@@ -9,7 +9,7 @@ import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { OptionNames } from '../core/options.ts'
 import type { CallOptions } from './device.ts'
 import { probeAlignment, type DirectAlignment } from './file-direct.ts'
-import { fileError, openError } from './file-error.ts'
+import { fileError, openError, systemCode } from './file-error.ts'
 import { fileIdentity } from './file-lock.ts'
 
 /** Options of `openFile`. */
@@ -69,25 +69,56 @@ async function openHandle(file: string | URL | FileHandle, options: FileOptions)
   }
   const path = file instanceof URL ? fileURLToPath(file) : file
   const flags = openFlags(options)
-  const fd = await new Promise<number>((resolve, reject) => {
-    fs.open(path, flags, 0o666, (error, descriptor) => {
-      if (error === null) resolve(descriptor)
-      else reject(openError(error, path, options.direct === true))
+  return { fd: await openPath(path, flags, options), path, handle: undefined }
+}
+
+/** Ends when `signal` aborts, even where the system does not answer: what it opens later is closed. */
+function openPath(path: string, flags: number, { signal, direct }: FileOptions): Promise<number> {
+  return new Promise((resolve, reject) => {
+    let aborted = false
+    const onAbort = (): void => {
+      aborted = true
+      reject(signal!.reason as Error)
+    }
+    signal?.addEventListener('abort', onAbort, { once: true })
+    fs.open(path, flags, 0o666, (error, fd) => {
+      signal?.removeEventListener('abort', onAbort)
+      if (error !== null) reject(refusedByKind(path, error) ?? openError(error, path, direct === true))
+      else if (aborted) fs.close(fd)
+      else resolve(fd)
     })
   })
-  return { fd, path, handle: undefined }
+}
+
+/** Some kinds the system refuses itself: sockets, directories for writing, pipes with direct I/O. They get the words of the others. */
+function refusedByKind(path: string, error: Error): UnsupportedError | undefined {
+  if (!['ENXIO', 'EISDIR', 'EINVAL'].includes(systemCode(error) ?? '')) return undefined
+  const stat = fs.statSync(path, { throwIfNoEntry: false })
+  return stat === undefined || stat.isFile() || stat.isBlockDevice() ? undefined : notAFile(path, stat, error)
+}
+
+function notAFile(name: string, stat: fs.StatsBase<number> | fs.StatsBase<bigint>, cause?: Error): UnsupportedError {
+  const kind = stat.isFIFO()
+    ? 'a pipe (FIFO)'
+    : stat.isSocket()
+      ? 'a socket'
+      : stat.isDirectory()
+        ? 'a directory'
+        : 'a character device'
+  return new UnsupportedError(`${name}: ${kind}, neither a regular file nor a block device`, [], { cause })
 }
 
 function openFlags(options: FileOptions): number {
   const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC } = fs.constants
-  const direct = (fs.constants as { O_DIRECT?: number }).O_DIRECT
+  const { O_DIRECT: direct, O_NONBLOCK: nonBlocking } = fs.constants as { O_DIRECT?: number; O_NONBLOCK?: number }
   if (options.readOnly === true && options.create !== undefined) {
     throw new TypeError('create and readOnly exclude each other: a new file is opened for writing')
   }
   if (options.direct === true && direct === undefined) {
     throw new UnsupportedError(`direct I/O: this platform has no O_DIRECT; open with direct: false`, ['O_DIRECT'])
   }
-  let flags = options.readOnly === true ? O_RDONLY : O_RDWR
+  // opening a pipe would wait for its other end, in a thread of the pool; files and devices do not mind the flag
+  let flags = (options.readOnly === true ? O_RDONLY : O_RDWR) | (nonBlocking ?? 0)
   if (options.create !== undefined) flags |= O_CREAT | (options.create === 'wx' ? O_EXCL : O_TRUNC)
   return options.direct === true ? flags | (direct ?? 0) : flags
 }
@@ -97,7 +128,7 @@ function measure(fd: number, path: string | undefined): { size: number; isBlockD
   const identity = fileIdentity(stat)
   if (stat.isFile()) return { size: Number(stat.size), isBlockDevice: false, identity }
   const name = path ?? 'FileHandle'
-  if (!stat.isBlockDevice()) throw new UnsupportedError(`${name}: neither a regular file nor a block device`)
+  if (!stat.isBlockDevice()) throw notAFile(name, stat)
   return { size: hostDeviceSize(Number(stat.rdev), name), isBlockDevice: true, identity }
 }
 

@@ -1,9 +1,12 @@
+import { execFileSync } from 'node:child_process'
+import { once } from 'node:events'
 import fs, { closeSync, constants, existsSync, openSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
-import { open } from 'node:fs/promises'
+import { access, open } from 'node:fs/promises'
 import { syncBuiltinESMExports } from 'node:module'
+import { createServer } from 'node:net'
 import { join } from 'node:path'
 import fc from 'fast-check'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, test, vi } from 'vitest'
 import { allocateAligned, IoError, openFile, pad, UnsupportedError, type FileOptions } from '../../src/block.ts'
 import { isInMemory } from '../../src/block/file-system.ts'
 import { pattern } from '../suites/block-device.ts'
@@ -35,6 +38,50 @@ describe('opening', () => {
   test('neither a file nor a device', async () => {
     await expect(openFile(tempFolder(), { readOnly: true })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
     await expect(openFile('/dev/null', { readOnly: true })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
+  })
+
+  test('a pipe is refused at once, for reading and for writing, and leaves the thread pool free', async () => {
+    const path = join(tempFolder(), 'pipe')
+    execFileSync('mkfifo', [path])
+    const ways: FileOptions[] = [{ readOnly: true }, {}, { create: 'w' }, { direct: true }]
+    const opening = ways.flatMap((way) => [openFile(path, way), openFile(path, way)])
+    for (const each of await Promise.allSettled(opening)) {
+      expect(each).toMatchObject({ status: 'rejected', reason: { code: 'ERR_UNSUPPORTED', message: expect.stringContaining('a pipe (FIFO)') as string } })
+    }
+    await access(path)
+  })
+
+  test('sockets, folders and character devices are refused by what they are', async () => {
+    const folder = tempFolder()
+    const path = join(folder, 'socket')
+    const server = createServer().listen(path)
+    await once(server, 'listening')
+    for (const [name, kind] of [[path, 'a socket'], [folder, 'a directory'], ['/dev/zero', 'a character device']] as const) {
+      for (const readOnly of [true, false]) {
+        await expect(openFile(name, { readOnly })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED', message: expect.stringContaining(kind) as string })
+      }
+    }
+    server.close()
+  })
+
+  test('an abort ends an open that the system does not answer, and what it opens later is closed', async () => {
+    const path = join(tempFolder(), 'slow')
+    writeFileSync(path, 'x')
+    const controller = new AbortController()
+    const system = fs.open
+    let answer: (() => void) | undefined
+    fs.open = ((...args: Parameters<typeof fs.open>) => (answer = () => system(...args))) as unknown as typeof fs.open
+    syncBuiltinESMExports()
+    try {
+      const opening = openFile(path, { readOnly: true, signal: controller.signal })
+      controller.abort()
+      await expect(opening).rejects.toMatchObject({ name: 'AbortError' })
+    } finally {
+      fs.open = system
+      syncBuiltinESMExports()
+    }
+    answer!()
+    await vi.waitFor(() => expect(systemFlags(path)).toEqual([]))
   })
 
   test('options that contradict each other', async () => {
