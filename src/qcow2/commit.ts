@@ -53,12 +53,17 @@ export async function commitImage(overlay: Qcow2Image, target: BlockDevice, opti
 
 async function copyDown(overlay: Qcow2Image, target: BlockDevice, depth: number, { signal, onProgress }: CommitOptions): Promise<void> {
   const total = overlay.size
-  if (target.size < total) await target.resize(total, { signal })
+  const before = target.size
+  if (before < total) await target.resize(total, { signal })
   const buffer = new Uint8Array(pieceBytes)
   for await (const extent of overlay.map({ signal })) {
-    if (extent.depth >= depth || !extent.present) continue
+    if (extent.depth >= depth) continue
     const end = extent.start + extent.length
-    if (extent.zero && !extent.data) {
+    if (!extent.present) {
+      // a file between the two ends before: the disk reads as zeroes there, whatever the target holds
+      const hidden = extent.depth === depth - 1 ? 0 : Math.min(end, before) - extent.start
+      if (hidden > 0) await target.writeZeroes(extent.start, hidden, { unmap: true, signal })
+    } else if (extent.zero && !extent.data) {
       await target.writeZeroes(extent.start, extent.length, { unmap: true, signal })
     } else {
       for (let at = extent.start; at < end; at += pieceBytes) {
