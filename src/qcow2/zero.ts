@@ -72,11 +72,13 @@ async function zeroWhole(engine: Engine, from: number, to: number, mode: ZeroMod
     while (at < end) {
       const turn = points.pass()
       if (turn !== undefined) await turn
-      const clusterEnd = Math.min(to, Math.floor(at / clusterSize) * clusterSize + clusterSize)
+      // a run of subclusters begins anywhere in its cluster, which is given up as a whole if it may be
+      const clusterStart = Math.floor(at / clusterSize) * clusterSize
+      const clusterEnd = Math.min(to, clusterStart + clusterSize)
       const stored = storesZeroes(engine, at, mode)
       const next = stored ? Math.max(clusterEnd, Math.min(end, at + storedBytes)) : clusterEnd
       if (stored && mode !== 'discard') await writeLocked(engine, at, engine.host.allocate(next - at).fill(0))
-      else if (!stored) await zeroCluster(engine, at, next, mode)
+      else if (!stored) await zeroCluster(engine, Math.max(from, clusterStart), next, mode)
       at = next
     }
   }

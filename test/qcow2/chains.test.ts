@@ -112,20 +112,16 @@ async function openAt({ layers, files }: Pick<Chain, 'layers' | 'files'> & Parti
 }
 
 async function openTop(chain: Chain, options: { readonly readOnly?: boolean } = {}): Promise<Qcow2Image> {
-  return (await openAt(chain, chain.layers.length - 1, options)) as Qcow2Image
+  return imageOf(await openAt(chain, chain.layers.length - 1, options))
+}
+
+function imageOf(device: BlockDevice | undefined): Qcow2Image {
+  if (!(device instanceof Qcow2Image)) throw new TypeError('no image')
+  return device
 }
 
 async function readAll(device: BlockDevice): Promise<Uint8Array> {
   return device.read(0, device.size)
-}
-
-/** Every layer as it reads through its chain. */
-async function expectChain(chain: Chain, contents: readonly Uint8Array[]): Promise<void> {
-  for (const [index, content] of contents.entries()) {
-    await using device = await openAt(chain, index)
-    expectBytes(await readAll(device), content)
-    if (!isRaw(chain.layers, index)) expect(await checkImage(chain.files[index]!)).toMatchObject({ corruptions: 0 })
-  }
 }
 
 /** Bytes of another length: cut, or with zeroes. */
@@ -191,9 +187,31 @@ test('commit, any number of files down, leaves in the target what the overlay re
   )
 })
 
+test('a cluster with subclusters of several kinds is emptied as a whole', async () => {
+  const base = new Uint8Array(65536).fill(1)
+  const file = keepOpen(new MemoryDevice(0, { growable: true }))
+  const below = (): MemoryDevice => new MemoryDevice(base, { growable: true })
+  const overlay = await Qcow2Image.create(file, { size: 65536, clusterSize: 65536, extendedL2: true, backing: { file: 'b', format: 'raw' }, references: below })
+  await overlay.writeZeroes(2048, 2048)
+  await overlay.write(8192, new Uint8Array(2048).fill(2))
+  await overlay.discard(0, 65536)
+  expect((await overlay.read(0, 65536)).every((byte) => byte === 0)).toBe(true)
+  await overlay.flush()
+  expect(await overlay.check()).toMatchObject({ allocatedClusters: 0 })
+  await overlay.forget(0, 65536)
+  expectBytes(await readAll(overlay), base)
+  await overlay.writeZeroes(2048, 2048)
+  const target = below()
+  await commitImage(overlay, target)
+  await overlay.close()
+  expect(base.fill(0, 2048, 4096)).toEqual(target.bytes)
+  await using again = await Qcow2Image.open(file, { readOnly: true, backing: target })
+  expectBytes(await readAll(again), base)
+})
+
 function deviceBelow(overlay: Qcow2Image, depth: number): BlockDevice {
   let device: BlockDevice = overlay
-  for (let i = 0; i < depth; i++) device = (device as Qcow2Image).engine.backing!
+  for (let i = 0; i < depth; i++) device = imageOf(device).engine.backing!
   return device
 }
 
@@ -285,7 +303,11 @@ describeWithQemu('chains of files of any length', (qemu) => {
         await image.close()
         write()
         await qemu.imgOk('commit', '-q', '-f', 'qcow2', ...(depth === 1 ? [] : ['-b', paths[index]!]), top)
-        if (isRaw(layers, index)) return expectBytes(resized(result, readFileSync(paths[index]!).length), readFileSync(paths[index]!))
+        if (isRaw(layers, index)) {
+          const bytes = readFileSync(paths[index]!)
+          expectBytes(resized(result, bytes.length), bytes)
+          return
+        }
         await using committed = await Qcow2Image.open(paths[index]!, { readOnly: true })
         expectBytes(result, await readAll(committed))
       }),
