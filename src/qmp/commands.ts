@@ -50,12 +50,34 @@ export interface BlockNode {
   readonly drv: string
   readonly file: string
   readonly ro: boolean
-  readonly image: {
-    readonly filename: string
-    readonly format: string
-    readonly 'virtual-size': number
-    readonly 'backing-filename'?: string
-  }
+  readonly image: BlockImage
+}
+
+/** An image as QEMU has it open. */
+export interface BlockImage {
+  readonly filename: string
+  readonly format: string
+  /** Bytes. */
+  readonly 'virtual-size': number
+  readonly 'backing-filename'?: string
+  /** The image below; left out where answers are asked to be flat. */
+  readonly 'backing-image'?: BlockImage
+}
+
+/** A CPU as `query-cpus-fast` tells of it. */
+export interface CpuInfo {
+  readonly 'qom-path': string
+  /** The host's number of its thread. */
+  readonly 'thread-id': number
+}
+
+/** A device on a PCI bus as `query-pci` tells of it. */
+export interface PciDevice {
+  readonly slot: number
+  readonly function: number
+  readonly id: { readonly vendor: number; readonly device: number }
+  /** Of a bridge: the bus behind it. */
+  readonly pci_bridge?: { readonly bus: { readonly number: number }; readonly devices?: readonly PciDevice[] }
 }
 
 /** A drive as `query-block` tells of it. */
@@ -85,6 +107,10 @@ export interface QmpCommands {
   'query-status': Command<Nothing, RunStatus>
   'query-version': Command<Nothing, QmpGreeting['version']>
   'query-kvm': Command<Nothing, { readonly enabled: boolean; readonly present: boolean }>
+  'query-cpus-fast': Command<Nothing, readonly CpuInfo[]>
+  'query-pci': Command<Nothing, readonly { readonly bus: number; readonly devices: readonly PciDevice[] }[]>
+  'qom-get': Command<{ path: string; property: string }, unknown>
+  'qom-list': Command<{ path: string }, readonly { readonly name: string; readonly type: string }[]>
   'query-migrate': Command<Nothing, MigrationInfo>
   'query-migrate-parameters': Command<Nothing, Readonly<Record<string, unknown>>>
   'query-migrate-capabilities': Command<Nothing, readonly MigrationCapability[]>

@@ -4,6 +4,9 @@
  */
 import { QmpError } from '../qmp/error.ts'
 import type { Qmp } from '../qmp/client.ts'
+import { modificationTime } from './host-files.ts'
+import type { SavedDisk } from './manifest.ts'
+import type { VmDisk } from './vm-disks.ts'
 
 /** One disk to freeze while memory is saved. */
 export type DiskSnapshot =
@@ -21,8 +24,6 @@ export type DiskSnapshot =
 
 /** A frozen disk. */
 export type FrozenDisk = DiskSnapshot & {
-  /** File that holds the disk as it was at the instant of the save. */
-  readonly file: string
   /** Node the guest writes to now. */
   readonly activeNode: string
 }
@@ -42,7 +43,7 @@ export async function freezeDisks(qmp: Qmp, disks: readonly DiskSnapshot[]): Pro
     }
     const activeNode = 'internal' in disk ? disk.node : (disk.overlayNode ?? freshName(disk.node, taken))
     taken.add(activeNode)
-    return { ...disk, file: node.image.filename, activeNode }
+    return { ...disk, activeNode }
   })
   await qmp.execute('transaction', { actions: frozen.map(freezeAction) })
   return frozen
@@ -60,6 +61,19 @@ export async function thawDisks(qmp: Qmp, disks: readonly FrozenDisk[], timeout 
       await mergeDown(qmp, disk.activeNode, timeout)
     }
   }
+}
+
+/** What a manifest says of all disks of a VM. */
+export async function savedDisks(disks: readonly VmDisk[], frozen: readonly FrozenDisk[]): Promise<SavedDisk[]> {
+  return Promise.all(
+    disks.map(async ({ chain: _, ...disk }) => {
+      const found = frozen.find(({ node }) => node === disk.node)
+      if (found === undefined) return { ...disk, frozen: false }
+      if ('internal' in found) return { ...disk, frozen: { internal: found.internal } }
+      const modified = await modificationTime(disk.file)
+      return { ...disk, frozen: { overlay: found.overlay, node: found.activeNode, ...(modified !== undefined && { modified }) } }
+    }),
+  )
 }
 
 async function mergeDown(qmp: Qmp, node: string, timeout: number): Promise<void> {

@@ -1,6 +1,6 @@
 /** Files of a saved VM as wholes: small ones are written and read, any is replaced or removed. */
 import { open, readFile, realpath, rename, stat, unlink } from 'node:fs/promises'
-import { dirname, resolve } from 'node:path'
+import { dirname, isAbsolute, resolve } from 'node:path'
 
 /** Writes a text file whole or not at all: a crash leaves the old one. */
 export async function writeTextFile(path: string, text: string): Promise<void> {
@@ -49,6 +49,12 @@ export async function fileAt(path: string): Promise<'regular' | 'special' | unde
     if (isMissing(error)) return undefined
     throw error
   }
+}
+
+/** When the content of a file changed last, ISO 8601; undefined for what is not there or not a regular file. */
+export async function modificationTime(path: string): Promise<string | undefined> {
+  const found = isAbsolute(path) ? await stat(path).catch(() => undefined) : undefined
+  return found?.isFile() === true ? found.mtime.toISOString() : undefined
 }
 
 /** The text of a file; undefined if there is none. */

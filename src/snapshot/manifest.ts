@@ -1,146 +1,94 @@
 /**
- * The manifest of a saved VM: what belongs together and what it needs to run again. Plain JSON beside the
- * image. Owns its form and the comparison with a QEMU that is to go on from it.
+ * The manifest of a saved VM: what belongs together and what it needs to run again. Plain JSON beside the memory, one
+ * for each saved VM (saved-names.ts has the names). Owns its form; parse-manifest.ts reads it, differences.ts compares.
  */
-import { FormatError } from '../core/errors.ts'
-import type { Qmp } from '../qmp/client.ts'
 import type { QmpGreeting } from '../qmp/commands.ts'
-import type { FrozenDisk } from './disk-snapshots.ts'
+import type { Cpus, MachineFacts } from './machine-facts.ts'
 import type { StreamSummary } from './stream-check.ts'
 
-/** Version 1 of the manifest. */
+/** A writable disk of a saved VM, frozen at the instant of the save or not. */
+export interface SavedDisk {
+  /** Node name of the layer that the guest wrote to until the save. */
+  readonly node: string
+  /** Name of the drive (`-drive id=`), where it has one. */
+  readonly device?: string
+  /** The guest's device: its `id=`, or its QOM path where it has none. */
+  readonly qdev?: string
+  /**
+   * That layer's file: an absolute path, or what QEMU calls something that is no file (`nbd://…`, `json:…`). Frozen by an
+   * overlay, it holds the disk as it was at the instant of the save. A relative path is one of which only QEMU knows from
+   * where, because it runs on another host or as another user.
+   */
+  readonly file: string
+  /** Format of that file, as QEMU calls it: `qcow2`, `raw`, …; empty in manifests of version 1. */
+  readonly format: string
+  /** Bytes the guest sees; left out in manifests of version 1. */
+  readonly size?: number
+  /** How it was frozen; `false`: not at all, the file went on changing after the save. */
+  readonly frozen: DiskFreeze | false
+}
+
+/** How a disk was frozen. */
+export type DiskFreeze =
+  /**
+   * The guest went on in this new file, on top of the frozen one. `modified`: when the frozen file changed last, ISO 8601, as
+   * its file system told after the save: one that was written to since tells another time. Left out where it was not seen.
+   */
+  | { readonly overlay: string; readonly node: string; readonly modified?: string }
+  /** An internal snapshot in the file itself. */
+  | { readonly internal: string }
+
+/** The manifest, of version 2. Those of version 1 are read as such, without what they did not tell. */
 export interface Manifest {
   readonly format: 'qcow2 saved VM'
-  readonly version: 1
+  readonly version: 2
   /** ISO 8601. */
   readonly created: string
   readonly qemu: QmpGreeting['version']
   /** Machine type with its version, for example `pc-i440fx-7.2`. */
   readonly machine: string
   readonly accelerator: 'kvm' | 'tcg'
-  /** The guest was running (not paused) when it was saved. */
+  /** The guest was running when it was saved. */
   readonly running: boolean
+  /** Its run state then, as `query-status` calls it: `running`, `paused`, `io-error`, `suspended`, … */
+  readonly status: string
+  /** Left out in manifests of version 1. */
+  readonly cpus?: Cpus
+  /** See {@link devicesOf}; left out in manifests of version 1. */
+  readonly devices?: readonly string[]
   /** Where memory and device state are. */
   readonly memory: {
     readonly kind: string
-    /** File name, relative to the manifest where possible. */
+    /** The file's path. */
     readonly file?: string
     /** Internal snapshot in that file. */
     readonly snapshot?: string
   }
   readonly pageSize: number
   readonly ramBlocks: readonly { readonly name: string; readonly length: number }[]
-  readonly disks: readonly FrozenDisk[]
+  /** Every writable disk of the VM; of version 1, those that were frozen. */
+  readonly disks: readonly SavedDisk[]
 }
 
 /** What a manifest says of a stream and the VM it came from. */
 export function makeManifest(
   summary: StreamSummary,
-  facts: Pick<Manifest, 'qemu' | 'accelerator' | 'memory' | 'disks' | 'running'>,
+  facts: MachineFacts & Pick<Manifest, 'memory' | 'disks' | 'status'>,
 ): Manifest {
   return {
     format: 'qcow2 saved VM',
-    version: 1,
+    version: 2,
     created: new Date().toISOString(),
     qemu: facts.qemu,
     machine: summary.machine,
     accelerator: facts.accelerator,
-    running: facts.running,
+    running: facts.status === 'running',
+    status: facts.status,
+    cpus: facts.cpus,
+    devices: facts.devices,
     memory: facts.memory,
     pageSize: summary.pageSize,
     ramBlocks: summary.blocks,
     disks: facts.disks,
   }
-}
-
-/** Reads the text of a manifest. @throws FormatError (`ERR_FORMAT`) if it is none that this library reads. */
-export function parseManifest(text: string): Manifest {
-  const fail = (field: string, detail: string, cause?: unknown): FormatError =>
-    new FormatError(detail, { structure: 'manifest', field }, 'ERR_FORMAT', cause === undefined ? undefined : { cause })
-  let value: Partial<Record<keyof Manifest, unknown>> | null
-  try {
-    value = JSON.parse(text) as typeof value
-  } catch (cause) {
-    throw fail('JSON', 'not valid JSON', cause)
-  }
-  if (typeof value !== 'object' || value === null || value.format !== 'qcow2 saved VM') {
-    throw fail('format', 'not the manifest of a saved VM')
-  }
-  if (value.version !== 1) throw fail('version', `version is ${String(value.version)}, expected 1`)
-  for (const field of ['machine', 'accelerator', 'created'] as const) {
-    if (typeof value[field] !== 'string') throw fail(field, `${field} is missing`)
-  }
-  for (const field of ['ramBlocks', 'disks'] as const) {
-    if (!Array.isArray(value[field])) throw fail(field, `${field} is not a list`)
-  }
-  for (const field of ['qemu', 'memory'] as const) {
-    if (typeof value[field] !== 'object' || value[field] === null) throw fail(field, `${field} is missing`)
-  }
-  return value as Manifest
-}
-
-/** A RAM block of a QEMU, as it is set up now. */
-export interface RunningRamBlock {
-  readonly name: string
-  /** Bytes. */
-  readonly length: number
-  /** Host page size in bytes. */
-  readonly pageSize: number
-}
-
-/** The RAM blocks of a QEMU, running or waiting for a migration. */
-export async function ramBlocksOf(qmp: Qmp): Promise<RunningRamBlock[]> {
-  return parseRamBlocks(await qmp.execute('human-monitor-command', { 'command-line': 'info ramblock' }))
-}
-
-/** Reads the table that the monitor command `info ramblock` prints: name, page size, offset, used, total. */
-export function parseRamBlocks(table: string): RunningRamBlock[] {
-  const blocks: RunningRamBlock[] = []
-  for (const line of table.split('\n')) {
-    const match = /^\s*(\S.*?)\s+(\d+) ([KMG]?)i?B\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x[0-9a-f]+/.exec(line)
-    if (match === null) continue
-    const unit = { '': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30 }[match[3] ?? ''] ?? 1
-    blocks.push({ name: match[1]!, pageSize: Number(match[2]) * unit, length: Number.parseInt(match[4]!, 16) })
-  }
-  return blocks
-}
-
-/** `kvm` or `tcg`. */
-export async function acceleratorOf(qmp: Qmp): Promise<'kvm' | 'tcg'> {
-  const { enabled } = await qmp.execute('query-kvm')
-  return enabled ? 'kvm' : 'tcg'
-}
-
-/** The machine type of a QEMU, without the suffix of its class name. */
-export async function machineOf(qmp: Qmp): Promise<string> {
-  const type = await qmp.execute('qom-get', { path: '/machine', property: 'type' })
-  return String(type).replace(/-machine$/, '')
-}
-
-/** What a saved VM needs of a QEMU. A {@link Manifest} and a page source both tell it. */
-export interface Needs {
-  readonly machine: string
-  readonly ramBlocks: readonly { readonly name: string; readonly length: number }[]
-  readonly accelerator?: 'kvm' | 'tcg'
-}
-
-/** Why the QEMU cannot go on from the saved VM, in words for people; empty if nothing was found. */
-export async function differences(needs: Needs, qmp: Qmp): Promise<string[]> {
-  const found: string[] = []
-  const [machine, accelerator, here] = await Promise.all([machineOf(qmp), acceleratorOf(qmp), ramBlocksOf(qmp)])
-  if (needs.machine !== '' && machine !== needs.machine) {
-    found.push(`machine type: saved ${needs.machine}, here ${machine} (start QEMU with -M ${needs.machine})`)
-  }
-  if (needs.accelerator !== undefined && needs.accelerator !== accelerator) {
-    found.push(`accelerator: saved under ${needs.accelerator}, here ${accelerator} (the CPU model may not be the same)`)
-  }
-  const blocks = new Map(here.map((block) => [block.name, block.length]))
-  if (blocks.size === 0) return found
-  for (const { name, length } of needs.ramBlocks) {
-    const size = blocks.get(name)
-    // Tables and firmware are resizable: they take the size of the saved block.
-    if (size === undefined) found.push(`RAM block ${name} of ${length} bytes is missing here (a device or -m differs)`)
-    else if (size !== length && !name.startsWith('/rom@')) found.push(`RAM block ${name}: saved ${length} bytes, here ${size}`)
-  }
-  return found
 }

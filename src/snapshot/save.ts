@@ -20,14 +20,16 @@ import type { Qmp } from '../qmp/client.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
 import { capture } from './capture.ts'
 import { ChunkReader } from './chunk-reader.ts'
-import { freezeDisks, thawDisks, type DiskSnapshot, type FrozenDisk } from './disk-snapshots.ts'
-import { acceleratorOf, makeManifest, type Manifest } from './manifest.ts'
+import { freezeDisks, savedDisks, thawDisks, type DiskSnapshot, type FrozenDisk } from './disk-snapshots.ts'
+import { machineFacts } from './machine-facts.ts'
+import { makeManifest, type Manifest } from './manifest.ts'
 import { notWithBackgroundSnapshot, withMigrationSettings, type MigrationSettings } from './migration-settings.ts'
 import { connectMigration, isOver, migrationEnded, migrationFailed, type MigrationReceiver } from './outgoing-migration.ts'
 import type { SaveSink } from './save-sink.ts'
 import { MigrationListener } from './socket.ts'
 import { StopClock } from './stop-clock.ts'
 import type { StreamSummary } from './stream-check.ts'
+import { disksOf } from './vm-disks.ts'
 
 /**
  * How the guest's memory is read: `background` while it runs on, write-protected; `stop` while it stands
@@ -135,20 +137,21 @@ class Attempt {
 
   async run(mode: SaveMode): Promise<SaveReport> {
     const began = performance.now()
-    const { running } = await this.#qmp.execute('query-status')
-    const version = await this.#qmp.execute('query-version')
+    const { running, status } = await this.#qmp.execute('query-status')
+    const facts = await machineFacts(this.#qmp)
+    const { qemu } = facts.qemu
     // QEMU 7.2 starts a paused guest after a background snapshot, 10.0 leaves it paused. Memory that does not change
     // needs no protection anyway.
-    if (!running && mode !== 'stop' && version.qemu.major < 10) return this.run('stop')
-    const accelerator = await acceleratorOf(this.#qmp)
-    if (mode === 'precopy' && accelerator === 'tcg' && version.qemu.major < 8) {
-      throw new UnsupportedError(`QEMU ${version.qemu.major}.${version.qemu.minor} without KVM loses changed pages in a live precopy; use mode 'background' or 'stop'`)
+    if (!running && mode !== 'stop' && qemu.major < 10) return this.run('stop')
+    if (mode === 'precopy' && facts.accelerator === 'tcg' && qemu.major < 8) {
+      throw new UnsupportedError(`QEMU ${qemu.major}.${qemu.minor} without KVM loses changed pages in a live precopy; use mode 'background' or 'stop'`)
     }
+    const all = await disksOf(this.#qmp)
     const clock = new StopClock(this.#qmp)
     try {
       const summary = await withMigrationSettings(this.#qmp, this.#settings(mode), () => this.#migrate(mode, running))
       const memory = this.#options.memory ?? { kind: 'stream' }
-      const manifest = makeManifest(summary, { qemu: version, accelerator, memory, disks: this.#disks, running })
+      const manifest = makeManifest(summary, { ...facts, memory, disks: await savedDisks(all, this.#disks), status })
       return { mode, summary, manifest, stoppedFor: await clock.stoppedFor(running), took: performance.now() - began }
     } finally {
       await clock.close()

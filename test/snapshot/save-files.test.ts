@@ -6,7 +6,9 @@ import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { faultsOf, parseFaultOrder } from '../../src/snapshot/fault-order.ts'
 import { readTextFile } from '../../src/snapshot/host-files.ts'
 import type { MemoryTarget } from '../../src/snapshot/memory-target.ts'
-import { faultOrderPath, manifestPath, readManifest, revertFile, save } from '../../src/snapshot/save-files.ts'
+import { readManifest, revertFile } from '../../src/snapshot/revert-file.ts'
+import { save } from '../../src/snapshot/save-files.ts'
+import { faultOrderPath, manifestPath } from '../../src/snapshot/saved-names.ts'
 import { Guest } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { memoryOf } from '../support/saves.ts'
@@ -46,7 +48,7 @@ describeWithQemu('files', (qemu) => {
     expect(guest.errors).toEqual([])
     await guest.kill()
     const file = join(folder, name)
-    expect(await readManifest(file)).toEqual(report.manifest)
+    expect(await readManifest(file, report.manifest.memory.snapshot)).toEqual(report.manifest)
     expect(report.manifest.memory.file).toBe(file)
     if (kind === 'internal snapshot') {
       expect(await qemu.imgOk('check', file)).toContain('No errors were found')

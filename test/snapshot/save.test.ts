@@ -4,7 +4,9 @@ import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import type { Qmp } from '../../src/qmp/client.ts'
-import { differences, parseManifest, parseRamBlocks, ramBlocksOf } from '../../src/snapshot/manifest.ts'
+import { differences } from '../../src/snapshot/differences.ts'
+import { parseRamBlocks, ramBlocksOf } from '../../src/snapshot/machine-facts.ts'
+import { parseManifest } from '../../src/snapshot/parse-manifest.ts'
 import { saveTo, type SaveMode } from '../../src/snapshot/save.ts'
 import { deviceStreamSink, type SaveSink } from '../../src/snapshot/save-sink.ts'
 import { MigrationListener } from '../../src/snapshot/socket.ts'
@@ -56,8 +58,8 @@ test('the table of RAM blocks', () => {
 test.each([
   ['', 'not valid JSON'],
   ['null', 'not the manifest of a saved VM'],
-  ['{"format":"qcow2 saved VM","version":2}', 'version is 2, expected 1'],
-  ['{"format":"qcow2 saved VM","version":1}', 'machine is missing'],
+  ['{"format":"qcow2 saved VM","version":3}', 'version is 3, expected 1 or 2'],
+  ['{"format":"qcow2 saved VM","version":1}', 'running is missing'],
 ])('manifest %s is refused', (text, message) => {
   expect(() => parseManifest(text)).toThrow(message)
 })
@@ -147,7 +149,7 @@ describeWithQemu('save', (qemu) => {
     await guest.run(3)
     const overlay = join(guest.folder, 'overlay.qcow2')
     const { manifest } = await saveTo(guest.qmp, deviceStreamSink(memory()), { mode, disks: [{ node: 'd0', overlay }] })
-    expect(manifest.disks).toEqual([{ node: 'd0', overlay, file: image, activeNode: 'd0-1' }])
+    expect(manifest.disks).toMatchObject([{ node: 'd0', qdev: 'disk0', file: image, format: 'qcow2', size: 8 << 20, frozen: { overlay, node: 'd0-1' } }])
     expect(await activeFiles(guest.qmp)).toEqual([overlay])
     await expectUnharmed(guest)
   })

@@ -1,7 +1,7 @@
 import { existsSync } from 'node:fs'
 import { QmpClient } from '../../qmp/client.ts'
 import { recover, revertEagerly, type RevertOptions } from '../../snapshot/revert.ts'
-import { revertFile } from '../../snapshot/save-files.ts'
+import { revertFile } from '../../snapshot/revert-file.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { parseAddress } from '../image/address.ts'
