@@ -3,10 +3,15 @@
  * every byte of a read exactly once, no context that was not agreed to; knows no connection.
  */
 import { FormatError, IoError, type IoOperation } from '../core/errors.ts'
-import { chunkDone, chunkTypes, commands, Cursor, errors, type ChunkHead, type StatusRun } from './protocol.ts'
+import { StatusRuns } from './client-map.ts'
+import { Coverage } from './coverage.ts'
+import { chunkDone, chunkTypes, commands, Cursor, errors, type ChunkHead } from './protocol.ts'
 
 /** The status runs of a reply, by context id. */
-export type StatusRuns = ReadonlyMap<number, readonly StatusRun[]>
+export type ReplyStatus = ReadonlyMap<number, StatusRuns>
+
+/** Errors of one reply: a server that has more to report only holds the connection. */
+const maxErrors = 64
 
 /** What a client asks. */
 export interface RequestFields {
@@ -29,17 +34,19 @@ export interface RequestFields {
 export class ClientRequest {
   readonly fields: RequestFields
   /** The status runs once the reply is whole; empty for all but block status. */
-  readonly outcome: Promise<StatusRuns>
-  readonly #status = new Map<number, StatusRun[]>()
+  readonly outcome: Promise<ReplyStatus>
+  readonly #status = new Map<number, StatusRuns>()
+  readonly #answered: Coverage
   #target: Uint8Array | undefined
-  #covered = 0
+  #errors = 0
   #error: Error | undefined
-  #resolve!: (status: StatusRuns) => void
+  #resolve!: (status: ReplyStatus) => void
   #reject!: (error: unknown) => void
 
   constructor(fields: RequestFields) {
     this.fields = fields
     this.#target = fields.target
+    this.#answered = new Coverage(fields.command === commands.read ? fields.length : 0)
     this.outcome = new Promise((resolve, reject) => {
       this.#resolve = resolve
       this.#reject = reject
@@ -62,6 +69,7 @@ export class ClientRequest {
 
   /** The number of an error in a reply, and the server's words. */
   takeError(error: number, message = ''): void {
+    if (++this.#errors > maxErrors) throw wrong(`more than ${maxErrors} errors in one reply`)
     const { operation, offset, length } = this.fields
     const name = Object.entries(errors).find(([, value]) => value === error)?.[0] ?? `error ${error}`
     const code = error === errors.noSpace ? 'ERR_NO_SPACE' : 'ERR_IO'
@@ -102,8 +110,8 @@ export class ClientRequest {
   /** The reply is whole. @throws FormatError if a read's bytes are not. */
   end(): void {
     if (this.#error !== undefined) this.fail(this.#error)
-    else if (this.fields.command === commands.read && this.#covered !== this.fields.length) {
-      throw wrong(`a read of ${this.fields.length} bytes at ${this.fields.offset} was answered with ${this.#covered}`)
+    else if (!this.#answered.complete) {
+      throw wrong(`a read of ${this.fields.length} bytes at ${this.fields.offset} was answered with ${this.#answered.bytes}`)
     } else {
       this.#forget()
       this.#resolve(this.#status)
@@ -125,13 +133,9 @@ export class ClientRequest {
     this.fields.signal?.removeEventListener('abort', this.#leave)
   }
 
-  /** Counts a range of a read; where it goes, unless nobody waits for it any more. */
+  /** Marks a range of a read as answered; where it goes, unless nobody waits for it any more. */
   #place(at: number, length: number): Uint8Array | undefined {
-    const { command, length: asked, offset } = this.fields
-    this.#covered += length
-    if (command !== commands.read || length === 0 || at < 0 || at + length > asked || this.#covered > asked) {
-      throw wrong(`${length} bytes at ${at + offset} were not asked for`)
-    }
+    if (!this.#answered.add(at, length)) throw wrong(`${length} bytes at ${at + this.fields.offset} were not asked for, or come twice`)
     return this.#target
   }
 
@@ -140,14 +144,7 @@ export class ClientRequest {
     if (this.fields.command !== commands.blockStatus || !contexts.has(id) || this.#status.has(id)) {
       throw wrong(`the status of context ${id} was not asked for, or comes twice`)
     }
-    const runs: StatusRun[] = []
-    for (let covered = 0; cursor.left >= 8; ) {
-      const run = { length: cursor.u32(), flags: cursor.u32() }
-      if (run.length === 0) throw wrong('a status run of 0 bytes')
-      if (covered < this.fields.length) runs.push(run)
-      covered += run.length
-    }
-    this.#status.set(id, runs)
+    this.#status.set(id, new StatusRuns(cursor.bytes(cursor.left), this.fields.length))
   }
 }
 

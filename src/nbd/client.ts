@@ -9,7 +9,7 @@ import * as protocol from './protocol.ts'
 import { commandFlags, commands, transmissionFlags } from './protocol.ts'
 import { combine, sameKind, toExtent } from './client-map.ts'
 import { shakeHands, type Handshake } from './client-handshake.ts'
-import { ClientRequest, type RequestFields, type StatusRuns } from './client-request.ts'
+import { ClientRequest, type ReplyStatus, type RequestFields } from './client-request.ts'
 import { ByteReader, type NbdTransport } from './transport.ts'
 import { silence, SilenceTimer, within } from './waiting.ts'
 
@@ -25,10 +25,15 @@ export interface NbdClientOptions extends CallOptions {
   /** Refuse changes even where the server allows them. */
   readonly readOnly?: boolean | undefined
   /**
-   * Milliseconds for the negotiation, and later for any sign of life while an answer is due; then the
-   * connection is given up. Default 60 000; 0 for ever.
+   * Milliseconds for connecting, for the negotiation, and later between one answer (or 4 KiB of one) and the next while
+   * any is due; then the connection is given up. Default 60 000; 0 for ever.
    */
   readonly timeout?: number | undefined
+  /**
+   * The {@link BlockLimits.requestAlignment} towards a server that does not state its block size, where the export's size is a
+   * multiple of it. Default 1: such servers should take any request. Some take whole sectors only: 512 suits all.
+   */
+  readonly blockSize?: number | undefined
 }
 
 /** Default of {@link NbdClientOptions.timeout}. */
@@ -36,6 +41,12 @@ export const defaultTimeout = 60_000
 
 /** Longest range of one request without a payload: below 2^32, and aligned to any block size. */
 const maxRange = 1 << 30
+/** Fewer bytes of answers are no progress: a server could go on for ever with one now and then. */
+const leastProgress = 4096
+/** Replies of one map that tell the state of less than this are counted, ... */
+const smallestStatus = 512
+/** ... and so many are followed: each costs a round trip. */
+const maxSmallStatus = 1024
 /** Parts of one long request that are under way at once. */
 const mostParts = 16
 
@@ -53,28 +64,37 @@ export class NbdClient extends BaseDevice {
   readonly #pending = new Map<number, ClientRequest>()
   readonly #silence: SilenceTimer
   readonly #received: Promise<void>
+  readonly #minimum: number
   #nextCookie = 1
+  /** Bytes that came since the last sign of life. */
+  #unheard = 0
   #failure: unknown
 
-  private constructor(transport: NbdTransport, reader: ByteReader, handshake: Handshake, { readOnly = false, timeout = defaultTimeout, context = 'base:allocation' }: NbdClientOptions) {
+  private constructor(transport: NbdTransport, reader: ByteReader, handshake: Handshake, options: NbdClientOptions) {
+    const { readOnly = false, timeout = defaultTimeout, context = 'base:allocation', blockSize = 1 } = options
     super()
     this.#transport = transport
     this.#reader = reader
     this.#handshake = handshake
     this.#context = context
+    this.#minimum = handshake.minimum ?? (handshake.size % blockSize === 0 ? blockSize : 1)
     this.#readOnly = readOnly || this.#can('readOnly')
     this.#silence = new SilenceTimer(timeout, () => this.#pending.size > 0, () => {
       this.#fail(silence('read', timeout))
       transport.close()
     })
-    reader.onPiece = () => this.#silence.heard()
+    reader.onPiece = (length) => {
+      this.#unheard += length
+      if (this.#unheard >= leastProgress) this.#heard()
+    }
     this.#received = this.#receive()
   }
 
   /**
    * Negotiates over `transport`, which the client owns from now on.
-   * @throws Qcow2Error `ERR_NOT_FOUND` if there is no such export, `ERR_UNSUPPORTED` if the server has no
-   * structured replies, `ERR_FORMAT` if it breaks the protocol, `ERR_IO` if it does not answer in time.
+   * Servers of any age will do; one without structured replies or metadata contexts has a map of data only.
+   * @throws Qcow2Error `ERR_NOT_FOUND` if there is no such export, `ERR_UNSUPPORTED` if the server insists on TLS,
+   * `ERR_FORMAT` if it breaks the protocol, `ERR_IO` if it does not answer in time.
    */
   static async open(transport: NbdTransport, options: NbdClientOptions = {}): Promise<NbdClient> {
     const reader = new ByteReader(transport.incoming)
@@ -100,7 +120,7 @@ export class NbdClient extends BaseDevice {
   }
 
   override get limits(): BlockLimits {
-    const { minimum } = this.#handshake
+    const minimum = this.#minimum
     return { ...anyRequest, requestAlignment: minimum, discardAlignment: this.#can('sendTrim') ? Math.max(minimum, 4096) : 0 }
   }
 
@@ -150,13 +170,15 @@ export class NbdClient extends BaseDevice {
     }
     const depthId = this.#context === 'base:allocation' ? this.#contextId('qemu:allocation-depth') : undefined
     let waiting: Extent | undefined
+    let small = 0
     for (let at = offset; at < offset + length; ) {
       options?.signal?.throwIfAborted()
       const asked = Math.min(maxRange, offset + length - at)
       const fields = { operation: 'map', command: commands.blockStatus, offset: at, length: asked } as const
       const status = await this.#request({ ...fields, signal: options?.signal })
-      const runs = combine(status.get(allocation) ?? [], depthId === undefined ? undefined : status.get(depthId), asked)
-      for (const run of runs) {
+      const start = at
+      const runs = status.get(allocation)
+      for (const run of runs === undefined ? [] : combine(runs, depthId === undefined ? undefined : status.get(depthId), asked)) {
         const next = toExtent(at, run)
         if (waiting !== undefined && sameKind(waiting, next)) waiting = { ...waiting, length: waiting.length + next.length }
         else {
@@ -165,7 +187,10 @@ export class NbdClient extends BaseDevice {
         }
         at += run.length
       }
-      if (runs.length === 0) throw new FormatError('no run for the range asked', { structure: 'NBD block status' })
+      if (at === start) throw new FormatError('no run for the range asked', { structure: 'NBD block status' })
+      if (at - start < Math.min(smallestStatus, asked) && ++small > maxSmallStatus) {
+        throw new FormatError(`more than ${maxSmallStatus} replies that tell the state of less than ${smallestStatus} bytes`, { structure: 'NBD block status' })
+      }
     }
     if (waiting !== undefined) yield waiting
   }
@@ -180,7 +205,8 @@ export class NbdClient extends BaseDevice {
   }
 
   #can(flag: keyof typeof transmissionFlags): boolean {
-    return (this.#handshake.flags & transmissionFlags[flag]) !== 0
+    const { flags } = this.#handshake
+    return (flags & transmissionFlags.hasFlags) !== 0 && (flags & transmissionFlags[flag]) !== 0
   }
 
   #contextId(name: string): number | undefined {
@@ -199,7 +225,7 @@ export class NbdClient extends BaseDevice {
     signal?.throwIfAborted()
   }
 
-  #request(fields: RequestFields): Promise<StatusRuns> {
+  #request(fields: RequestFields): Promise<ReplyStatus> {
     const { operation, command, flags = 0, offset, length, payload } = fields
     if (this.#failure !== undefined) return Promise.reject(new IoError(operation, this.#failure, { offset, length, name: 'NBD' }))
     const number = this.#nextCookie++ % 0x1_0000_0000
@@ -207,10 +233,13 @@ export class NbdClient extends BaseDevice {
     new DataView(cookie.buffer).setUint32(4, number)
     const request = new ClientRequest(fields)
     this.#pending.set(number, request)
+    if (this.#pending.size === 1) this.#heard()
     this.#silence.start()
     const head = protocol.encodeRequest({ flags, command, cookie, offset, length })
     this.#transport.send(payload === undefined ? [head] : [head, payload]).then(
-      () => this.#silence.heard(),
+      () => {
+        if (payload !== undefined) this.#heard()
+      },
       (error: unknown) => this.#fail(error),
     )
     return request.outcome
@@ -238,7 +267,7 @@ export class NbdClient extends BaseDevice {
     const request = this.#pending.get(number)
     if (request === undefined) throw new FormatError(`a reply to no request (cookie ${number})`, { structure: 'NBD reply' })
     if (head.structured) {
-      const limit = protocol.maxPayload + 8
+      const limit = protocol.maxChunkLength(head.type)
       if (head.length > limit) throw new FormatError(`length is ${head.length}, at most ${limit}`, { structure: 'NBD reply chunk' })
       request.takeChunk(head, await this.#reader.read(head.length), this.#handshake.contexts)
       if ((head.flags & protocol.chunkDone) === 0) return
@@ -246,6 +275,12 @@ export class NbdClient extends BaseDevice {
     else if (request.simpleLength > 0) request.takeAll(await this.#reader.read(request.simpleLength))
     request.end()
     this.#pending.delete(number)
+    this.#heard()
+  }
+
+  #heard(): void {
+    this.#unheard = 0
+    this.#silence.heard()
   }
 
   #fail(error: unknown): void {

@@ -30,6 +30,7 @@ export const optionReplies = {
   unsupported: 0x8000_0001,
   policy: 0x8000_0002,
   invalid: 0x8000_0003,
+  tlsRequired: 0x8000_0005,
   unknownExport: 0x8000_0006,
   tooBig: 0x8000_0009,
 } as const
@@ -89,8 +90,30 @@ export const maxPayload: number = 32 << 20
 /** The largest data of an option that is read at all. */
 export const maxOptionLength: number = 64 << 10
 
+/** Runs in one status chunk that are read at all; servers send at most 2^20. */
+export const maxStatusRuns: number = 1 << 20
+
+/** Bytes of a structured reply's chunk by its type; errors and types not listed: the longest message and its fields. */
+export function maxChunkLength(type: number): number {
+  if (type === chunkTypes.offsetData) return maxPayload + 8
+  if (type === chunkTypes.blockStatus) return maxStatusRuns * 8 + 4
+  return maxNameLength + 14
+}
+
 /** The longest name: of an export, a context, a description. */
 export const maxNameLength = 4096
 
 /** Bytes of each fixed-size message head. */
-export const sizes = { greeting: 18, clientFlags: 4, option: 16, optionReply: 20, request: 28, simpleReply: 16, chunk: 20 } as const
+export const sizes = {
+  greeting: 18,
+  oldstyle: 152,
+  clientFlags: 4,
+  option: 16,
+  optionReply: 20,
+  exportName: 10,
+  /** After the reply to `exportName`, unless the client waived them. */
+  zeroes: 124,
+  request: 28,
+  simpleReply: 16,
+  chunk: 20,
+} as const

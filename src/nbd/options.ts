@@ -12,6 +12,7 @@ import { infoTypes, sizes } from './numbers.ts'
 
 /** `NBDMAGIC`, then `IHAVEOPT`: how a server greets. */
 const greetingMagic = new TextEncoder().encode('NBDMAGIC')
+const oldstyleMagic = new Uint8Array([0x00, 0x00, 0x42, 0x02, 0x81, 0x86, 0x12, 0x53])
 const optionMagic = new TextEncoder().encode('IHAVEOPT')
 const optionReplyMagic = [0x0003e889, 0x045565a9] as const
 
@@ -37,6 +38,19 @@ export function encodeGreeting(flags: number): Uint8Array {
   bytes.set(optionMagic, 8)
   viewOf(bytes).setUint16(16, flags)
   return bytes
+}
+
+/** True for the start of an oldstyle greeting, which has the size instead of flags. */
+export function isOldstyle(greeting: Uint8Array): boolean {
+  return sameBytes(greeting.subarray(0, 8), greetingMagic) && sameBytes(greeting.subarray(8, 16), oldstyleMagic)
+}
+
+/** `NBDMAGIC magic:64 size:64 handshakeFlags:16 flags:16`, then 124 zeroes: all that an oldstyle server says. */
+export function decodeOldstyle(bytes: Uint8Array): { size: number; flags: number } {
+  const cursor = new Cursor(bytes.subarray(16), 'NBD greeting')
+  const size = cursor.u64()
+  cursor.u16()
+  return { size, flags: cursor.u16() }
 }
 
 /** The handshake flags of a server's greeting. */
@@ -90,11 +104,17 @@ export function decodeOptionReply(bytes: Uint8Array): OptionReplyHead {
 
 /** `size:64 flags:16`, then 124 zeroes unless the client waived them: the reply to `exportName`. */
 export function encodeExportName(size: number, flags: number, zeroes: boolean): Uint8Array {
-  const bytes = new Uint8Array(zeroes ? 134 : 10)
+  const bytes = new Uint8Array(sizes.exportName + (zeroes ? sizes.zeroes : 0))
   const view = viewOf(bytes)
   writeU64(view, 0, size)
   view.setUint16(8, flags)
   return bytes
+}
+
+/** The size and the flags of a reply to `exportName`. */
+export function decodeExportName(bytes: Uint8Array): { size: number; flags: number } {
+  const cursor = new Cursor(bytes, 'NBD export name reply')
+  return { size: cursor.u64(), flags: cursor.u16() }
 }
 
 /** `type:16 = export, size:64, flags:16`. */

@@ -30,7 +30,7 @@ export class NbdListener extends Resource {
   /** What clients call the default export or the one named, for example `nbd+unix:///?socket=/tmp/a`. */
   uri(name = ''): string {
     const path = encodeURIComponent(name)
-    if ('path' in this.address) return `nbd+unix:///${path}?socket=${this.address.path}`
+    if ('path' in this.address) return `nbd+unix:///${path}?socket=${encodeURIComponent(this.address.path).replaceAll('%2F', '/')}`
     const { host = '127.0.0.1', port } = this.address
     return `nbd://${host.includes(':') ? `[${host}]` : host}:${port}/${path}`
   }
@@ -81,9 +81,14 @@ export async function connectNbd(address: NbdAddress, options: NbdClientOptions 
   return NbdClient.open(socketTransport(socket), options)
 }
 
+/** Milliseconds of silence after which TCP asks whether the peer's host is there. */
+const keepAliveDelay = 60_000
+
 /** A socket as a transport. */
 export function socketTransport(socket: Socket): NbdTransport {
   socket.setNoDelay(true)
+  // a peer whose host is gone is noticed, also while nothing is due
+  socket.setKeepAlive(true, keepAliveDelay)
   let failure: Error | undefined
   let draining: Promise<void> | undefined
   socket.on('error', (error) => (failure ??= error)) // without a listener it would end the process

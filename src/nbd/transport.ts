@@ -18,8 +18,8 @@ export interface NbdTransport {
 export class ByteReader {
   readonly #pieces: AsyncIterator<Uint8Array>
   #piece: Uint8Array = new Uint8Array(0)
-  /** Called whenever bytes arrive. */
-  onPiece: (() => void) | undefined
+  /** Called with their number whenever bytes arrive. */
+  onPiece: ((length: number) => void) | undefined
 
   constructor(incoming: AsyncIterable<Uint8Array>) {
     this.#pieces = incoming[Symbol.asyncIterator]()
@@ -70,7 +70,7 @@ export class ByteReader {
       const next = await this.#pieces.next()
       if (next.done === true) return false
       this.#piece = next.value
-      this.onPiece?.()
+      this.onPiece?.(next.value.length)
     }
     return true
   }

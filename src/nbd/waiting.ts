@@ -46,9 +46,8 @@ export class SilenceTimer {
     this.#onSilence = onSilence
   }
 
-  /** A request was made: the time starts anew. */
+  /** A request was made. The time runs from the last sign of life: call `heard` too if nothing was due before. */
   start(): void {
-    this.heard()
     if (this.#timeout > 0) this.#timer ??= setTimeout(this.#look, this.#timeout)
   }
 

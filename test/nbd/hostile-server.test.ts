@@ -186,3 +186,116 @@ test('close does not wait for room at a server that reads nothing', async () => 
   await client.close()
   await writing
 })
+
+test.each<[string, Handler]>([
+  ['the first half twice and the second never', (request, reply) => {
+    const half = new Uint8Array(2048).fill(1)
+    void reply(...data(request, half, 0), ...data(request, half))
+  }],
+  ['chunks that overlap by a byte', (request, reply) => {
+    const { cookie, offset } = request
+    void reply(...data(request, new Uint8Array(2048), 0), protocol.encodeDataChunk(cookie, 0, offset + 2047, 2048), new Uint8Array(2048), protocol.encodeDataChunk(cookie, chunkDone, offset + 4095, 1), nothing.slice(), new Uint8Array(1))
+  }],
+  ['a hole over its data', (request, reply) => void reply(...data(request, new Uint8Array(4095), 0), protocol.encodeHoleChunk(request.cookie, chunkDone, request.offset + 4094, 1))],
+  ['pieces of one byte, every other one', ({ cookie, offset }, reply) => {
+    for (let at = 0; at < 4096; at += 2) void reply(protocol.encodeDataChunk(cookie, 0, offset + at, 1), new Uint8Array(1))
+    void reply(protocol.encodeChunk({ flags: chunkDone, type: chunkTypes.none, cookie, length: 0 }))
+  }],
+])('a read that is answered with %s never resolves with bytes that did not come', async (_name, handler) => {
+  await using client = await connected(handler)
+  await expect(client.readInto(0, new Uint8Array(4096).fill(7))).rejects.toMatchObject({ code: 'ERR_IO', cause: { code: 'ERR_FORMAT' } })
+})
+
+test('chunks in any order and of any size fill a read', async () => {
+  const order = Array.from({ length: 512 }, (_, at) => (at * 205) % 512)
+  await using client = await connected(({ cookie, offset }, reply) => {
+    for (const at of order) void reply(protocol.encodeDataChunk(cookie, 0, offset + at * 8, 8), new Uint8Array(8).fill(at % 255))
+    void reply(protocol.encodeChunk({ flags: chunkDone, type: chunkTypes.none, cookie, length: 0 }))
+  })
+  expect(await client.read(0, 4096)).toEqual(Uint8Array.from({ length: 4096 }, (_, at) => (at >> 3) % 255))
+})
+
+test('errors without an end are given up: at once where they are many, in time where they are slow', async () => {
+  const error = (cookie: Uint8Array): Uint8Array => protocol.encodeChunk({ flags: 0, type: chunkTypes.error, cookie, length: 6 })
+  await using many = await connected(({ cookie }, reply) => {
+    for (let n = 0; n < 1000; n++) void reply(error(cookie), new Uint8Array([0, 0, 0, 5, 0, 0]))
+  })
+  await expect(many.read(0, 512)).rejects.toMatchObject({ code: 'ERR_IO', cause: { code: 'ERR_FORMAT' } })
+  await using slow = await connected(({ cookie }, reply) => void setInterval(() => void reply(error(cookie), new Uint8Array([0, 0, 0, 5, 0, 0])), 10).unref(), { timeout: 200 })
+  await expect(slow.read(0, 512)).rejects.toMatchObject({ code: 'ERR_IO', message: expect.stringContaining('200 ms') as string })
+})
+
+test('a byte now and then is no sign of life', async () => {
+  await using client = await connected(({ cookie }, reply) => {
+    const bytes = protocol.encodeSimpleReply(cookie, 0)
+    let at = 0
+    setInterval(() => void reply(at < bytes.length ? bytes.subarray(at, ++at) : new Uint8Array(1)), 10).unref()
+  }, { timeout: 200 })
+  await expect(client.read(0, 512)).rejects.toMatchObject({ code: 'ERR_IO', message: expect.stringContaining('200 ms') as string })
+})
+
+test('answers that come one after the other are signs of life, however slow they are together', async () => {
+  await using client = await connected((request, reply) => void setTimeout(() => void reply(...data(request, new Uint8Array(request.length))), 60 * (1 + request.offset / 4096)), { timeout: 150 })
+  const reads = [0, 1, 2, 3, 4].map((n) => client.read(n * 4096, 16))
+  expect((await Promise.all(reads)).length).toBe(5)
+})
+
+test('the requests of others do not keep a silent server alive', async () => {
+  await using client = await connected(() => undefined, { timeout: 100 })
+  const first = client.read(0, 512).catch((error: unknown) => error)
+  const more = setInterval(() => void client.read(512, 512).catch(() => undefined), 10)
+  expect(await first).toMatchObject({ code: 'ERR_IO' })
+  clearInterval(more)
+})
+
+test('four million status runs are refused before they are read', async () => {
+  let sent = 0
+  await using client = await connected(({ cookie }, reply) => {
+    void reply(protocol.encodeChunk({ flags: chunkDone, type: chunkTypes.blockStatus, cookie, length: 4 + 8 * 4_000_000 })).then(() => sent++)
+  })
+  await expect(client.map()[Symbol.asyncIterator]().next()).rejects.toMatchObject({ cause: { code: 'ERR_FORMAT' } })
+  expect(sent).toBe(1)
+})
+
+test('a million status runs in one reply cost their bytes and no objects', async () => {
+  const runs = Array.from({ length: 1 << 20 }, (_, at) => ({ length: 512, flags: at & 1 }))
+  await using client = await connected(({ cookie }, reply) => void reply(protocol.encodeStatusChunk(cookie, chunkDone, 1, runs)))
+  let extents = 0
+  for await (const extent of client.map()) {
+    extents++
+    expect(extent.length).toBe(512)
+    if (extents === 5000) break
+  }
+  expect(extents).toBe(5000)
+})
+
+test('a map in steps of one byte ends in an error, not after a request for every byte', async () => {
+  let requests = 0
+  await using client = await connected(({ cookie }, reply) => {
+    requests++
+    void reply(protocol.encodeStatusChunk(cookie, chunkDone, 1, [{ length: 1, flags: 1 }]))
+  })
+  await expect(async () => {
+    for await (const extent of client.map()) expect(extent.length).toBeGreaterThan(0)
+  }).rejects.toMatchObject({ code: 'ERR_FORMAT' })
+  expect(requests).toBeLessThan(5000)
+})
+
+test.each<[string, (type: number) => Uint8Array[]]>([
+  ['answers another option', (type) => [protocol.encodeOptionReply(type + 1, optionReplies.ack)]],
+  ['sends replies without end', (type) => Array.from({ length: 40 }, () => protocol.encodeOptionReply(type, optionReplies.info, new Uint8Array(60_000)))],
+  ['sends a reply of 4 GiB', (type) => [protocol.encodeOptionReply(type, optionReplies.info).fill(0xff, 16)]],
+])('a server that %s in the negotiation is refused', async (_name, replies) => {
+  const [ours, theirs] = pipe()
+  void (async () => {
+    const reader = new ByteReader(theirs.incoming)
+    await theirs.send([protocol.encodeGreeting(3)])
+    await reader.read(4)
+    for (;;) {
+      const { type, length } = protocol.decodeOption(await reader.read(16))
+      await reader.skip(length)
+      for (const reply of replies(type)) await theirs.send([reply])
+    }
+  })().catch(() => undefined)
+  await expect(NbdClient.open(ours, { timeout: 2000 })).rejects.toMatchObject({ code: 'ERR_FORMAT' })
+})

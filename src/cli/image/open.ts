@@ -176,7 +176,7 @@ export class Opener {
     if (place.kind === 'nbd') {
       // loaded where it is used: most runs open files only
       const { connectNbd } = await import('../../nbd/socket.ts')
-      return pad(await connectNbd(place.address, { name: place.name, readOnly, context: place.context ?? 'base:allocation' }))
+      return pad(await connectNbd(place.address, { name: place.name, readOnly, context: place.context ?? 'base:allocation', blockSize: 512, signal }))
     }
     if (place.kind === 'null') return new NullDevice(place.size)
     const locking = place.kind === 'file' ? place.locking : undefined
