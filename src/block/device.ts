@@ -94,6 +94,10 @@ export interface BlockDevice extends AsyncDisposable {
   readonly limits: BlockLimits
   /** True as soon as `close` was called. */
   readonly closed: boolean
+  /** Path of the local file that the device shows as a whole, if it was opened by one: what names in it are relative to. */
+  readonly path?: string | undefined
+  /** Which local file the device shows as a whole, whatever path leads there: its device and inode. */
+  readonly identity?: string | undefined
 
   /** Fills `target` with the bytes at `offset`. Reading past `size` is a `RangeError`. */
   readInto(offset: number, target: Uint8Array, options?: CallOptions): Promise<void>

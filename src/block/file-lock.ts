@@ -44,25 +44,15 @@ const written = new Set<string>()
 
 /**
  * Marks the file that `device` stands on as one that an image of this process writes to, until the function returned
- * is called. Filters are looked through; a device on no file, or on a part of one, is nobody else's concern.
+ * is called. A device on no file, or on a part of one, is nobody else's concern.
  * @throws Qcow2Error `ERR_BUSY` if another image does.
  */
 export function holdImageFile(device: BlockDevice): () => void {
-  const file = fileBeneath(device)
-  if (file === undefined) return () => undefined
-  const { identity } = file
-  if (written.has(identity)) throw writtenHere(file.path ?? 'file')
+  const { identity, path } = device
+  if (identity === undefined) return () => undefined
+  if (written.has(identity)) throw writtenHere(path ?? 'file')
   written.add(identity)
   return () => written.delete(identity)
-}
-
-/** By what they have: devices of the ESM and of the CommonJS build have different classes. */
-function fileBeneath(
-  device: BlockDevice & { readonly identity?: string; readonly path?: string | undefined; readonly inner?: BlockDevice },
-): { readonly identity: string; readonly path: string | undefined } | undefined {
-  const { identity, path, inner } = device
-  if (identity !== undefined) return { identity, path }
-  return inner === undefined || inner.size !== device.size ? undefined : fileBeneath(inner)
 }
 
 /** Names a file, whatever path leads to it. */

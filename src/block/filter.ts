@@ -36,6 +36,15 @@ export abstract class FilterDevice extends BaseDevice {
     return this.inner.limits
   }
 
+  /** A filter shows what the inner device shows: the names in it, and who else may write, are judged by the same file. */
+  get path(): string | undefined {
+    return this.inner.path
+  }
+
+  get identity(): string | undefined {
+    return this.inner.identity
+  }
+
   protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
     return this.inner.readInto(offset, target, options)
   }

@@ -43,12 +43,23 @@ class SliceDevice extends FilterDevice {
   readonly #offset: number
   readonly #length: number
   readonly #options: SliceOptions
+  readonly #isWhole: boolean
 
   constructor(inner: BlockDevice, offset: number, length: number, options: SliceOptions) {
     super(inner)
     this.#offset = offset
     this.#length = length
     this.#options = options
+    this.#isWhole = offset === 0 && length === inner.size
+  }
+
+  /** A part of a file is another thing than the file. */
+  override get path(): string | undefined {
+    return this.#isWhole ? super.path : undefined
+  }
+
+  override get identity(): string | undefined {
+    return this.#isWhole ? super.identity : undefined
   }
 
   override get size(): number {

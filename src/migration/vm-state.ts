@@ -26,11 +26,14 @@ export interface VmStateOptions extends IndexOptions {
   /** Leave a device that was given open when the VM state is closed. */
   readonly keepOpen?: boolean | undefined
   /**
-   * An empty growable device for the content of a compressed file; it is closed with the VM state.
-   * Default: memory, up to 256 MiB.
+   * An empty growable device for the content of a compressed file, or a function that opens one, called only for such a
+   * file. It is closed with the VM state. Default: memory, up to 256 MiB.
    */
-  readonly spool?: BlockDevice | undefined
+  readonly spool?: Spool | undefined
 }
+
+/** See {@link VmStateOptions}. */
+export type Spool = BlockDevice | (() => BlockDevice | Promise<BlockDevice>)
 
 /** The state of one device, with its place in the file. */
 export interface DeviceState {
@@ -121,13 +124,13 @@ export class VmState extends Resource {
     const given = isBlockDevice(source)
     const device = given ? source : await openSource(source, { readOnly: true, signal: options.signal })
     const owned: BlockDevice[] = given && options.keepOpen === true ? [] : [device]
-    if (options.spool !== undefined) owned.push(options.spool)
+    if (typeof options.spool === 'object') owned.push(options.spool)
     try {
       const padded = device.limits.requestAlignment > 1 ? pad(device) : device
       const libvirt = await readLibvirtHeader(padded, options)
       const offset = libvirt?.streamOffset ?? 0
       const compression = await compressionOf(padded, offset, libvirt, options)
-      const storage = compression === undefined ? padded : await decompress(padded, offset, compression, options)
+      const storage = compression === undefined ? padded : await decompress(padded, offset, compression, { ...options, spool: await opened(options.spool, owned) })
       const streamOffset = compression === undefined ? offset : 0
       const index = await indexStream(storage, streamOffset, options)
       return new VmState(storage, owned, index, { libvirt, streamOffset, pagesBeside: false })
@@ -242,7 +245,21 @@ async function compressionOf(
   return undefined
 }
 
-async function decompress(device: BlockDevice, offset: number, compression: FileCompression, options: VmStateOptions): Promise<BlockDevice> {
+/** The spool, which belongs to the VM state from now on. */
+async function opened(spool: Spool | undefined, owned: BlockDevice[]): Promise<BlockDevice | undefined> {
+  if (typeof spool !== 'function') return spool
+  const device = await spool()
+  owned.push(device)
+  return device
+}
+
+/** Into the spool, if there is one. */
+async function decompress(
+  device: BlockDevice,
+  offset: number,
+  compression: FileCompression,
+  options: CallOptions & { readonly spool: BlockDevice | undefined },
+): Promise<BlockDevice> {
   const { signal } = options
   const spool = options.spool ?? new MemoryDevice(0, { growable: true })
   let at = 0

@@ -1,76 +1,138 @@
-/** Opens whatever holds a saved VM. Owns recognising it. */
+/**
+ * Opens whatever holds a saved VM. Owns recognising it, which of several saved VMs in an image is meant, and that the disk
+ * of an image is not needed where only its VM state is.
+ */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { MemoryDevice } from '../block/memory.ts'
+import { slice } from '../block/slice.ts'
 import { openSource, type Source } from '../block/source.ts'
 import { UncachedReads } from '../block/uncached-reads.ts'
 import { Qcow2Error } from '../core/errors.ts'
-import { Qcow2Image } from '../qcow2/image.ts'
+import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
+import type { SnapshotDevice } from '../qcow2/snapshot-device.ts'
+import type { SnapshotInfo } from '../qcow2/snapshot-info.ts'
 import type { PageSource } from './page-source.ts'
 import { RamImage } from './ram-image.ts'
 import { StreamSource } from './stream-source.ts'
 
 /** Options of {@link openSaved}. */
 export interface OpenSavedOptions extends CallOptions {
-  /** Id or name of the internal snapshot of a qcow2 image; default: the RAM image in it, else its last with VM state. */
+  /** Id or name of the internal snapshot of a qcow2 image; not needed where only one has VM state. */
   readonly snapshot?: string | undefined
   /** Buffered reads of at most this many bytes are made synchronously; see `openFile`. Default as there; 72 KiB in a revert. */
   readonly syncLimit?: number | undefined
+  /**
+   * Which files a RAM image may open as its backing file, an earlier RAM image; see {@link Qcow2Image.open}. Any other
+   * snapshot needs none: its VM state is read whether the backing file of the disk is there or not.
+   */
+  readonly references?: OpenOptions['references'] | undefined
+  /** Opens an encrypted image. */
+  readonly passphrase?: OpenOptions['passphrase'] | undefined
+  /** Opens an empty growable device for the content of a compressed file; closed with the saved VM. Default: memory, up to 256 MiB. */
+  readonly spool?: (() => BlockDevice | Promise<BlockDevice>) | undefined
 }
 
 /**
  * A saved VM: a RAM image, an internal snapshot with VM state as QEMU's `savevm` makes it, a stream file, a
  * mapped-ram file, a libvirt save image. Nothing is written to it.
  *
- * @throws Qcow2Error `ERR_NOT_FOUND` if the image has no such snapshot or none with VM state, `ERR_STREAM` or
- *   `ERR_FORMAT` for what is damaged or no saved VM.
+ * @throws Qcow2Error `ERR_NOT_FOUND` if the image has no such snapshot, none with VM state, or several and `snapshot`
+ *   does not say which (the message lists them); `ERR_STREAM` or `ERR_FORMAT` for what is damaged or no saved VM.
  */
 export async function openSaved(source: Source | Qcow2Image, options: OpenSavedOptions = {}): Promise<PageSource> {
-  const { signal, syncLimit } = options
-  if (source instanceof Qcow2Image) return openImage(source, false, options)
-  const device = UncachedReads.over(await openSource(source, { readOnly: true, forceShare: true, signal, syncLimit }), syncLimit ?? 0)
-  const isImage = await begins(device, [0x51, 0x46, 0x49, 0xfb], options).catch(async (error: unknown) => {
+  const { signal, syncLimit = 0, spool } = options
+  if (source instanceof Qcow2Image) return openWhole(source, options)
+  const device = UncachedReads.over(await openSource(source, { readOnly: true, forceShare: true, signal, syncLimit: options.syncLimit }), syncLimit)
+  const isImage = await beginsWith(device, [0x51, 0x46, 0x49, 0xfb], options).catch(async (error: unknown) => {
     await device.close()
     throw error
   })
-  if (!isImage) return StreamSource.open(device, { signal })
-  const saved = await openImage(await Qcow2Image.open(device, { readOnly: true, signal }), true, options)
-  // the pages of a stream are read twice, first to find them: the second time from the page cache
-  if (device instanceof UncachedReads && !(saved instanceof StreamSource)) device.start()
-  return saved
+  return isImage ? openFromFile(device, options) : StreamSource.open(device, { signal, spool })
 }
 
-async function openImage(image: Qcow2Image, owned: boolean, options: OpenSavedOptions): Promise<PageSource> {
-  const { signal, snapshot } = options
+/**
+ * Which snapshot of an image is the saved VM: the one with this id or name, else the only one with VM state.
+ * @throws Qcow2Error `ERR_NOT_FOUND` if there is no such one, or several come into question
+ */
+export function savedSnapshot(snapshots: Iterable<SnapshotInfo>, idOrName?: string): SnapshotInfo {
+  const all = [...snapshots]
+  const saved = all.filter(({ vmStateSize }) => vmStateSize > 0)
+  const list = saved.map(({ id, name }) => (name === '' ? `number ${id}` : name)).join(', ')
+  if (idOrName !== undefined) {
+    const found = all.find(({ id }) => id === idOrName) ?? all.find(({ name }) => name === idOrName)
+    const which = JSON.stringify(idOrName)
+    if (found === undefined) throw notFound(`the image has no snapshot ${which}; saved VMs in it: ${list === '' ? 'none' : list}`)
+    if (found.vmStateSize === 0) throw notFound(`snapshot ${which} has no VM state: it is a snapshot of the disk only`)
+    return found
+  }
+  if (saved.length === 0) throw notFound('the image has no snapshot with VM state')
+  if (saved.length > 1) throw notFound(`the image holds several saved VMs: say which snapshot is meant: ${list}`)
+  return saved[0]!
+}
+
+/** The saved VM of an image that is open with all that belongs to it, and stays open. */
+async function openWhole(image: Qcow2Image, options: OpenSavedOptions): Promise<PageSource> {
+  const { id } = savedSnapshot(image.snapshots, options.snapshot)
+  const disk = await image.snapshots.open(id, options)
+  return openAt(disk, disk, options)
+}
+
+/** Of an image file: its backing file is opened for a RAM image only, whose pages are the disk. */
+async function openFromFile(device: BlockDevice, options: OpenSavedOptions): Promise<PageSource> {
+  const { references, passphrase, signal } = options
+  const owned = new Owned([device])
+  const open = async (how: OpenOptions): Promise<[Qcow2Image, SnapshotDevice]> => {
+    const file = slice(device, 0, device.size, { readOnly: true, keepOpen: true })
+    const image = owned.add(await Qcow2Image.open(file, { ...how, readOnly: true, passphrase, signal }))
+    const { id } = savedSnapshot(image.snapshots, options.snapshot)
+    return [image, owned.add(await image.snapshots.open(id, options))]
+  }
   try {
-    const ram = await RamImage.open(image, { signal, snapshot }).catch((error: unknown) => {
-      if (Qcow2Error.is(error, 'ERR_NOT_FOUND')) return undefined
-      throw error
-    })
-    if (ram !== undefined) return owned ? owning(ram, image) : ram
-    const withState = [...image.snapshots].filter(({ vmStateSize }) => vmStateSize > 0)
-    const name = snapshot ?? withState.at(-1)?.id
-    if (name === undefined) throw new Qcow2Error('ERR_NOT_FOUND', 'the image has no snapshot with VM state')
-    const opened = await image.snapshots.open(name, { signal })
-    if (opened.vmState.size === 0) {
-      await opened.close()
-      throw new Qcow2Error('ERR_NOT_FOUND', `snapshot ${JSON.stringify(name)} has no VM state: it is a snapshot of the disk only`)
-    }
-    const owner = { [Symbol.asyncDispose]: () => (owned ? opened.close().then(() => image.close()) : opened.close()) }
-    return await StreamSource.open(opened.vmState, { signal, owner })
+    let [image, disk] = await open({ backing: new MemoryDevice(0, { readOnly: true }) })
+    const isRamImage = await RamImage.isAt(disk, options)
+    if (isRamImage && image.engine.content.backingFile !== undefined) [image, disk] = await open({ references })
+    // the pages of a stream are read twice, first to find them: the second time from the page cache
+    if (isRamImage && device instanceof UncachedReads) device.start()
+    return await openAt(disk, owned, options)
   } catch (error) {
-    if (owned) await image.close()
+    await owned[Symbol.asyncDispose]()
     throw error
   }
 }
 
-/** The RAM image, closing the image behind itself. */
-function owning(ram: RamImage, image: Qcow2Image): PageSource {
-  const { machine, pageSize, head, ramSectionId, dirtyBitmaps, footers, blocks, earlyDevices, devices, vmDescription } = ram
-  const close = (): Promise<void> => ram.close().then(() => image.close())
-  const parts = { machine, pageSize, head, ramSectionId, dirtyBitmaps, footers, blocks, earlyDevices, devices, vmDescription }
-  return { ...parts, close, [Symbol.asyncDispose]: close }
+/** `owner` is closed with what is opened; if it fails, too. */
+async function openAt(disk: SnapshotDevice, owner: AsyncDisposable, options: OpenSavedOptions): Promise<PageSource> {
+  const { signal } = options
+  const ram = await RamImage.at(disk, { signal, owner }).catch(async (error: unknown) => {
+    await owner[Symbol.asyncDispose]()
+    throw error
+  })
+  return ram ?? StreamSource.open(disk.vmState, { signal, owner })
 }
 
-async function begins(device: BlockDevice, magic: readonly number[], options: CallOptions): Promise<boolean> {
+/** What was opened on the way, closed in the opposite order; once. */
+class Owned implements AsyncDisposable {
+  readonly #all: AsyncDisposable[]
+
+  constructor(first: readonly AsyncDisposable[]) {
+    this.#all = [...first]
+  }
+
+  add<T extends AsyncDisposable>(one: T): T {
+    this.#all.push(one)
+    return one
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    for (let last = this.#all.pop(); last !== undefined; last = this.#all.pop()) await last[Symbol.asyncDispose]()
+  }
+}
+
+function notFound(message: string): Qcow2Error {
+  return new Qcow2Error('ERR_NOT_FOUND', message)
+}
+
+async function beginsWith(device: BlockDevice, magic: readonly number[], options: CallOptions): Promise<boolean> {
   if (device.size < magic.length) return false
   const start = await device.read(0, magic.length, options)
   return magic.every((byte, index) => start[index] === byte)

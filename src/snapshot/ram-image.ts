@@ -79,12 +79,19 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
   }
 
   /**
-   * The RAM image that an open snapshot is; undefined if it is another one. The snapshot stays open.
+   * The RAM image that an open snapshot is; undefined if it is another one. The snapshot stays open. `owner` is closed with
+   * the RAM image.
    * @throws what {@link RamImage.open} throws
    */
-  static async at(disk: SnapshotDevice, options: CallOptions = {}): Promise<RamImage | undefined> {
+  static async at(disk: SnapshotDevice, options: CallOptions & { readonly owner?: AsyncDisposable } = {}): Promise<RamImage | undefined> {
     const jsonLength = await layoutLength(disk.vmState, options)
-    return jsonLength === undefined ? undefined : RamImage.#read(disk, jsonLength, [], options)
+    const owned = options.owner === undefined ? [] : [options.owner]
+    return jsonLength === undefined ? undefined : RamImage.#read(disk, jsonLength, owned, options)
+  }
+
+  /** True if an open snapshot is a RAM image, whose pages are its disk. */
+  static async isAt(disk: SnapshotDevice, options: CallOptions = {}): Promise<boolean> {
+    return (await layoutLength(disk.vmState, options)) !== undefined
   }
 
   static async #read(disk: SnapshotDevice, jsonLength: number, owned: readonly AsyncDisposable[], options: CallOptions): Promise<RamImage> {

@@ -11,7 +11,7 @@ import { MigrationParser } from '../migration/parser.ts'
 import { StreamRest } from '../migration/stream-rest.ts'
 import { splitStream, type StreamParts } from '../migration/stream-parts.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription, type DeviceDescription } from '../migration/vm-description.ts'
-import { VmState } from '../migration/vm-state.ts'
+import { VmState, type Spool } from '../migration/vm-state.ts'
 import { encodeRecord } from '../migration/writer.ts'
 import type { SavedRamBlock } from './page-source.ts'
 import { SavedVm } from './saved-vm.ts'
@@ -22,6 +22,8 @@ export interface StreamSourceOptions extends CallOptions {
   readonly keepOpen?: boolean | undefined
   /** Closed after the device. */
   readonly owner?: AsyncDisposable | undefined
+  /** See {@link openSaved}; closed with the source. */
+  readonly spool?: Spool | undefined
 }
 
 /** First read of the stream's start; more if the list of RAM blocks is longer. */
@@ -59,7 +61,7 @@ export class StreamSource extends SavedVm<SavedRamBlock> {
    */
   static async open(device: BlockDevice, options: StreamSourceOptions = {}): Promise<StreamSource> {
     const abort = new AbortController()
-    const index = (): Promise<VmState> => VmState.index(device, { keepOpen: true, signal: abort.signal })
+    const index = (): Promise<VmState> => VmState.index(device, { keepOpen: true, spool: options.spool, signal: abort.signal })
     try {
       const ends = await readEnds(device, options)
       if (ends !== undefined) {

@@ -19,6 +19,8 @@ import { makeSave, saveKinds } from '../support/saves.ts'
 import { faultsFirst } from '../support/slow-source.ts'
 
 const machine = 'pc-i440fx-7.2'
+/** A RAM image on top of another names it by a path outside its folder. */
+const anywhere = { references: 'any' } as const
 const hash = (file: string): string => createHash('sha256').update(readFileSync(file)).digest('hex')
 
 describeWithQemu('revert', (qemu) => {
@@ -27,7 +29,7 @@ describeWithQemu('revert', (qemu) => {
       const { file, memory } = await makeSave(qemu, kind)
       const before = hash(file)
       const guest = await Guest.boot(qemu, { incoming: 'defer' })
-      await using saved = await openSaved(file)
+      await using saved = await openSaved(file, anywhere)
       const report = await revert(faultsFirst(saved, 1), { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
       await guest.expectGoesOn(memory.tick)
       expect(await guest.qmp.execute('query-migrate')).toMatchObject({ status: 'completed' })
@@ -40,17 +42,25 @@ describeWithQemu('revert', (qemu) => {
     test('by ordinary migration', async () => {
       const { file, memory } = await makeSave(qemu, kind)
       const guest = await Guest.boot(qemu, { incoming: 'defer' })
-      await revertEagerly(file, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
+      await revertEagerly(file, { ...anywhere, qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
       if (kind === 'mapped-ram') await guest.qmp.execute('cont') // saved while it was stopped
       await guest.expectGoesOn(memory.tick)
     })
 
-    test('by loadvm, as an internal snapshot', async () => {
+    test('by its path', async () => {
+      const { file, memory } = await makeSave(qemu, kind)
+      const guest = await Guest.boot(qemu, { incoming: 'defer' })
+      await revert(file, { ...anywhere, qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
+      await guest.expectGoesOn(memory.tick)
+    })
+
+    // what opens them is the same for all
+    test.skipIf(/ /.test(kind.replace('RAM image', '').replace('stream file', '')))('by loadvm, as an internal snapshot', async () => {
       const { file, memory } = await makeSave(qemu, kind)
       const image = join((await Guest.boot(qemu, { paused: true })).folder, 'image.qcow2')
       {
         await using target = await Qcow2Image.create(image, { size: 1 << 20 })
-        await using saved = await openSaved(file)
+        await using saved = await openSaved(file, anywhere)
         await saveVmState(target, migrationStream(saved, { zeroPages: 'keep' }), { name: 'snap' })
       }
       const drive = ['-blockdev', `driver=qcow2,node-name=vmstate,file.driver=file,file.filename=${image}`]
@@ -159,5 +169,26 @@ describe('what is no saved VM is refused', () => {
     await expect(openSaved(image)).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
     await expect(openSaved(image, { snapshot: 'disk only' })).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
     await expect(openSaved(image, { snapshot: 'other' })).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+  })
+
+  test('one of several saved VMs in an image, unless it is named', async () => {
+    const device = new MemoryDevice(0, { growable: true })
+    {
+      await using image = await Qcow2Image.create(device, { size: 1 << 20 })
+      await image.snapshots.create({ name: 'disk only' })
+      await saveVmState(image, capture('qemu72-precopy.mig'), { name: 'first' })
+      await (await openSaved(image)).close()
+      await saveVmState(image, capture('qemu100-precopy.mig'), { name: 'second' })
+      const refusal = { code: 'ERR_NOT_FOUND', message: expect.stringMatching(/several saved VMs.*: first, second$/) as string }
+      await expect(openSaved(image)).rejects.toMatchObject(refusal)
+      await expect(revert(image, { incoming: '/nowhere' })).rejects.toMatchObject(refusal)
+    }
+    const file = device.bytes.slice(0, device.size)
+    await expect(openSaved(file)).rejects.toMatchObject({ code: 'ERR_NOT_FOUND' })
+    await expect(openSaved(file, { snapshot: 'third' })).rejects.toThrow('saved VMs in it: first, second')
+    for (const [snapshot, machine] of [['first', /7\.2/], ['3', /10\.0/]] as const) {
+      await using saved = await openSaved(file, { snapshot })
+      expect(saved.machine).toMatch(machine)
+    }
   })
 })

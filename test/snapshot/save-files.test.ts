@@ -69,6 +69,7 @@ describeWithQemu('files', (qemu) => {
     expect(existsSync(manifestPath(top))).toBe(false)
     expect((await memoryOf(top)).tick).toBeGreaterThanOrEqual((await memoryOf(base)).tick)
     await revertTwice(base)
+    await revertTwice(top)
   })
 
   test('a failed save leaves no saved VM and no manifest', async () => {

@@ -40,6 +40,7 @@ export const revertCommand = command({
       incoming: parseAddress(options.incoming),
       qmp,
       snapshot,
+      references: 'any',
       signal,
       onProgress: ({ done, total }) => progress.update(done, total),
     }
