@@ -9,9 +9,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { gunzipSync } from 'node:zlib'
-import { MemoryDevice, openFile, Qcow2Error, simulatedDisk, type BlockDevice, type DiskCommand, type FileDevice, type SimulatedDisk } from '../src/block.ts'
+import { MemoryDevice, openFile, Qcow2Error, ReadAheadPrefetcher, simulatedDisk, type BlockDevice, type DiskCommand, type FileDevice, type SimulatedDisk } from '../src/block.ts'
 import { Qcow2Image } from '../src/index.ts'
-import { loadVmState, saveVmState } from '../src/snapshot.ts'
+import { saveVmState } from '../src/snapshot.ts'
 import { traceChart, type TracePanel } from './chart.ts'
 import { GuestMemory, Loader } from './load.ts'
 import { OldWay } from './old-way.ts'
@@ -52,7 +52,8 @@ async function load(stream: Uint8Array, way: Way, { device, clock }: Medium, mem
   let at = 0
   let different = 0
   const before = clock()
-  for await (const piece of way === 'new' ? loadVmState(snapshot) : synchronousReads(snapshot.vmState)) {
+  await using ahead = new ReadAheadPrefetcher(snapshot.vmState)
+  for await (const piece of way === 'new' ? ahead.borrowedChunks() : synchronousReads(snapshot.vmState)) {
     if (Buffer.compare(piece, stream.subarray(at, at + piece.length)) !== 0) different++
     at += piece.length
     loader.push(piece)

@@ -2,8 +2,9 @@
 //   node load-vm-state.js STREAM
 import { createReadStream } from 'node:fs'
 import { Qcow2Image } from 'qcow2'
-import { ramFlag, readMigration } from 'qcow2/migration'
-import { loadVmState, saveVmState } from 'qcow2/snapshot'
+import { ReadAheadPrefetcher } from 'qcow2/block'
+import { MigrationParser, ramFlag, type MigrationRecord } from 'qcow2/migration'
+import { saveVmState } from 'qcow2/snapshot'
 
 {
   await using image = await Qcow2Image.create('vm.qcow2', { size: 1 << 20 })
@@ -13,9 +14,9 @@ import { loadVmState, saveVmState } from 'qcow2/snapshot'
 await using image = await Qcow2Image.open('vm.qcow2', { readOnly: true })
 await using snapshot = await image.snapshots.open('running')
 const memory = new Map<string, Uint8Array>()
-for await (const record of readMigration(loadVmState(snapshot))) {
+const load = (record: MigrationRecord): void => {
   if (record.kind === 'ram-block') memory.set(record.block.name, new Uint8Array(record.block.length))
-  if (record.kind !== 'ram-pages') continue
+  if (record.kind !== 'ram-pages') return
   const block = memory.get(record.block.name)!
   for (let n = 0; n < record.count; n++) {
     const at = record.pageOffsets[n]!
@@ -24,4 +25,9 @@ for await (const record of readMigration(loadVmState(snapshot))) {
     else block.fill(0, at, at + record.pageSize)
   }
 }
+// borrowed: a chunk, and what the parser makes of it, is valid until the next is asked for; loadVmState() gives chunks to keep
+await using ahead = new ReadAheadPrefetcher(snapshot.vmState)
+const parser = new MigrationParser()
+for await (const chunk of ahead.borrowedChunks()) for (const record of parser.push(chunk)) load(record)
+parser.end()
 for (const [name, bytes] of memory) console.log(name, bytes.length, bytes.some((byte) => byte !== 0) ? 'loaded' : 'all zeroes')

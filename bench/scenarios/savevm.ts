@@ -3,9 +3,9 @@ import { randomFillSync } from 'node:crypto'
 import * as fs from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { openFile } from '../../src/block.ts'
+import { openFile, ReadAheadPrefetcher } from '../../src/block.ts'
 import { Qcow2Image } from '../../src/index.ts'
-import { loadVmState, saveVmState } from '../../src/snapshot.ts'
+import { saveVmState } from '../../src/snapshot.ts'
 import { groupFigure } from '../figures.ts'
 import { measure, type GroupResult, type Measured, type RatioQuestion, type Variant } from '../harness.ts'
 import { GuestMemory, Loader } from '../load.ts'
@@ -196,7 +196,7 @@ async function loadGroup(setup: Setup): Promise<GroupResult> {
 function oursLoads({ memory, context }: Setup, image: string): Variant {
   return {
     id: 'ours',
-    title: 'loadVmState, O_DIRECT, parse, copy',
+    title: 'read ahead, O_DIRECT, parse, copy',
     prepare() {
       settleDisk(context.folder)
       memory.touch()
@@ -205,7 +205,8 @@ function oursLoads({ memory, context }: Setup, image: string): Variant {
       await using source = await Qcow2Image.open(await openFile(image, { direct: true, readOnly: true }), { readOnly: true })
       await using snapshot = await source.snapshots.open('snap')
       const loader = new Loader(memory)
-      for await (const piece of loadVmState(snapshot)) loader.push(piece)
+      await using ahead = new ReadAheadPrefetcher(snapshot.vmState)
+      for await (const piece of ahead.borrowedChunks()) loader.push(piece)
       loader.end()
       return undefined
     },

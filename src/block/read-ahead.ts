@@ -150,8 +150,19 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
     return first !== undefined && last !== undefined && offset < last.offset + last.bytes.length && first.offset < offset + length
   }
 
-  /** What {@link next} gives, until the end. */
+  /**
+   * The bytes from `position` on, until the end, in arrays of the caller's own: they stay as they are, so a Node
+   * stream or a `Response` may be made of them. {@link next} and {@link readInto} save the copy.
+   */
   async *[Symbol.asyncIterator](): AsyncGenerator<Uint8Array, void, undefined> {
+    for await (const bytes of this.borrowedChunks()) yield bytes.slice()
+  }
+
+  /**
+   * What {@link next} gives, until the end: each view is valid until the following one is asked for. Not for
+   * Node's streams, which ask for the next before they are done with the last.
+   */
+  async *borrowedChunks(): AsyncGenerator<Uint8Array, void, undefined> {
     for (let bytes = await this.next(); bytes !== undefined; bytes = await this.next()) yield bytes
   }
 

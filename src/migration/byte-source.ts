@@ -13,7 +13,7 @@ export type ByteSource =
   | Uint8Array
   | BlockDevice
 
-/** The chunks of a source, in order. A chunk of a `BlockDevice` is valid until the next is asked for. */
+/** The chunks of a source, in order. They belong to whoever gets them: those of a `BlockDevice` are made for them. */
 export async function* chunksOf(source: ByteSource, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   const { signal } = options
   signal?.throwIfAborted()
@@ -41,8 +41,23 @@ async function* readerChunks(stream: ReadableStream<Uint8Array>): AsyncGenerator
   }
 }
 
-/** The bytes of a device from `from` on, by large sequential reads ahead of their consumer. */
+/** The bytes of a device from `from` on, by large sequential reads ahead of their consumer, who owns the chunks. */
 export async function* deviceChunks(device: BlockDevice, from: number, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   await using ahead = new ReadAheadPrefetcher(device, { offset: from, signal: options.signal })
   yield* ahead
+}
+
+/**
+ * As {@link chunksOf}, without the copy: a chunk of a `BlockDevice` is valid until the next is asked for. Not
+ * for Node's streams, which ask for the next before they are done with the last.
+ */
+export function borrowedChunks(source: ByteSource, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
+  const isDevice = !(source instanceof Uint8Array) && 'readInto' in source
+  return isDevice ? borrowedDeviceChunks(source, 0, options) : chunksOf(source, options)
+}
+
+/** As {@link deviceChunks}, without the copy: a chunk is valid until the next is asked for. */
+export async function* borrowedDeviceChunks(device: BlockDevice, from: number, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
+  await using ahead = new ReadAheadPrefetcher(device, { offset: from, signal: options.signal })
+  yield* ahead.borrowedChunks()
 }

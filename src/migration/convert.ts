@@ -22,7 +22,7 @@ const partPages = 256
 
 /**
  * The VM as a plain migration stream that any QEMU loads: the rest byte for byte, every page once and
- * raw, in the order of the blocks. Pages that the source lacks are left out.
+ * raw, in the order of the blocks. Pages that the source lacks are left out. The chunks belong to the caller.
  */
 export async function* plainStream(vm: VmState, options: PlainStreamOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   yield* vm.rest('before', options)
@@ -32,7 +32,7 @@ export async function* plainStream(vm: VmState, options: PlainStreamOptions = {}
 
 /**
  * The VM's stream without any page: machine, RAM block list, devices, VM description. An empty section
- * marks the place of the pages.
+ * marks the place of the pages. The chunks belong to the caller.
  */
 export async function* strippedStream(vm: VmState, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
   yield* vm.rest('before', options)

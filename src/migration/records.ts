@@ -2,8 +2,9 @@
  * What a migration stream consists of, as the parser gives it and the writer takes it. Every byte
  * of a stream belongs to exactly one record, so records written in order give the same bytes.
  *
- * **Lifetime.** A record refers to the parser's input and (for pages) to arrays that the parser uses
- * again: it is valid until the next record is asked for. Keep pages with {@link retainPages}.
+ * **Lifetime.** A record of a parser refers to its input and (for pages) to arrays that the parser uses
+ * again: it is valid until the next record is asked for. Keep pages with {@link retainPages}. Those of
+ * `readMigration` belong to the caller.
  */
 import type { Command } from './commands.ts'
 

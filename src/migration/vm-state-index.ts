@@ -5,7 +5,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { concat } from '../bytes/concat.ts'
-import { deviceChunks } from './byte-source.ts'
+import { borrowedDeviceChunks } from './byte-source.ts'
 import { streamError } from './format.ts'
 import type { ParserOptions } from './framing.ts'
 import { MigrationParser } from './parser.ts'
@@ -174,7 +174,7 @@ class Walk {
   async #feed(parser: MigrationParser, at: number): Promise<number | undefined> {
     const { signal, onProgress } = this.#options
     const { size } = this.#device
-    for await (const chunk of deviceChunks(this.#device, at, { signal })) {
+    for await (const chunk of borrowedDeviceChunks(this.#device, at, { signal })) {
       signal?.throwIfAborted()
       for (const record of parser.push(chunk)) this.#take(record, parser)
       onProgress?.({ done: parser.offset, total: size })

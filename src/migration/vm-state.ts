@@ -208,12 +208,12 @@ export class VmState extends Resource {
 
   /**
    * The stream without its pages, `before` or `after` the place where they belong. Together they are
-   * a well-formed stream; a mapped-ram file's becomes that of a plain stream.
+   * a well-formed stream; a mapped-ram file's becomes that of a plain stream. The chunks belong to the caller.
    */
   async *rest(part: 'before' | 'after', options?: CallOptions): AsyncGenerator<Uint8Array, void, undefined> {
     this.assertOpen()
     for (const piece of this.#rest[part]) {
-      if (piece instanceof Uint8Array) yield piece
+      if (piece instanceof Uint8Array) yield piece.slice()
       else for (let at = 0; at < piece.length; at += restRead) yield await this.storage.read(piece.offset + at, Math.min(restRead, piece.length - at), options)
     }
   }

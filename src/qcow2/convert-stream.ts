@@ -39,7 +39,7 @@ export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, ta
 /**
  * Sends the content of `source` as a new qcow2 image to `send`, from its first byte to its last, for pipes
  * and uploads. The source is read twice and must not change meanwhile; progress counts both times. The next
- * call of `send` follows when the last has resolved; the bytes may not be kept after that.
+ * call of `send` follows when the last has resolved; the bytes belong to `send`.
  * @throws what `convertToQcow2` and `send` throw; Qcow2Error `ERR_BUSY` if the source changed between
  * the two passes: what was sent is not an image then.
  */
@@ -52,7 +52,7 @@ export async function convertToQcow2Stream(source: BlockDevice, send: (bytes: Ui
   const dry = new DryRun()
   await pass(dry)
   signal?.throwIfAborted()
-  await send(dry.header)
+  await send(dry.header.slice())
   await pass(new InOrder(dry.header, send))
   progress.finish()
 }
@@ -126,7 +126,7 @@ class InOrder extends BaseDevice {
     this.#sending = true
     try {
       for (let next; (next = this.#waiting.get(this.#sent)) !== undefined; ) {
-        await this.#send(next.bytes)
+        await this.#send(next.bytes.slice())
         this.#waiting.delete(this.#sent)
         this.#sent += next.bytes.length
         next.resolve()

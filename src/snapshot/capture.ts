@@ -3,7 +3,7 @@
  * byte source and a {@link SaveSink}; talks to no monitor.
  */
 import type { CallOptions } from '../block/device.ts'
-import { chunksOf, type ByteSource } from '../migration/byte-source.ts'
+import { borrowedChunks, type ByteSource } from '../migration/byte-source.ts'
 import type { SaveSink } from './save-sink.ts'
 import { StreamCheck, type StreamSummary } from './stream-check.ts'
 
@@ -33,7 +33,7 @@ export async function capture(source: ByteSource, sink: SaveSink, options: Captu
   const check = new StreamCheck(sink.record === undefined ? undefined : (record) => sink.record?.(record))
   try {
     let started = false
-    for await (const chunk of chunksOf(source, options)) {
+    for await (const chunk of borrowedChunks(source, options)) {
       check.push(chunk)
       const writing = sink.write?.(chunk)
       writing?.catch(() => undefined) // reported where it is awaited

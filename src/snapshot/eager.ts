@@ -23,7 +23,7 @@ export interface MigrationStreamOptions extends CallOptions {
 const partSize = 1 << 20
 
 /**
- * The bytes of the whole stream, in order. A chunk is valid until the next is asked for.
+ * The bytes of the whole stream, in order. The chunks belong to the caller.
  * @throws UnsupportedError for a saved VM with dirty bitmaps: it would come back without them.
  */
 export async function* migrationStream(
@@ -31,14 +31,14 @@ export async function* migrationStream(
   options: MigrationStreamOptions = {},
 ): AsyncGenerator<Uint8Array, void, undefined> {
   refuseDirtyBitmaps(source)
-  yield source.head
+  yield source.head.slice()
   yield* ramSection(source, 'start')
-  if (source.earlyDevices.length > 0) yield source.earlyDevices
+  if (source.earlyDevices.length > 0) yield source.earlyDevices.slice()
   for (const block of source.blocks) yield* blockPages(source, block, options)
   yield* ramSection(source, 'end')
-  yield source.devices
+  yield source.devices.slice()
   yield encodeRecord({ kind: 'eof' })
-  if (source.vmDescription.length > 0) yield source.vmDescription
+  if (source.vmDescription.length > 0) yield source.vmDescription.slice()
 }
 
 /** Two reads in turn: one runs while the other's pages are sent. */
@@ -48,7 +48,6 @@ async function* blockPages(
   options: MigrationStreamOptions,
 ): AsyncGenerator<Uint8Array, void, undefined> {
   const keep = options.zeroPages === 'keep'
-  const part = partOf(source)
   const read = (offset: number, length: number): { offset: number; reading: Promise<Uint8Array> } => {
     const reading = block.content.read(offset, length, options)
     reading.catch(() => undefined) // reported where it is awaited
@@ -57,10 +56,10 @@ async function* blockPages(
   let ahead: { offset: number; reading: Promise<Uint8Array> } | undefined
   for await (const range of keep ? everything(block) : dataRanges(block.content, source.pageSize, partSize, options.signal)) {
     const next = read(range.offset, range.length)
-    if (ahead !== undefined) yield* encodePages(part, source, block, ahead.offset, await ahead.reading, keep)
+    if (ahead !== undefined) yield* encodePages(source, block, ahead.offset, await ahead.reading, keep)
     ahead = next
   }
-  if (ahead !== undefined) yield* encodePages(part, source, block, ahead.offset, await ahead.reading, keep)
+  if (ahead !== undefined) yield* encodePages(source, block, ahead.offset, await ahead.reading, keep)
 }
 
 function* everything(block: SavedRamBlock): Generator<{ offset: number; length: number }, void, undefined> {
@@ -70,21 +69,17 @@ function* everything(block: SavedRamBlock): Generator<{ offset: number; length: 
 }
 
 function* encodePages(
-  part: RamPart,
-  { pageSize }: PageSource,
+  { pageSize, ramSectionId: sectionId, footers }: PageSource,
   block: SavedRamBlock,
   offset: number,
   bytes: Uint8Array,
   keep: boolean,
 ): Generator<Uint8Array, void, undefined> {
+  const part = new RamPart(new Uint8Array(ramPartCapacity(bytes.length / pageSize, pageSize)), { pageSize, sectionId, footers })
   part.begin(block.name)
   for (let at = 0; at < bytes.length; at += pageSize) {
     if (!isZero(bytes, at, pageSize)) part.page(offset + at, bytes, at)
     else if (keep) part.zero(offset + at)
   }
   if (!part.empty) yield part.finish()
-}
-
-function partOf({ pageSize, ramSectionId: sectionId, footers }: PageSource): RamPart {
-  return new RamPart(new Uint8Array(ramPartCapacity(partSize / pageSize, pageSize)), { pageSize, sectionId, footers })
 }

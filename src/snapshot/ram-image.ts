@@ -134,11 +134,11 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
 
   /**
    * The whole migration stream, put together again: what QEMU's `loadvm` and `-incoming` take. Every page
-   * that the original had comes once, in the order of the blocks.
+   * that the original had comes once, in the order of the blocks. The chunks belong to the caller.
    */
   async *stream(options?: CallOptions): AsyncGenerator<Uint8Array, void, undefined> {
     this.assertOpen()
-    yield this.rest.before
+    yield this.rest.before.slice()
     for (const block of this.blocks) {
       let done = 0
       for (const [offset, length] of [...block.absent, [block.length, 0] as const]) {
@@ -146,7 +146,7 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
         done = offset + length
       }
     }
-    yield this.rest.after
+    yield this.rest.after.slice()
   }
 
   async *#parts(block: RamImageBlockContent, from: number, to: number, options?: CallOptions): AsyncGenerator<Uint8Array, void, undefined> {

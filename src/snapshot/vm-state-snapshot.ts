@@ -68,7 +68,9 @@ export async function snapshotSink(
 }
 
 /**
- * The migration stream of an open snapshot (`image.snapshots.open(name)`), as bytes in order.
+ * The migration stream of an open snapshot (`image.snapshots.open(name)`), as bytes in order. The chunks belong to the
+ * caller, so a Node stream or a `Response` may be made of them. What takes a `BlockDevice` (`readMigration`, `VmState.index`,
+ * `ReadAheadPrefetcher`) reads `snapshot.vmState` itself, and may save the copy.
  * @throws Qcow2Error `ERR_NOT_FOUND` if the snapshot has no VM state.
  */
 export async function* loadVmState(
