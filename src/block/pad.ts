@@ -46,6 +46,11 @@ class PaddedDevice extends FilterDevice {
   readonly #memoryAlignment: number
   /** Writes take turns where their sectors overlap: a partial sector writes its neighbours' bytes too. */
   readonly #writing = new RangeLock()
+  /**
+   * Held shared by reads over a bounce buffer, alone while the size changes within a sector: a read of that sector is cut
+   * to the size, and has to find the same size wherever it is looked at again on its way.
+   */
+  readonly #edge = new RangeLock()
   readonly #bounces: Uint8Array[] = []
   /** May end within a sector; the inner size is then longer, by zeroes, until the next flush. */
   #size: number
@@ -59,8 +64,9 @@ class PaddedDevice extends FilterDevice {
     this.#size = inner.size
   }
 
+  /** A device of fixed size has the size it has now: what stands below may have changed it. */
   override get size(): number {
-    return this.#size
+    return this.inner.growable ? this.#size : this.inner.size
   }
 
   override get limits(): BlockLimits {
@@ -76,11 +82,13 @@ class PaddedDevice extends FilterDevice {
   protected override async onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
     const end = offset + source.length
     const release = this.#tryLock(offset, end) ?? (await this.#lock(offset, end))
+    const leaveEdge = this.#crossesEdge(end) ? await this.#lockEdge(end) : undefined
     try {
       if (this.#passes(offset, end, source)) await this.inner.write(offset, source, options)
       else await this.#writePadded(offset, source, options)
       this.#size = Math.max(this.#size, end)
     } finally {
+      leaveEdge?.()
       release()
     }
   }
@@ -89,12 +97,14 @@ class PaddedDevice extends FilterDevice {
     const end = offset + length
     const { body, tail } = padding(offset, end, this.#alignment)
     const release = await this.#lock(offset, end)
+    const leaveEdge = this.#crossesEdge(end) ? await this.#lockEdge(end) : undefined
     try {
       if (offset < body) await this.#changeSector(offset, body, (bytes) => bytes.fill(0), options)
       if (body < tail) await this.inner.writeZeroes(body, tail - body, options)
       if (tail < end) await this.#changeSector(tail, end, (bytes) => bytes.fill(0), options)
       this.#size = Math.max(this.#size, end)
     } finally {
+      leaveEdge?.()
       release()
     }
   }
@@ -114,11 +124,13 @@ class PaddedDevice extends FilterDevice {
   }
 
   protected override async onResize(size: number, options?: CallOptions): Promise<void> {
-    const release = await this.#lock(Math.min(size, this.#size), Number.MAX_SAFE_INTEGER)
+    const release = await this.#lock(Math.min(size, this.size), Number.MAX_SAFE_INTEGER)
+    const leaveEdge = await this.#lockEdge(size)
     try {
       await this.inner.resize(size, options)
       this.#size = size
     } finally {
+      leaveEdge()
       release()
     }
   }
@@ -133,13 +145,26 @@ class PaddedDevice extends FilterDevice {
 
   /** A tail written past the end made the inner device longer than what was written: cut it back. */
   async #cutPadding(options?: CallOptions): Promise<void> {
-    if (this.inner.size <= this.#size) return
+    if (this.inner.size <= this.size) return
     const release = await this.#lock(this.#size, Number.MAX_SAFE_INTEGER)
+    const leaveEdge = await this.#lockEdge(this.#size)
     try {
       if (this.inner.size > this.#size) await this.inner.resize(this.#size, options)
     } finally {
+      leaveEdge()
       release()
     }
+  }
+
+  /** A write up to `end` makes a device longer that ends within a sector. */
+  #crossesEdge(end: number): boolean {
+    return this.inner.size % this.#alignment !== 0 && roundUp(end, this.#alignment) > this.inner.size
+  }
+
+  /** Everything from the sector on in which the device ends now, or will. Writers hold their sectors already. */
+  #lockEdge(size: number): Promise<Release> {
+    const first = Math.min(size, this.inner.size)
+    return this.#edge.acquire(first - (first % this.#alignment), Number.MAX_SAFE_INTEGER)
   }
 
   async #readPadded(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
@@ -154,6 +179,7 @@ class PaddedDevice extends FilterDevice {
         continue
       }
       const bounce = this.#takeBounce()
+      const leaveEdge = this.#edge.tryAcquire(start, stop, 'shared') ?? (await this.#edge.acquire(start, stop, 'shared'))
       try {
         const length = Math.min(stop, this.inner.size) - start
         await this.inner.readInto(start, bounce.subarray(0, length), options)
@@ -161,6 +187,7 @@ class PaddedDevice extends FilterDevice {
         target.set(bounce.subarray(at - start, next - start), at - offset)
         at = next
       } finally {
+        leaveEdge()
         this.#bounces.push(bounce)
       }
     }

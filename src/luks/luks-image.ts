@@ -3,6 +3,8 @@
  * the key slots are `codec/crypto`. (LUKS1 on-disk format specification 1.2.3.)
  */
 import { BaseDevice, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type WriteOptions } from '../block/device.ts'
+import { FilterDevice } from '../block/filter.ts'
+import { pad } from '../block/pad.ts'
 import { isReadOnly, openSource, openTarget, type Source } from '../block/source.ts'
 import { decodeLuksHeader, maxLuksArea, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import type { SectorCipher } from '../codec/crypto/sector-cipher.ts'
@@ -42,8 +44,8 @@ const payloadOffsetAt = 104
 const pieceBytes = 1 << 20
 
 /**
- * The disk in a LUKS1 volume. Requests are whole sectors of 512 bytes; `pad` takes any. Nothing tells zeroes from data in
- * such a volume, so its map is one extent of data; a new one reads as random bytes where nothing was written.
+ * The disk in a LUKS1 volume. Requests may be of any size, at any offset. Nothing distinguishes zeroes from data in such
+ * a volume, so its map is one extent of data; a new one reads as random bytes where nothing was written.
  *
  * @example
  * ```ts
@@ -53,17 +55,13 @@ const pieceBytes = 1 << 20
  * await convertToQcow2(volume, 'disk.qcow2')
  * ```
  */
-export class LuksImage extends BaseDevice {
+export class LuksImage extends FilterDevice {
   /** Of the volume. */
   readonly header: LuksHeader
-  readonly #host: BlockDevice
-  readonly #cipher: SectorCipher
 
   private constructor(host: BlockDevice, header: LuksHeader, cipher: SectorCipher) {
-    super()
-    this.#host = host
+    super(pad(new Volume(host, header, cipher)))
     this.header = header
-    this.#cipher = cipher
   }
 
   /**
@@ -107,10 +105,24 @@ export class LuksImage extends BaseDevice {
       throw error
     }
   }
+}
+
+/** The sectors of the disk, through the cipher. */
+class Volume extends BaseDevice {
+  readonly #host: BlockDevice
+  readonly #header: LuksHeader
+  readonly #cipher: SectorCipher
+
+  constructor(host: BlockDevice, header: LuksHeader, cipher: SectorCipher) {
+    super()
+    this.#host = host
+    this.#header = header
+    this.#cipher = cipher
+  }
 
   /** Of the disk, in bytes: whole sectors. */
   get size(): number {
-    return luksDiskSize(this.#host, this.header)
+    return luksDiskSize(this.#host, this.#header)
   }
 
   get readOnly(): boolean {
@@ -124,7 +136,7 @@ export class LuksImage extends BaseDevice {
   protected async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
     for (let at = 0; at < target.length; at += pieceBytes) {
       const piece = target.subarray(at, at + pieceBytes)
-      await this.#host.readInto(this.header.payloadOffset + offset + at, piece, options)
+      await this.#host.readInto(this.#header.payloadOffset + offset + at, piece, options)
       this.#cipher.decrypt(piece, (offset + at) / sectorSize)
     }
   }
@@ -133,7 +145,7 @@ export class LuksImage extends BaseDevice {
     for (let at = 0; at < source.length; at += pieceBytes) {
       const piece = source.slice(at, at + pieceBytes)
       this.#cipher.encrypt(piece, (offset + at) / sectorSize)
-      await this.#host.write(this.header.payloadOffset + offset + at, piece, options)
+      await this.#host.write(this.#header.payloadOffset + offset + at, piece, options)
     }
   }
 
@@ -150,7 +162,7 @@ export class LuksImage extends BaseDevice {
   protected override async onResize(size: number, options?: CallOptions): Promise<void> {
     if (size % sectorSize !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
     const before = this.size
-    await this.#host.resize(this.header.payloadOffset + size, options)
+    await this.#host.resize(this.#header.payloadOffset + size, options)
     if (size > before) await this.onWriteZeroes(before, size - before, options)
   }
 

@@ -30,7 +30,7 @@ import { resizeDisk } from './resize.ts'
 import { closeEngine } from './shutdown.ts'
 import { Snapshots } from './snapshots.ts'
 import { writeActive } from './write.ts'
-import { storeClusters, writeCompressed } from './write-compressed.ts'
+import { writeCompressed } from './write-compressed.ts'
 import { zeroActive } from './zero.ts'
 
 /** Options of {@link Qcow2Image.open}. */
@@ -90,7 +90,7 @@ export class Qcow2Image extends BaseDevice {
     this.snapshots = new Snapshots(engine)
     this.bitmaps = new Bitmaps(engine)
     this.limits = {
-      requestAlignment: engine.cipher === undefined ? 1 : 512,
+      requestAlignment: 1,
       memoryAlignment: 1,
       optimalTransfer: engine.data.device.limits.optimalTransfer,
       discardAlignment: engine.geometry.clusterSize,
@@ -151,27 +151,34 @@ export class Qcow2Image extends BaseDevice {
 
   protected onRead(offset: number, target: Uint8Array): Promise<void> {
     const engine = this.#engine
-    const { requests } = engine
     if (engine.readOnly) return readLayer(engine, engine.active, offset, target)
-    if (!requests.held) return requests.track(readLayer(engine, engine.active, offset, target))
-    return requests.run(() => readLayer(engine, engine.active, offset, target))
+    if (!engine.requests.held) return engine.requests.track(readLayer(engine, engine.active, offset, target))
+    return this.#held(offset, target.length, () => readLayer(engine, engine.active, offset, target))
   }
 
   protected onWrite(offset: number, source: Uint8Array, options?: CallOptions): Promise<void> {
     const engine = this.#engine
     const signal = options?.signal
     if (!engine.requests.held) return engine.requests.track(writeActive(engine, offset, source, signal))
-    return engine.requests.run(() => writeActive(engine, offset, source, signal))
+    return this.#held(offset, source.length, () => writeActive(engine, offset, source, signal))
   }
 
   protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
     const mode = options?.unmap === true ? 'unmap' : 'keep'
-    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, mode, options?.signal))
+    return this.#held(offset, length, () => zeroActive(this.#engine, offset, length, mode, options?.signal))
   }
 
   /** Whole clusters then read as zeroes; version 2 images over a backing file stay unchanged. */
   protected override onDiscard(offset: number, length: number, options?: CallOptions): Promise<void> {
-    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'discard', options?.signal))
+    return this.#held(offset, length, () => zeroActive(this.#engine, offset, length, 'discard', options?.signal))
+  }
+
+  /** Runs a request when none is held back any more. The disk may have another size by then. */
+  #held(offset: number, length: number, task: () => Promise<void>): Promise<void> {
+    return this.#engine.requests.run(async () => {
+      checkRange(offset, length, this.size)
+      await task()
+    })
   }
 
   /** Grows or shrinks the disk, to a multiple of 512 bytes. New bytes read as zeroes. */
@@ -190,23 +197,12 @@ export class Qcow2Image extends BaseDevice {
   }
 
   /**
-   * Stores clusters that are compressed already, with the image's compression type: one for each guest
-   * cluster from `offset` on.
-   * @internal For compressing in workers.
-   */
-  storeCompressed(offset: number, payloads: readonly Uint8Array[], options: CallOptions = {}): Promise<void> {
-    const length = Math.min(payloads.length * this.#engine.geometry.clusterSize, this.size - offset)
-    return this.#changeWhole(offset, length, options, () => storeClusters(this.#engine, offset, payloads))
-  }
-
-  /**
    * Gives whole clusters back so that the backing file shows through again; parts of clusters stay.
    * @internal For emptying an overlay after a commit.
    */
   forget(offset: number, length: number, options: CallOptions = {}): Promise<void> {
     options.signal?.throwIfAborted()
-    checkRange(offset, length, this.size)
-    return this.#engine.requests.run(() => zeroActive(this.#engine, offset, length, 'forget', options.signal))
+    return this.#held(offset, length, () => zeroActive(this.#engine, offset, length, 'forget', options.signal))
   }
 
   /**
@@ -228,12 +224,18 @@ export class Qcow2Image extends BaseDevice {
     this.assertOpen()
     options.signal?.throwIfAborted()
     checkRange(offset, length, this.size)
-    const { clusterSize } = this.#engine.geometry
-    if (offset % clusterSize !== 0 || (length % clusterSize !== 0 && offset + length !== this.size)) {
-      throw new Qcow2Error('ERR_ALIGNMENT', `compressed write of ${length} bytes at offset ${offset}: both must be whole clusters of ${clusterSize} bytes`)
-    }
     if (this.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'the image is open read-only; open it for writing')
-    await this.#engine.requests.run(task)
+    // what is the last cluster of the disk is decided when the request begins: until then the size may change
+    await this.#held(offset, length, () => {
+      this.#assertWhole(offset, length)
+      return task()
+    })
+  }
+
+  #assertWhole(offset: number, length: number): void {
+    const { clusterSize } = this.#engine.geometry
+    if (offset % clusterSize === 0 && (length % clusterSize === 0 || offset + length === this.size)) return
+    throw new Qcow2Error('ERR_ALIGNMENT', `compressed write of ${length} bytes at offset ${offset}: both must be whole clusters of ${clusterSize} bytes`)
   }
 
   protected onFlush(): Promise<void> {
@@ -242,7 +244,7 @@ export class Qcow2Image extends BaseDevice {
   }
 
   protected override onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
-    return mapLayer(this.#engine, () => this.#engine.active, offset, length, options)
+    return mapLayer(this.#engine, { layer: () => this.#engine.active, size: () => this.size }, offset, length, options)
   }
 
   protected async onClose(): Promise<void> {

@@ -6,19 +6,23 @@ import { lookup, lookupLoading, newRun, type Run } from './mapping.ts'
 /** Flags of an extent; what is left is where it is. */
 type Flags = Omit<Extent, 'start' | 'length' | 'offset' | 'kind'>
 
-/**
- * The extents of `[offset, offset + length)` of a layer, neighbours that differ in nothing merged. The
- * layer is asked for anew at each step: the active one may be replaced meanwhile.
- */
+/** What is mapped. Asked for anew at each step: the active layer may be replaced, and the size changed, meanwhile. */
+interface Mapped {
+  layer(): Layer
+  /** Bytes; the extents end there at the latest. */
+  size(): number
+}
+
+/** The extents of `[offset, offset + length)` of a layer, neighbours that differ in nothing merged. */
 export async function* mapLayer(
   engine: Engine,
-  layer: () => Layer,
+  mapped: Mapped,
   offset: number,
   length: number,
   options: MapOptions = {},
 ): AsyncGenerator<Extent, void, undefined> {
   let pending: Extent | undefined
-  for await (const next of pieces(engine, layer, offset, length, options)) {
+  for await (const next of pieces(engine, mapped, offset, length, options)) {
     if (pending !== undefined && continues(pending, next)) {
       pending = { ...pending, length: pending.length + next.length }
       continue
@@ -37,18 +41,23 @@ function continues(a: Extent, b: Extent): boolean {
 
 async function* pieces(
   engine: Engine,
-  layer: () => Layer,
+  mapped: Mapped,
   offset: number,
   length: number,
   options: MapOptions,
 ): AsyncGenerator<Extent, void, undefined> {
   const run = newRun()
-  const end = offset + length
-  for (let at = offset; at < end; ) {
+  for (let at = offset; at < offset + length; ) {
     options.signal?.throwIfAborted()
     const start = at
-    await (engine.readOnly ? find(engine, layer(), at, end, run) : engine.requests.run(() => find(engine, layer(), start, end, run)))
-    const { backing } = layer()
+    const step = async (): Promise<BlockDevice | undefined> => {
+      const end = Math.min(offset + length, mapped.size())
+      run.length = 0
+      if (start < end) await find(engine, mapped.layer(), start, end, run)
+      return mapped.layer().backing
+    }
+    const backing = await (engine.readOnly ? step() : engine.requests.run(step))
+    if (run.length === 0) return
     at += run.length
     if (run.kind === 'unallocated' && backing !== undefined && start < backing.size) {
       at = Math.min(at, backing.size)

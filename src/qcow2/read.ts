@@ -4,6 +4,7 @@
  */
 import type { BlockDevice } from '../block/device.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { readEncrypted } from './encrypted.ts'
 import type { Engine, Layer } from './engine.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { lookup, newRun, type Run } from './mapping.ts'
@@ -75,9 +76,8 @@ function readRun(engine: Engine, layer: Layer, run: Run, guest: number, target: 
 }
 
 function readData(engine: Engine, guest: number, host: number, target: Uint8Array): Promise<void> {
-  const reading = engine.data.readInto(host, target)
   const { cipher } = engine
-  return cipher === undefined ? reading : reading.then(() => cipher.decrypt(guest, host, target))
+  return cipher === undefined ? engine.data.readInto(host, target) : readEncrypted(engine, cipher, guest, host, target)
 }
 
 /** Fills `target` from a backing file; past its end, or without one, there are zeroes. Its damage is told from damage of the image above. */

@@ -1,5 +1,5 @@
 /** An internal snapshot as read-only devices: the disk as it was, and the VM state behind it. */
-import { anyRequest, type BlockDevice, type BlockLimits, type Extent, type MapOptions } from '../block/device.ts'
+import type { BlockDevice, Extent, MapOptions } from '../block/device.ts'
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import type { Engine, Layer } from './engine.ts'
 import { mapLayer } from './map.ts'
@@ -7,7 +7,6 @@ import { readLayer } from './read.ts'
 
 /** A window of a layer. */
 class LayerDevice extends ReadOnlyDevice {
-  override readonly limits: BlockLimits
   readonly size: number
   readonly #engine: Engine
   readonly #layer: Layer
@@ -19,7 +18,6 @@ class LayerDevice extends ReadOnlyDevice {
     this.#layer = layer
     this.#base = base
     this.size = size
-    this.limits = { ...anyRequest, requestAlignment: engine.cipher === undefined ? 1 : 512 }
   }
 
   protected onRead(offset: number, target: Uint8Array): Promise<void> {
@@ -29,7 +27,7 @@ class LayerDevice extends ReadOnlyDevice {
   }
 
   protected override async *onMap(offset: number, length: number, options?: MapOptions): AsyncGenerator<Extent, void, undefined> {
-    for await (const extent of mapLayer(this.#engine, () => this.#layer, this.#base + offset, length, options)) {
+    for await (const extent of mapLayer(this.#engine, { layer: () => this.#layer, size: () => Infinity }, this.#base + offset, length, options)) {
       yield { ...extent, start: extent.start - this.#base }
       this.assertOpen() // once it is closed the snapshot may be deleted
     }

@@ -115,7 +115,7 @@ export class SnapshotWriter extends Resource implements UnfinishedSnapshot {
     const size = this.#queue.position
     await this.#queue.close()
     return engine.requests.exclusive(async () => {
-      const state = await this.#area.finish(size)
+      const state = await this.#area.finish(size, this.#disk?.size ?? engine.header.size)
       this.#disk ??= await captureDisk(engine, this.#signal)
       const record = await addSnapshot(engine, details, this.#disk, state)
       engine.snapshotHolds.unfinished.delete(this)

@@ -44,9 +44,6 @@ export class VmStateArea implements WriteSink {
   #placing: Promise<void> = Promise.resolve()
 
   constructor(engine: Engine) {
-    if (engine.header.cryptMethod === 'aes') {
-      throw new UnsupportedError('VM state in an image with legacy AES encryption is not supported', ['encryption aes'])
-    }
     this.#engine = engine
     this.alignment = engine.geometry.clusterSize
     this.#guestBase = vmStateBase(engine.geometry, engine.header.size)
@@ -104,9 +101,16 @@ export class VmStateArea implements WriteSink {
     return writes.settle()
   }
 
-  /** Writes the L2 tables for a state of `size` bytes and gives back what was reserved and not used. */
-  async finish(size: number): Promise<StoredVmState> {
+  /**
+   * Writes the L2 tables for a state of `size` bytes, behind a disk of `diskSize`, and gives back what was reserved and
+   * not used.
+   */
+  async finish(size: number, diskSize: number): Promise<StoredVmState> {
     const engine = this.#engine
+    // where the state is in the guest does not matter until then, except to this cipher
+    if (engine.header.cryptMethod === 'aes' && size > 0 && vmStateBase(engine.geometry, diskSize) !== this.#guestBase) {
+      throw new UnsupportedError('legacy AES encryption ties VM state to the size of the disk, which changed meanwhile; take the snapshot again', ['encryption aes'])
+    }
     const { clusterSize, l2Entries } = engine.geometry
     this.#giveBackReserve()
     const bytes = engine.host.allocate(clusterSize)

@@ -41,13 +41,3 @@ async function writeBatch(engine: Engine, guest: number, source: Uint8Array): Pr
   }
   await flush(source.length)
 }
-
-/** Stores clusters that are compressed already. */
-export async function storeClusters(engine: Engine, guest: number, payloads: readonly Uint8Array[]): Promise<void> {
-  assertCompressible(engine)
-  if (engine.untouched) await engine.touch()
-  const { clusterSize } = engine.geometry
-  const tooLong = payloads.find(({ length }) => length === 0 || length >= clusterSize)
-  if (tooLong !== undefined) throw new RangeError(`compressed data of ${tooLong.length} bytes; it must be shorter than a cluster of ${clusterSize}`)
-  await lockClusters(engine, guest, payloads.length * clusterSize, () => storeCompressed(engine, guest, payloads))
-}

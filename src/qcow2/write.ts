@@ -8,7 +8,9 @@
  */
 import { AbortPoints } from '../core/abort-points.ts'
 import { FormatError } from '../core/errors.ts'
+import type { Release } from '../core/lock.ts'
 import { clusterState, touchedSubclusters, type ClusterState } from './cluster-state.ts'
+import { writeEncrypted } from './encrypted.ts'
 import type { Engine } from './engine.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { withEntry, type EntryPlace } from './l2-tables.ts'
@@ -27,7 +29,13 @@ export function writeActive(engine: Engine, guest: number, source: Uint8Array, s
     engine.assertSound()
     if (!engine.untouched && lookup(engine, engine.active, guest, source.length, scratch)) {
       const { kind, copied, length, host } = scratch
-      if (kind === 'data' && copied && length === source.length) return writeData(engine, guest, host, source)
+      if (kind === 'data' && copied && length === source.length) {
+        // what is encrypted may take the rest of a sector along, and in a raw data file zeroes are written as well
+        const alone = engine.cipher !== undefined || engine.rawDataFile
+        if (!alone) return writeData(engine, guest, host, source)
+        const release = tryLockClusters(engine, guest, source.length)
+        if (release !== undefined) return writeData(engine, guest, host, source).finally(release)
+      }
     }
   } catch (error) {
     return Promise.reject(error)
@@ -38,6 +46,11 @@ export function writeActive(engine: Engine, guest: number, source: Uint8Array, s
 async function writeSlow(engine: Engine, guest: number, source: Uint8Array, signal: AbortSignal | undefined): Promise<void> {
   if (engine.untouched) await engine.touch()
   await lockClusters(engine, guest, source.length, () => writeLocked(engine, guest, source, signal))
+}
+
+function tryLockClusters(engine: Engine, guest: number, length: number): Release | undefined {
+  const { clusterSize } = engine.geometry
+  return engine.clusterLocks.tryAcquire(Math.floor(guest / clusterSize), Math.ceil((guest + length) / clusterSize))
 }
 
 /** Runs `task` while nothing else changes the mapping of the clusters of a guest range. */
@@ -249,9 +262,6 @@ export function writeData(engine: Engine, guest: number, host: number, source: U
     const detail = `the entry for guest offset ${guest} points at metadata; the write was stopped`
     return engine.corrupt(new FormatError(detail, where, 'ERR_CORRUPT'))
   }
-  if (engine.cipher === undefined) return engine.data.write(host, source)
-  const bytes = engine.host.allocate(source.length)
-  bytes.set(source)
-  engine.cipher.encrypt(guest, host, bytes)
-  return engine.data.write(host, bytes)
+  const { cipher } = engine
+  return cipher === undefined ? engine.data.write(host, source) : writeEncrypted(engine, cipher, guest, host, source)
 }

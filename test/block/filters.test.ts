@@ -176,6 +176,60 @@ describe('padding', () => {
     )
   })
 
+  test('any requests at once, while the device grows and shrinks under a filter that delays them', async () => {
+    const limits = { requestAlignment: 4096, memoryAlignment: 1 }
+    const one = fc.record({ kind: fc.constantFrom('write', 'write', 'zeroes', 'read', 'flush'), gap: fc.constantFrom(0, 1, 500, 3000, 4096), length: fc.oneof(fc.constantFrom(4096, 8192), fc.integer({ min: 1, max: 9000 })) })
+    const batch = fc.record({ requests: fc.array(one, { minLength: 1, maxLength: 8 }), start: fc.nat(20_000), resize: fc.option(fc.nat(20_000), { freq: 3 }) })
+    await fc.assert(
+      fc.asyncProperty(fc.integer({ min: 1, max: 20_000 }), fc.array(batch, { minLength: 1, maxLength: 4 }), fc.infiniteStream(fc.nat(3)), async (size, batches, delays) => {
+        const turns = async (count: number): Promise<void> => {
+          for (let i = 0; i < count; i++) await new Promise((resolve) => setImmediate(resolve))
+        }
+        const host = new MemoryDevice(size, { growable: true, limits })
+        const device = pad(fault(host, () => ({ kind: 'delay', until: turns(Number(delays.next().value)) })))
+        let model = new Uint8Array(size)
+        for (const { requests, start, resize } of batches) {
+          const before = model
+          const running: Promise<unknown>[] = []
+          let at = Math.min(start, model.length)
+          for (const { kind, gap, length } of requests) {
+            at += gap
+            if (kind === 'flush') running.push(device.flush())
+            else if (kind === 'read') {
+              // what is written after it in the same batch lies further on
+              const [from, end] = [at, Math.min(before.length, at + length)]
+              if (from < end) running.push(device.read(from, end - from).then((bytes) => expectBytes(bytes, before.subarray(from, end))))
+              at = Math.max(at, end)
+            } else {
+              const longer = new Uint8Array(Math.max(model.length, at + length))
+              longer.set(model)
+              const bytes = kind === 'write' ? pattern(length, at) : new Uint8Array(length)
+              longer.set(bytes, at)
+              model = longer
+              running.push(kind === 'write' ? device.write(at, bytes) : device.writeZeroes(at, length))
+              at += length
+            }
+          }
+          await Promise.all(running)
+          expect(device.size).toBe(model.length)
+          if (resize !== null) {
+            const kept = Math.min(resize, model.length)
+            const part = device.read(0, Math.min(kept, 5000))
+            await Promise.all([device.resize(resize), part])
+            expectBytes(await part, model.subarray(0, Math.min(kept, 5000)))
+            const next = new Uint8Array(resize)
+            next.set(model.subarray(0, kept))
+            model = next
+          }
+          expectBytes(await device.read(0, device.size), model)
+        }
+        await device.flush()
+        expectBytes(host.bytes.subarray(0, host.size), model)
+      }),
+      { numRuns: 300 },
+    )
+  })
+
   test('large requests from ordinary memory', async () => {
     const device = pad(new MemoryDevice(2 << 20, { limits: demanding }))
     const content = pattern(1_500_001)

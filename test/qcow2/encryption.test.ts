@@ -1,11 +1,15 @@
 import { statSync, writeFileSync } from 'node:fs'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
+import { fault } from '../../src/block/fault.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { readImageInfo } from '../../src/qcow2/info.ts'
 import { repairImage } from '../../src/qcow2/repair.ts'
+import { keepOpen } from '../../src/testing/build-image.ts'
+import { pattern } from '../suites/block-device.ts'
+import { expectBytes } from '../support/bytes.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
 
@@ -31,6 +35,77 @@ test.each(['luks', 'aes'] as const)('an image encrypted with %s reads what was w
     }),
     { numRuns: 12 },
   )
+})
+
+/** Requests that fit no sector, many at once: none may overlap another of its batch. */
+const request = fc.record({ kind: fc.constantFrom('write', 'write', 'writeZeroes', 'discard'), at: fc.nat(100_000), length: fc.oneof(fc.integer({ min: 1, max: 1500 }), fc.integer({ min: 1, max: 30_000 })), value: fc.integer({ min: 1, max: 255 }) })
+const batches = fc.array(fc.array(request, { minLength: 1, maxLength: 12 }), { maxLength: 5 })
+
+test.each(['luks', 'aes'] as const)('an image encrypted with %s takes requests of any length at any offset, many at once', async (format) => {
+  const shapes = fc.constantFrom({ clusterSize: 512 }, { clusterSize: 4096 }, { clusterSize: 16384, extendedL2: true }, { clusterSize: 65536, preallocation: 'metadata' as const })
+  await fc.assert(
+    fc.asyncProperty(batches, shapes, fc.boolean(), fc.constantFrom(0, 3, 20), async (list, shape, overlay, delay) => {
+      const over = overlay && !('preallocation' in shape)
+      const host = new MemoryDevice(0, { growable: true })
+      const base = pattern(100_352)
+      const below = { backing: { file: 'base', format: 'raw' }, references: () => new MemoryDevice(base.slice()) }
+      const slow = fault(keepOpen(host), ({ index }) => (delay > 0 && index % delay === 0 ? { kind: 'delay', until: new Promise((go) => setImmediate(go)) } : undefined))
+      const image = await Qcow2Image.create(slow, { size: base.length, ...shape, ...(over ? below : {}), encryption: { format, passphrase: 'geheim', iterations: 1000 } })
+      expect(image.limits.requestAlignment).toBe(1)
+      const model = over ? base.slice() : new Uint8Array(base.length)
+      for (const batch of list) {
+        let end = 0
+        const running: Promise<unknown>[] = []
+        for (const { kind, at, length, value } of batch.map((each) => ({ ...each, at: each.at % model.length })).sort((a, b) => a.at - b.at)) {
+          const offset = Math.max(at, end)
+          const part = model.subarray(offset, offset + length)
+          if (part.length === 0 || kind === 'discard') continue
+          part.fill(kind === 'write' ? value : 0)
+          running.push(kind === 'write' ? image.write(offset, part.slice()) : image.writeZeroes(offset, part.length))
+          end = offset + part.length
+        }
+        await Promise.all(running)
+        for (const { at, length } of batch) {
+          const offset = at % model.length
+          expectBytes(await image.read(offset, Math.min(length, model.length - offset)), model.subarray(offset, offset + length))
+        }
+      }
+      await image.close()
+      await using again = await Qcow2Image.open(host.bytes.slice(0, host.size), { readOnly: true, passphrase: 'geheim', backing: new MemoryDevice(over ? base : 0) })
+      expectBytes(await again.read(0, model.length), model)
+    }),
+    { numRuns: 25 },
+  )
+})
+
+test.each(['luks', 'aes'] as const)('VM state of any length in an image encrypted with %s reads back from anywhere', async (format) => {
+  await fc.assert(
+    fc.asyncProperty(fc.oneof(fc.integer({ min: 1, max: 300_000 }), fc.integer({ min: 1, max: 1000 })), fc.constantFrom(512, 4096, 65536), fc.array(fc.tuple(fc.nat(), fc.nat(5000)), { maxLength: 5 }), async (length, clusterSize, reads) => {
+      const host = new MemoryDevice(0, { growable: true })
+      const image = await Qcow2Image.create(keepOpen(host), { size: 1 << 20, clusterSize, encryption: { format, passphrase: 'geheim', iterations: 1000 } })
+      const state = pattern(length)
+      await image.write(1000, pattern(5000, 3))
+      await image.snapshots.create({ name: 'a', vmState: [state.subarray(0, length >> 1), state.subarray(length >> 1)] })
+      await image.close()
+      expect(await checkImage(host)).toMatchObject({ corruptions: 0, leaks: 0 })
+      await using again = await Qcow2Image.open(host.bytes.slice(0, host.size), { passphrase: 'geheim' })
+      await using snapshot = await again.snapshots.open('a')
+      expectBytes(await snapshot.vmState.read(0, length), state)
+      expectBytes(await snapshot.read(1000, 5000), pattern(5000, 3))
+      for (const [at, count] of reads) expectBytes(await snapshot.vmState.read(at % length, Math.min(count, length - (at % length))), state.subarray(at % length, (at % length) + count))
+    }),
+    { numRuns: 15 },
+  )
+})
+
+test('legacy AES ties VM state to the size of the disk: one that changes meanwhile is an error, not wrong bytes', async () => {
+  const image = await Qcow2Image.create(new MemoryDevice(0, { growable: true }), { size: 1 << 20, clusterSize: 512, encryption: { format: 'aes', passphrase: 'geheim' } })
+  const writer = await image.snapshots.begin({ name: 'a' })
+  await writer.write(pattern(10_000))
+  await image.resize(2 << 20)
+  await expect(writer.finish()).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
+  await writer.close()
+  expect(await image.check()).toMatchObject({ corruptions: 0, leaks: 0 })
 })
 
 test('without a key an encrypted image is refused, with a wrong one too, and its facts can be read', async () => {
@@ -96,6 +171,16 @@ describeWithQemu('encryption', (qemu) => {
     expect(await qemu.img('check', ...secret, '--image-opts', spec(path))).toMatchObject({ code: 0 })
     expect([before, statSync(path).size]).toEqual([1 << 20, length])
     expect(length).toBeGreaterThan(1 << 20)
+  })
+
+  test.each(['luks', 'aes'] as const)('VM state saved here in an image encrypted with %s is what QEMU reads', async (format) => {
+    const path = `${tempFolder()}/v.qcow2`
+    const image = await Qcow2Image.create(path, { size: 1 << 20, encryption: { format, passphrase: 'pass word', iterations: 1000 } })
+    await image.snapshots.create({ name: 'a', vmState: [new Uint8Array(71_680).fill(0x11), new Uint8Array(30_001).fill(0x22)] })
+    await image.close()
+    await qemu.imgOk('snapshot', ...secret, '--image-opts', '-a', 'a', spec(path))
+    const commands = ['read -b -P 0x11 0 71680', 'read -b -P 0x22 71680 29696'].flatMap((command) => ['-c', command])
+    expect(await qemu.io(...secret, '--image-opts', ...commands, spec(path))).toMatchObject({ code: 0, stdout: expect.not.stringMatching(/failed/) as string })
   })
 
   test('an image encrypted by qemu-img with legacy AES is read', async () => {
