@@ -1,9 +1,5 @@
 #!/usr/bin/env node
-/** The `qcow2` program: this process's arguments and streams to a command, its exit code back. */
-import process from 'node:process'
-import { main } from './cli/main.ts'
-import { processTerminal } from './cli/process.ts'
+/** The `qcow2` program. Owns that the signal which opens Node's debugger is taken before anything else is loaded. */
+import './cli/query.ts'
 
-void main(process.argv.slice(2), processTerminal()).then((code) => {
-  process.exitCode = code
-})
+void import('./cli/start.ts')

@@ -57,6 +57,15 @@ export type OptionValues<O extends OptionDefinitions> = {
         : boolean
 }
 
+/** A parsed command line. */
+export interface ParsedLine {
+  readonly options: Record<string, string | boolean | readonly string[] | undefined>
+  readonly args: readonly string[]
+  readonly order: readonly { option: string; value: string | undefined }[]
+  /** `-h` or `--help` was given. */
+  readonly help: boolean
+}
+
 /** What a command works with. */
 export interface Context<O extends OptionDefinitions = OptionDefinitions> {
   readonly options: OptionValues<O>
@@ -67,7 +76,7 @@ export interface Context<O extends OptionDefinitions = OptionDefinitions> {
   readonly terminal: Terminal
   /** Aborted by SIGINT and SIGTERM. */
   readonly signal: AbortSignal
-  /** Writes a line to stdout. */
+  /** Writes a line to stdout; to stderr while stdout takes the command's {@link CommandDefinition.payload}. */
   readonly print: (line: string) => Promise<void>
   /** Writes a warning to stderr, on one line. */
   readonly warn: (message: string) => void
@@ -75,6 +84,8 @@ export interface Context<O extends OptionDefinitions = OptionDefinitions> {
   readonly progress: () => Progress
   /** Put around the bytes of every image file: how `trace` sees what a command does. */
   readonly wrapDevice?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
+  /** The same run as another command sees it. */
+  readonly as: (definition: CommandDefinition, line: ParsedLine) => Context
   /** Says what is left behind if the user interrupts now; the last one said is shown. */
   readonly leaves: (note: string | undefined) => void
 }
@@ -95,6 +106,8 @@ export interface CommandDefinition<O extends OptionDefinitions = OptionDefinitio
   readonly exitCodes?: Readonly<Record<number, string>>
   /** The exit code of a failure other than wrong usage; default 1, or what an `ExitError` says. */
   readonly failure?: (error: unknown) => number | undefined
+  /** Of the arguments, the name of what takes the bytes of an image; words go elsewhere where that is stdout. */
+  readonly payload?: (args: readonly string[]) => string | undefined
   /** A last argument that begins with `-` and a digit is a value, not an option (as in `resize`). */
   readonly signedLast?: true
   /** Everything from the first argument on is taken as it is: the options of another command. */

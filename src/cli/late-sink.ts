@@ -1,4 +1,5 @@
 /** Text for a pipe that comes out at the end of the program, or when it is much: so C programs print, behind what they tell on stderr meanwhile. */
+import type { WriteError } from './errors.ts'
 import type { Sink, Terminal } from './terminal.ts'
 
 /** What is kept before it goes out, in characters. */
@@ -13,6 +14,10 @@ export class LateSink implements Sink {
 
   constructor(sink: Sink) {
     this.#sink = sink
+  }
+
+  get failure(): WriteError | undefined {
+    return this.#sink.failure
   }
 
   async write(data: string | Uint8Array): Promise<void> {

@@ -1,4 +1,4 @@
-/** Where a command puts bytes: a file, or stdout for `-`. */
+/** Where a command puts bytes: a file, or what takes them from front to back only. */
 import { unlink } from 'node:fs/promises'
 import type { BlockDevice } from '../block/device.ts'
 import { openFile } from '../block/file.ts'
@@ -6,27 +6,33 @@ import { zeroRun } from '../bytes/zero-run.ts'
 import { AlignedWriteQueue } from '../block/write-queue.ts'
 import type { Context, OptionDefinitions } from './command.ts'
 import { syncLimit } from './image/open.ts'
+import { isPipe, withPayload } from './payload.ts'
 import type { Progress } from './progress.ts'
 
-/** Writes a stream of bytes. A file that could not be written whole is removed. */
+/**
+ * Writes a stream of bytes. A file that could not be written whole is removed.
+ * @param total how many there will be, where it is known
+ */
 export async function writeStream<O extends OptionDefinitions>(
   context: Context<O>,
   path: string,
   chunks: AsyncIterable<Uint8Array>,
-  total: number,
+  total: number | undefined,
   progress: Progress,
 ): Promise<number> {
   let done = 0
   const count = (chunk: Uint8Array): void => {
     context.signal.throwIfAborted()
     done += chunk.length
-    progress.update(Math.min(done, total), total)
+    progress.update(total === undefined ? done : Math.min(done, total), total)
   }
-  if (path === '-') {
-    for await (const chunk of chunks) {
-      await context.terminal.stdout.write(chunk)
-      count(chunk)
-    }
+  if (isPipe(path)) {
+    await withPayload(path, context.terminal, async (send) => {
+      for await (const chunk of chunks) {
+        await send(chunk)
+        count(chunk)
+      }
+    })
   } else {
     await intoFile(path, async (file) => {
       const queue = new AlignedWriteQueue(file)
@@ -46,7 +52,7 @@ export async function writeStream<O extends OptionDefinitions>(
  * Writes a stream of bytes to a file, leaving holes for runs of zeroes of at least `grain` bytes (0: none), which
  * begin at multiples of it. A file that could not be written whole is removed.
  */
-export async function writeSparse<O extends OptionDefinitions>(context: Context<O>, path: string, chunks: AsyncIterable<Uint8Array>, grain: number): Promise<void> {
+export async function writeSparse<O extends OptionDefinitions>(context: Context<O>, path: string, chunks: AsyncIterable<Uint8Array>, grain: number, progress: Progress): Promise<void> {
   const { signal } = context
   await intoFile(path, async (file) => {
     let end = 0
@@ -58,6 +64,7 @@ export async function writeSparse<O extends OptionDefinitions>(context: Context<
         from = to
       }
       end += chunk.length
+      progress.update(end)
     }
     await file.resize(end)
   })
@@ -66,7 +73,7 @@ export async function writeSparse<O extends OptionDefinitions>(context: Context<
 /** Copies a device's bytes, leaving holes in a file where it is known to be zero. */
 export async function writeDevice<O extends OptionDefinitions>(context: Context<O>, path: string, device: BlockDevice, progress: Progress): Promise<void> {
   const { signal } = context
-  if (path === '-') {
+  if (isPipe(path)) {
     await writeStream(context, path, contentOf(device, signal), device.size, progress)
     return
   }

@@ -3,18 +3,9 @@
  * `-fqcow2`, `--output=json`, unique prefixes of long names, options after arguments, `--`. Owns the
  * grammar; knows nothing of what the options mean.
  */
-import type { CommandDefinition, OptionDefinition } from './command.ts'
+import type { CommandDefinition, OptionDefinition, ParsedLine } from './command.ts'
 import { UsageError } from './errors.ts'
 import { didYouMean } from './nearest.ts'
-
-/** A parsed command line. */
-export interface ParsedLine {
-  readonly options: Record<string, string | boolean | readonly string[] | undefined>
-  readonly args: readonly string[]
-  readonly order: readonly { option: string; value: string | undefined }[]
-  /** `-h` or `--help` was given. */
-  readonly help: boolean
-}
 
 /**
  * Parses what follows the command's name.

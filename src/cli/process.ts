@@ -1,11 +1,10 @@
 /** The real terminal: this process's streams and signals. */
-import { fstatSync } from 'node:fs'
+import { fstatSync, statSync } from 'node:fs'
 import { basename } from 'node:path'
 import process from 'node:process'
+import { WriteError } from './errors.ts'
+import { onQuery } from './query.ts'
 import type { Sink, Terminal } from './terminal.ts'
-
-/** A reader of our output that has gone is no error: the shell's own code for it. */
-const brokenPipe = 141
 
 /** `timeout` and some shells send a signal to the process and to its group: two, at once, are one. */
 const sameSignal = 200
@@ -19,10 +18,14 @@ export function processTerminal(): Terminal {
       if (!interrupt.signal.aborted) {
         first = performance.now()
         interrupt.abort(new Interrupted(name))
-      } else if (performance.now() - first > sameSignal) process.exit(name === 'SIGINT' ? 130 : 143)
+      } else if (performance.now() - first > sameSignal) leave(name === 'SIGINT' ? 130 : 143)
     })
   }
   const called = basename(process.argv[1] ?? '')
+  const program = called === 'qemu-img' ? called : 'qcow2'
+  // qemu-img does not look whether its words arrive
+  const mayLoseText = program === 'qemu-img'
+  const onBroken = (): void => interrupt.abort(new Interrupted('SIGPIPE'))
   return {
     get stdin() {
       return process.stdin
@@ -30,22 +33,33 @@ export function processTerminal(): Terminal {
     get stdinFile() {
       return stdinIsFile() ? '/dev/stdin' : undefined
     },
-    stdout: sinkOf(process.stdout),
-    stderr: sinkOf(process.stderr),
+    stdout: sinkOf(process.stdout, { mayLoseText, onBroken }),
+    stderr: sinkOf(process.stderr, { mayLoseText, onBroken }),
     env: process.env,
     signal: interrupt.signal,
-    program: called === 'qemu-img' ? called : 'qcow2',
+    onQuery,
+    isStdout,
+    program,
   }
+}
+
+/** Ends the process. What still waits has no part in it, and if that keeps the process from ending, the next signal does not. */
+export function leave(code: number): never {
+  for (const name of ['SIGINT', 'SIGTERM'] as const) process.removeAllListeners(name)
+  process.exit(code)
 }
 
 /** The reason of an interrupt. */
 export class Interrupted extends Error {
   /** As a shell gives it: 128 and the signal's number. */
   readonly exitCode: number
+  /** A reader that has gone knows why. */
+  readonly isSilent: boolean
 
-  constructor(name: 'SIGINT' | 'SIGTERM') {
+  constructor(name: 'SIGINT' | 'SIGTERM' | 'SIGPIPE') {
     super('interrupted')
-    this.exitCode = name === 'SIGINT' ? 130 : 143
+    this.exitCode = { SIGINT: 130, SIGTERM: 143, SIGPIPE: 141 }[name]
+    this.isSilent = name === 'SIGPIPE'
   }
 }
 
@@ -57,18 +71,43 @@ function stdinIsFile(): boolean {
   }
 }
 
-function sinkOf(stream: NodeJS.WriteStream): Sink {
-  stream.on('error', (error: NodeJS.ErrnoException) => {
-    if (error.code === 'EPIPE') process.exit(brokenPipe)
-    throw error
-  })
+/** Device and inode say it: the name may be any that leads there. */
+function isStdout(path: string): boolean {
+  try {
+    const [stdout, named] = [fstatSync(1, { bigint: true }), statSync(path, { bigint: true })]
+    return !stdout.isCharacterDevice() && stdout.dev === named.dev && stdout.ino === named.ino
+  } catch {
+    return false
+  }
+}
+
+interface SinkOptions {
+  /** Text that cannot be written is no failure. */
+  readonly mayLoseText: boolean
+  /** Called when the reader has gone. */
+  readonly onBroken: () => void
+}
+
+function sinkOf(stream: NodeJS.WriteStream, { mayLoseText, onBroken }: SinkOptions): Sink {
+  let failure: WriteError | undefined
+  // each write is told of its own failure
+  stream.on('error', () => undefined)
   return {
     write: (data) =>
-      new Promise((resolve) => {
-        if (typeof data !== 'string') stream.write(data, () => resolve())
-        else if (stream.write(data)) resolve()
-        else stream.once('drain', resolve)
+      new Promise((resolve, reject) => {
+        stream.write(data, (error?: NodeJS.ErrnoException | null) => {
+          if (error === undefined || error === null || (mayLoseText && typeof data === 'string')) {
+            resolve()
+            return
+          }
+          failure ??= new WriteError(error)
+          if (failure.code === 'EPIPE') onBroken()
+          reject(failure)
+        })
       }),
+    get failure() {
+      return failure
+    },
     get isTty() {
       return stream.isTTY
     },

@@ -1,15 +1,15 @@
 /**
  * How far a long command is. On a terminal a bar with rate and time left, on stderr; elsewhere what
- * scripts know from qemu-img, on stdout; or JSON lines on stderr for programs. Owns the display; the
- * work tells it bytes.
+ * scripts know from qemu-img, on stdout unless an image goes there; or JSON lines on stderr for programs;
+ * without any of these a line on stderr for whoever sends SIGUSR1. Owns the display; the work tells it bytes.
  */
 import { formatSize } from './size.ts'
-import { paletteFor, type Terminal } from './terminal.ts'
+import { paletteFor, tell, type Sink, type Terminal } from './terminal.ts'
 
 /** What the work calls. */
 export interface Progress {
-  /** `done` of `total`, in bytes (or whatever `unit` says); called as often as it likes. */
-  update(done: number, total: number): void
+  /** `done` of `total`, in bytes, without `total` where it cannot be known; called as often as it likes. */
+  update(done: number, total?: number): void
   /** The work is finished: the display shows all of it and ends its line. */
   finish(): void
   /** The work failed or was interrupted: the display only ends its line. */
@@ -19,41 +19,83 @@ export interface Progress {
 /** How progress is to be shown. */
 export type ProgressStyle = 'none' | 'human' | 'json'
 
-/** A progress display. `now` is a clock in milliseconds. */
-export function progressFor(terminal: Terminal, style: ProgressStyle, now: () => number = () => performance.now()): Progress {
-  if (style === 'none') return silent
-  if (style === 'json') return new JsonLines(terminal, now)
-  return terminal.stderr.isTty ? new Bar(terminal, now) : new Percentages(terminal)
+/** How a display is made. */
+export interface ProgressOptions {
+  /** Where qemu-img's lines go; default stdout. */
+  readonly words?: Sink | undefined
+  /** A clock in milliseconds. */
+  readonly now?: () => number
 }
 
-const silent: Progress = { update: () => undefined, finish: () => undefined, abandon: () => undefined }
+/** A progress display. */
+export function progressFor(terminal: Terminal, style: ProgressStyle, { words = terminal.stdout, now = () => performance.now() }: ProgressOptions = {}): Progress {
+  if (style === 'none') return new OnQuery(terminal)
+  // who watches need not ask
+  terminal.onQuery?.(() => undefined)
+  if (style === 'json') return new JsonLines(terminal, now)
+  return terminal.stderr.isTty ? new Bar(terminal, now) : new Percentages(words)
+}
 
-/** `    (12.34/100%)\r` on stdout, at steps of at least one percent, as qemu-img does. */
+/** Nothing until somebody asks: then a line on stderr, as of qemu-img. */
+class OnQuery implements Progress {
+  #done = 0
+  #total: number | undefined
+
+  constructor({ stderr, onQuery }: Terminal) {
+    onQuery?.(() => tell(stderr, `    (${this.#total === undefined && this.#done > 0 ? `${this.#done} bytes` : percentOf(this.#done, this.#total)})\n`))
+  }
+
+  update(done: number, total?: number): void {
+    this.#done = done
+    this.#total = total
+  }
+
+  finish(): void {
+    if (this.#total !== undefined) this.#done = this.#total
+  }
+
+  abandon(): void {
+    // nothing is shown
+  }
+}
+
+/** `    (12.34/100%)\r`, at steps of at least one percent, as qemu-img does. */
 class Percentages implements Progress {
-  readonly #terminal: Terminal
+  readonly #words: Sink
   #shown = -1
 
-  constructor(terminal: Terminal) {
-    this.#terminal = terminal
+  constructor(words: Sink) {
+    this.#words = words
     this.update(0, 1)
   }
 
-  update(done: number, total: number): void {
+  update(done: number, total?: number): void {
+    if (total === undefined) return
     const percent = total === 0 ? 100 : (done / total) * 100
     if (percent < this.#shown + 1 && percent < 100) return
     if (percent === this.#shown) return
     this.#shown = percent
-    void this.#terminal.stdout.write(`    (${percent.toFixed(2)}/100%)\r`)
+    this.#say(`    (${percentOf(done, total)})\r`)
   }
 
   finish(): void {
     // once more if it was told already, as qemu-img does
-    void this.#terminal.stdout.write('    (100.00/100%)\r\n')
+    this.#say('    (100.00/100%)\r\n')
   }
 
   abandon(): void {
-    void this.#terminal.stdout.write('\n')
+    this.#say('\n')
   }
+
+  #say(text: string): void {
+    tell(this.#words, text)
+    void this.#words.flush?.().catch(() => undefined)
+  }
+}
+
+function percentOf(done: number, total: number | undefined): string {
+  const share = total === undefined ? 0 : total === 0 ? 1 : done / total
+  return `${(share * 100).toFixed(2)}/100%`
 }
 
 /** One JSON object a line, at most five a second and one at the end. */
@@ -62,7 +104,7 @@ class JsonLines implements Progress {
   readonly #now: () => number
   readonly #start: number
   #last = -Infinity
-  #state = { done: 0, total: 0 }
+  #state: { done: number; total?: number } = { done: 0 }
 
   constructor(terminal: Terminal, now: () => number) {
     this.#terminal = terminal
@@ -70,13 +112,13 @@ class JsonLines implements Progress {
     this.#start = now()
   }
 
-  update(done: number, total: number): void {
-    this.#state = { done, total }
+  update(done: number, total?: number): void {
+    this.#state = total === undefined ? { done } : { done, total }
     if (this.#now() - this.#last >= 200) this.#line(false)
   }
 
   finish(): void {
-    this.#state.done = this.#state.total
+    this.#state.done = this.#state.total ?? this.#state.done
     this.#line(true)
   }
 
@@ -87,18 +129,19 @@ class JsonLines implements Progress {
   #line(finished: boolean): void {
     this.#last = this.#now()
     const seconds = Number(((this.#last - this.#start) / 1000).toFixed(3))
-    void this.#terminal.stderr.write(`${JSON.stringify({ event: 'progress', ...this.#state, seconds, finished })}\n`)
+    tell(this.#terminal.stderr, `${JSON.stringify({ event: 'progress', ...this.#state, seconds, finished })}\n`)
   }
 }
 
-/** `[#######-----]  58%  1.2 GiB/s  0:07 left`, redrawn ten times a second. */
+/** `[#######-----]  58%  1.2 GiB/s  0:07 left`, redrawn ten times a second; without a total `1.2 GiB  300 MiB/s  0:04`. */
 class Bar implements Progress {
   readonly #terminal: Terminal
   readonly #now: () => number
   readonly #start: number
   #last = -Infinity
-  #total = 0
+  #total: number | undefined
   #done = 0
+  #finished = false
 
   constructor(terminal: Terminal, now: () => number) {
     this.#terminal = terminal
@@ -106,7 +149,7 @@ class Bar implements Progress {
     this.#start = now()
   }
 
-  update(done: number, total: number): void {
+  update(done: number, total?: number): void {
     this.#done = done
     this.#total = total
     if (this.#now() - this.#last < 100) return
@@ -114,27 +157,37 @@ class Bar implements Progress {
   }
 
   finish(): void {
-    this.#done = this.#total
+    this.#done = this.#total ?? this.#done
+    this.#finished = true
     this.#draw()
-    void this.#terminal.stderr.write('\n')
+    tell(this.#terminal.stderr, '\n')
   }
 
   abandon(): void {
-    if (this.#last > -Infinity) void this.#terminal.stderr.write('\n')
+    if (this.#last > -Infinity) tell(this.#terminal.stderr, '\n')
   }
 
   #draw(): void {
     this.#last = this.#now()
     const seconds = (this.#last - this.#start) / 1000
-    const share = this.#total === 0 ? 1 : this.#done / this.#total
     const rate = seconds > 0 ? this.#done / seconds : 0
-    const left = share >= 1 ? `${duration(seconds)} in all` : rate > 0 ? `${duration((this.#total - this.#done) / rate)} left` : ''
-    const facts = `${String(Math.floor(share * 100)).padStart(4)}%  ${formatSize(Math.round(rate))}/s  ${left}`
+    const speed = `${formatSize(Math.round(rate))}/s`
+    const line = this.#total === undefined ? `${formatSize(this.#done)}  ${speed}  ${this.#time(seconds)}` : this.#bar(this.#total, rate, speed, seconds)
+    tell(this.#terminal.stderr, `\r${line}\u001b[K`)
+  }
+
+  #time(seconds: number): string {
+    return `${duration(seconds)}${this.#finished ? ' in all' : ''}`
+  }
+
+  #bar(total: number, rate: number, speed: string, seconds: number): string {
+    const share = total === 0 ? 1 : this.#done / total
+    const left = rate > 0 ? `${duration((total - this.#done) / rate)} left` : ''
+    const facts = `${String(Math.floor(share * 100)).padStart(4)}%  ${speed}  ${share >= 1 ? `${duration(seconds)} in all` : left}`
     const width = Math.max(8, Math.min(50, (this.#terminal.stderr.columns ?? 80) - facts.length - 4))
     const full = Math.round(share * width)
     const palette = paletteFor(this.#terminal, this.#terminal.stderr)
-    const bar = palette.green('#'.repeat(full)) + palette.dim('-'.repeat(width - full))
-    void this.#terminal.stderr.write(`\r[${bar}]${facts}\u001b[K`)
+    return `[${palette.green('#'.repeat(full))}${palette.dim('-'.repeat(width - full))}]${facts}`
   }
 }
 

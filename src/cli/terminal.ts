@@ -2,11 +2,16 @@
  * The world a command sees: streams, environment, signals. Owns the interface, so that tests run
  * commands in their own process; `process.ts` fills it from the real one.
  */
+import type { WriteError } from './errors.ts'
 
 /** Where text and bytes go. */
 export interface Sink {
-  /** Resolves when there is room for more text; of bytes, when they may be used again. */
+  /** Resolves when the system has taken it: bytes may be used again. @throws WriteError */
   write(data: string | Uint8Array): Promise<void>
+  /** Sends on what was kept back. */
+  flush?(): Promise<void>
+  /** The first text or bytes that could not be written. */
+  readonly failure?: WriteError | undefined
   readonly isTty: boolean
   /** Columns of a terminal; `undefined` elsewhere. */
   readonly columns: number | undefined
@@ -22,8 +27,46 @@ export interface Terminal {
   readonly env: Readonly<Record<string, string | undefined>>
   /** Aborted when the user interrupts. */
   readonly signal: AbortSignal
+  /** From now on `listener` is called whenever somebody asks how far the work is (SIGUSR1); it replaces the one before. */
+  readonly onQuery?: (listener: () => void) => void
+  /** True for the name of the file or pipe that stdout is, such as `/dev/stdout`. */
+  readonly isStdout?: (path: string) => boolean
   /** What the program is called, in messages: `qcow2`, or `qemu-img` when started under that name. */
   readonly program: string
+}
+
+/** Words that nobody has to read: where they cannot be written nothing fails. */
+export function tell(sink: Sink, text: string): void {
+  void sink.write(text).catch(() => undefined)
+}
+
+/** A line for whoever looks at `sink`. @throws WriteError */
+export function writeLine(sink: Sink, line: string): Promise<void> {
+  return sink.write(`${sink.isTty ? visible(line) : line}\n`)
+}
+
+/** A line on stderr: there is nowhere to tell that it could not be written. */
+export function say({ stderr }: Pick<Terminal, 'stderr'>, line: string): Promise<void> {
+  return writeLine(stderr, line).catch(() => undefined)
+}
+
+/** True for a name that leads to stdout: `-`, or the name of what it is, such as `/dev/stdout`. */
+export function isStdout(name: string, terminal: Terminal): boolean {
+  return name === '-' || terminal.isStdout?.(name) === true
+}
+
+/** Text as a terminal may have it: control characters are shown and do nothing, whoever chose the names in it. */
+export function visible(text: string): string {
+  // the last two ranges turn the direction of text
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, (character) => {
+    const code = character.charCodeAt(0)
+    return code < 0x100 ? `\\x${code.toString(16).padStart(2, '0')}` : `\\u${code.toString(16)}`
+  })
+}
+
+/** A name as `sink` may have it: on a terminal it stays on its line. Programs get it as it is. */
+export function nameFor(sink: Sink): (name: string) => string {
+  return sink.isTty ? (name) => visible(name).replaceAll('\n', '\\n') : (name) => name
 }
 
 /** Colours for a sink, or none where `NO_COLOR` is set or nobody looks. */

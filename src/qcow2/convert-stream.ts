@@ -15,22 +15,28 @@ import { streamPieces } from './convert-plan.ts'
 import { conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options } from './convert.ts'
 import { DataProgress } from './convert-progress.ts'
 
+/** Options of {@link convertStreamToQcow2}. */
+export interface ConvertStreamOptions extends Omit<ConvertToQcow2Options, 'onProgress'> {
+  /** Called with the bytes of the disk that are stored; how many will come is not known. */
+  readonly onProgress?: ((progress: { readonly done: number }) => void) | undefined
+}
+
 /**
  * Writes a raw disk that arrives as a stream into `target` as a new qcow2 image, in one pass. The whole content of a
- * device is replaced; a path names a file that does not exist yet. The disk has the size of the stream, rounded up to 512 bytes; progress tells
- * as `total` what has arrived.
+ * device is replaced; a path names a file that does not exist yet. The disk has the size of the stream, rounded up to 512 bytes.
  * @throws what `convertToQcow2` throws, and what the stream does. After an error the target is not a qcow2 image.
  */
-export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, target: Source, options: ConvertToQcow2Options = {}): Promise<void> {
+export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, target: Source, options: ConvertStreamOptions = {}): Promise<void> {
   refuseUnknownOptions('convertStreamToQcow2', options, conversionOptions)
+  const { onProgress, ...shape } = options
   let end = 0
-  await withTarget(target, options, (host) => writeImage(host, { ...options, size: 0 }, {
+  await withTarget(target, options, (host) => writeImage(host, { ...shape, size: 0 }, {
     allocate: allocatorFor(host, host),
     source: undefined,
     pieces: (_, pieceSize) => streamPieces(chunks, pieceSize),
     onPiece: ({ start, length }) => {
       end = Math.max(end, start + length)
-      options.onProgress?.({ done: end, total: end })
+      onProgress?.({ done: end })
     },
     finalSize: () => end,
   }))

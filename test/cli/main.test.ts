@@ -25,13 +25,18 @@ test("--version is package.json's", async () => {
 
 describe('usage', () => {
   test.each([
-    ['', "qcow2: a command is missing (see 'qcow2 --help')\n"],
     ['completio bash', "qcow2: Command not found: completio; did you mean 'completion'? (see 'qcow2 --help')\n"],
     ['completion', "qcow2: SHELL is missing (see 'qcow2 completion --help')\n"],
     ['completion fishy', "qcow2: no completions for 'fishy'; did you mean 'fish'? (see 'qcow2 completion --help')\n"],
     ['--bogus', "qcow2: unknown option '--bogus' before the command (see 'qcow2 --help')\n"],
   ])('qcow2 %s', async (line, stderr) => {
     expect(await run(line)).toMatchObject({ code: 1, stdout: '', stderr })
+  })
+
+  test('without a command it shows help, and fails', async () => {
+    const { stdout } = await run('--help')
+    expect(await run('')).toMatchObject({ code: 1, stdout: '', stderr: stdout })
+    expect(await run('', { program: 'qemu-img' })).toMatchObject({ code: 1, stdout: '', stderr: "qemu-img: Not enough arguments\nTry 'qemu-img --help' for more info\n" })
   })
 
   test('started as qemu-img it calls itself so', async () => {
@@ -100,7 +105,7 @@ describe('progress', () => {
   test('on a terminal is a bar with rate and time left, on stderr', () => {
     const ours = terminal({ tty: true, env: { NO_COLOR: '1' } })
     let now = 0
-    const progress = progressFor(ours, 'human', () => now)
+    const progress = progressFor(ours, 'human', { now: () => now })
     progress.update(0, 100 << 20)
     now = 1000
     progress.update(25 << 20, 100 << 20)
@@ -114,7 +119,9 @@ describe('progress', () => {
   test('NO_COLOR takes the colours off', () => {
     const draw = (env: Record<string, string>): string => {
       const ours = terminal({ tty: true, env })
-      progressFor(ours, 'human').finish()
+      const progress = progressFor(ours, 'human')
+      progress.update(1, 1)
+      progress.finish()
       return ours.stderr.bytes.toString()
     }
     expect(draw({})).toContain('\u001b[32m')
@@ -125,7 +132,7 @@ describe('progress', () => {
   test('for programs is JSON lines on stderr', () => {
     const ours = terminal()
     let now = 0
-    const progress = progressFor(ours, 'json', () => now)
+    const progress = progressFor(ours, 'json', { now: () => now })
     progress.update(0, 10)
     now = 50
     progress.update(1, 10)
@@ -138,6 +145,46 @@ describe('progress', () => {
       { event: 'progress', done: 5, total: 10, seconds: 0.5, finished: false },
       { event: 'progress', done: 10, total: 10, seconds: 0.5, finished: true },
     ])
+  })
+
+  test('without a total no program is told one, and the bar is a count', () => {
+    const lines = terminal()
+    let now = 0
+    const json = progressFor(lines, 'json', { now: () => now })
+    json.update(7)
+    json.finish()
+    expect(lines.stderr.bytes.toString().trimEnd().split('\n').map((line) => JSON.parse(line) as unknown)).toEqual([
+      { event: 'progress', done: 7, seconds: 0, finished: false },
+      { event: 'progress', done: 7, seconds: 0, finished: true },
+    ])
+    const watched = terminal({ tty: true })
+    const bar = progressFor(watched, 'human', { now: () => now })
+    now = 1000
+    bar.update(25 << 20)
+    expect(watched.stderr.bytes.toString()).toBe('\r25 MiB  25 MiB/s  0:01\u001b[K')
+    bar.finish()
+    expect(watched.stderr.bytes.toString()).toMatch(/25 MiB {2}25 MiB\/s {2}0:01 in all\u001b\[K\n$/)
+    const script = terminal()
+    const percentages = progressFor(script, 'human')
+    percentages.update(7)
+    expect(script.stdout.bytes.toString()).toBe('    (0.00/100%)\r')
+  })
+
+  test('without -p a line is told to whoever asks', () => {
+    let ask = (): void => undefined
+    const ours = { ...terminal(), onQuery: (listener: () => void) => void (ask = listener) }
+    const progress = progressFor(ours, 'none')
+    ask()
+    progress.update(25, 200)
+    ask()
+    progress.update(30)
+    ask()
+    progress.finish()
+    expect(ours.stderr.bytes.toString()).toBe('    (0.00/100%)\n    (12.50/100%)\n    (30 bytes)\n')
+    const told = ours.stderr.bytes.length
+    progressFor(ours, 'human')
+    ask()
+    expect(ours.stderr.bytes).toHaveLength(told)
   })
 
   test.each([[0, '0:00'], [7.4, '0:07'], [754, '12:34'], [3723, '1:02:03']])('%d seconds are %s', (seconds, text) => {

@@ -106,17 +106,52 @@ describe('by the name qemu-img, into a pipe', () => {
 
   test('what goes to stdout comes behind what goes to stderr, as from a C program', async () => {
     const folder = tempFolder()
-    const path = join(folder, 'disk')
-    const line = `Formatting '${path}', fmt=raw size=1024\n`
-    const failing = ['create', '-f', 'raw', path, '1k']
-    mkdirSync(path)
+    const [raw, path] = [join(folder, 'raw'), join(folder, 'disk')]
+    writeFileSync(raw, Buffer.alloc(128 << 10, 3))
+    await run(['convert', '-c', '-f', 'raw', '-O', 'qcow2', raw, path])
+    const line = 'Offset          Length          Mapped to       File\n'
+    const failing = ['map', path]
     expect(await together('qemu-img', false, ...failing)).toMatch(new RegExp(`^qemu-img: .*\n${line}$`))
     expect(await together('qemu-img', true, ...failing)).toMatch(new RegExp(`^${line}qemu-img: .*\n$`))
     expect(await together('qcow2', false, ...failing)).toMatch(new RegExp(`^${line}qcow2: .*\n$`))
-    const raw = join(folder, 'raw')
     writeFileSync(raw, Buffer.alloc(8192, 3))
     expect((await run(['convert', '-f', 'raw', raw, '-'], { program: 'qemu-img' })).bytes).toEqual(Buffer.alloc(8192, 3))
   })
+})
+
+describe('what qemu-img sends on at once', () => {
+  test.each([['raw', []], ['qcow2', ['-o', 'cluster_size=64k']]])('the line of create -f %s, before the error', async (format, options) => {
+    const path = join(tempFolder(), 'disk')
+    mkdirSync(path)
+    const { stdout, stderr, order } = await ordered(['create', '-f', format, ...options, path, '1M'])
+    expect(stdout).toContain('Formatting')
+    expect(stderr).toContain('Is a directory')
+    expect(order).toEqual(['stdout', 'stderr'])
+  })
+
+  test('progress, while the work goes on', async () => {
+    const folder = tempFolder()
+    const raw = join(folder, 'raw')
+    writeFileSync(raw, Buffer.alloc(4 << 20, 3))
+    const { stdout, order } = await ordered(['convert', '-p', '-f', 'raw', '-O', 'qcow2', raw, join(folder, 'out')])
+    expect(stdout).toMatch(/^ {4}\(0.00\/100%\)\r.*\(100.00\/100%\)\r\n$/s)
+    expect(order.length).toBeGreaterThan(2)
+  })
+
+  /** A run into pipes, and which of them was written when. */
+  async function ordered(argv: readonly string[]): Promise<{ stdout: string; stderr: string; order: string[] }> {
+    const order: string[] = []
+    const ours = terminal({ program: 'qemu-img' })
+    for (const name of ['stdout', 'stderr'] as const) {
+      const write = ours[name].write.bind(ours[name])
+      ours[name].write = (data) => {
+        order.push(name)
+        return write(data)
+      }
+    }
+    await main(argv, ours)
+    return { stdout: ours.stdout.bytes.toString(), stderr: ours.stderr.bytes.toString(), order }
+  }
 })
 
 describe('check', () => {

@@ -1,14 +1,20 @@
 import { openFile } from '../../block/file.ts'
-import type { ByteSource } from '../../migration/byte-source.ts'
 import { capture } from '../../snapshot/capture.ts'
-import { openMemoryTarget } from '../../snapshot/memory-target.ts'
+import { openMemoryTarget, type MemoryTarget } from '../../snapshot/memory-target.ts'
+import type { SaveSink } from '../../snapshot/save-sink.ts'
 import { MigrationListener } from '../../snapshot/socket.ts'
+import type { StreamSummary } from '../../snapshot/stream-check.ts'
 import { command } from '../command.ts'
-import { memoryTarget, memoryTargetOptions } from '../image/memory-target.ts'
+import { memoryTarget, memoryTargetOptions, pipeSink } from '../image/memory-target.ts'
 import { outputOption, progressOption, quietOption } from '../image/options.ts'
 import { contentOf } from '../output.ts'
+import { isPipe, withPayload } from '../payload.ts'
+import { pipeChunks, untilAborted } from '../pipe-source.ts'
 import { prettyJson } from '../print/shapes.ts'
 import { formatSize } from '../size.ts'
+
+/** Runs a task with a sink that is open. */
+type Store = (task: (sink: SaveSink) => Promise<StreamSummary>) => Promise<StreamSummary>
 
 export const captureCommand = command({
   name: 'capture',
@@ -20,22 +26,23 @@ export const captureCommand = command({
   options: { ...memoryTargetOptions, ...outputOption, ...progressOption, ...quietOption },
   arguments: [
     { name: 'SOURCE', help: "'-', a file, 'listen' or 'listen:PATH'" },
-    { name: 'FILE', help: 'where the memory goes' },
+    { name: 'FILE', help: "where the memory goes; '-' for stdout, with --as=stream" },
   ],
+  payload: (args) => args[1],
   examples: [
     { line: 'qcow2 capture listen warm.qcow2', shows: "then, in QEMU's monitor: migrate unix:..." },
     { line: 'qcow2 capture - vm.qcow2 --as=snapshot --name=running < vm.stream', shows: 'a stream becomes a snapshot for loadvm' },
   ],
   async run(context) {
-    const { options, args, print, signal } = context
+    const { options, args, print, signal, terminal } = context
     const [source, file] = args as [string, string]
-    const target = await openMemoryTarget(memoryTarget(file, options), { signal, references: 'any' })
-    const closers: (() => Promise<void>)[] = [() => target.close()]
+    const memory = memoryTarget(file, options)
+    const closers: (() => Promise<void>)[] = []
     try {
+      const store = await openTarget(memory)
       const stream = await openSource()
       const progress = context.progress()
-      context.leaves(`${file} is as it was`)
-      const summary = await capture(stream, target.sink, { signal, onProgress: ({ done }) => progress.update(done, Math.max(done, 1)) })
+      const summary = await store((sink) => capture(untilAborted(stream, signal), sink, { signal, onProgress: ({ done }) => progress.update(done) }))
       progress.finish()
       const { length, machine, blocks, pages, devices } = summary
       if (options.output === 'json') await print(prettyJson({ bytes: length, machine, blocks, pages, devices }))
@@ -45,8 +52,17 @@ export const captureCommand = command({
       for (const close of closers.reverse()) await close()
     }
 
-    async function openSource(): Promise<ByteSource> {
-      if (source === '-') return context.terminal.stdin
+    async function openTarget(memory: MemoryTarget): Promise<Store> {
+      if (typeof memory !== 'string' && 'stream' in memory && isPipe(file)) return (task) => withPayload(file, terminal, (send) => task(pipeSink(send)))
+      const target = await openMemoryTarget(memory, { signal, references: 'any' })
+      closers.push(() => target.close())
+      context.leaves(`${file} is as it was`)
+      return (task) => task(target.sink)
+    }
+
+    async function openSource(): Promise<AsyncIterable<Uint8Array>> {
+      if (source === '-') return terminal.stdin
+      if (isPipe(source)) return pipeChunks(source, signal)
       if (source !== 'listen' && !source.startsWith('listen:')) {
         const device = await openFile(source, { readOnly: true })
         closers.push(() => device.close())
@@ -55,7 +71,7 @@ export const captureCommand = command({
       const listener = await MigrationListener.open(source === 'listen' ? undefined : source.slice('listen:'.length))
       closers.push(() => listener.close())
       await print(listener.uri)
-      return (await listener.accept({ signal, timeout: 2 ** 31 - 1 })) as unknown as ByteSource
+      return (await listener.accept({ signal, timeout: 2 ** 31 - 1 })) as unknown as AsyncIterable<Uint8Array>
     }
   },
 })

@@ -9,6 +9,7 @@ import { couldNotOpen } from '../image/reasons.ts'
 import { checkText, repairText } from '../print/check.ts'
 import { findingLines, unreadableSnapshots } from '../print/findings.ts'
 import { prettyJson, type CheckEntry } from '../print/shapes.ts'
+import { say } from '../terminal.ts'
 
 export const checkCommand = command({
   name: 'check',
@@ -48,7 +49,7 @@ export const checkCommand = command({
       })
       const clusterSize = 2 ** (await host.read(23, 1))[0]!
       if (context.terminal.program === 'qemu-img') await refuseSnapshots(report, context)
-      for (const line of findingLines(report, clusterSize)) await context.terminal.stderr.write(`${line}\n`)
+      for (const line of findingLines(report, clusterSize)) await say(context.terminal, line)
       const result = checkEntry(filename, report)
       if (options.output === 'json') await print(prettyJson(result))
       else if (!options.quiet) for (const line of [...repairText(result), ...checkText(result)]) await print(line)
@@ -68,7 +69,7 @@ function isNoImage(error: unknown): boolean {
 async function refuseSnapshots({ findings }: CheckReport, { terminal }: Pick<Context, 'terminal'>): Promise<void> {
   const unreadable = unreadableSnapshots(findings)
   if (unreadable === undefined) return
-  await terminal.stderr.write(`qemu-img: ERROR ${unreadable.inCheck}\n${unreadable.advice}\n`)
+  await say(terminal, `qemu-img: ERROR ${unreadable.inCheck}\n${unreadable.advice}`)
   throw new ExitError(1, 'Check failed: File too large')
 }
 

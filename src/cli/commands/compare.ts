@@ -2,7 +2,7 @@ import type { CallOptions, Extent, MapOptions } from '../../block/device.ts'
 import { FilterDevice } from '../../block/filter.ts'
 import { compareDevices, type Comparison } from '../../qcow2/compare.ts'
 import { command } from '../command.ts'
-import { ExitError, UsageError } from '../errors.ts'
+import { ExitError, UsageError, WriteError } from '../errors.ts'
 import type { OpenedImage } from '../image/open.ts'
 import { forceShareOption, imageOptsOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { reasonOf } from '../image/reasons.ts'
@@ -28,7 +28,7 @@ export const compareCommand = command({
     { name: 'FILENAME2', help: 'the other' },
   ],
   exitCodes: { 0: 'the disks are equal', 1: 'they differ', 2: 'an image could not be opened', 3: 'the map of an image could not be read', 4: 'an image could not be read' },
-  failure: (error) => (error instanceof ExitError ? error.exitCode : 4),
+  failure: (error) => (error instanceof ExitError && !(error instanceof WriteError) ? error.exitCode : 4),
   examples: [
     { line: 'qcow2 compare disk.qcow2 disk.raw', shows: 'whether a conversion was right' },
     { line: 'qcow2 compare disk.qcow2 disk.qcow2@yesterday', shows: 'whether a disk has changed since a snapshot' },

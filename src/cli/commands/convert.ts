@@ -14,6 +14,7 @@ import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
 import { salvaged } from '../image/salvage.ts'
 import { parseImageOpts, parseName, parsePlace } from '../image/spec.ts'
 import { contentOf, writeStream } from '../output.ts'
+import { isPipe } from '../payload.ts'
 import { copyFromPipe, readsPipe, sendImage } from './convert-pipe.ts'
 import { aboutTarget, backingSize, checkRequest, convertOptions, createFile, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
 
@@ -27,6 +28,7 @@ export const convertCommand = command({
   ],
   options: convertOptions,
   arguments: [{ name: 'FILENAME', many: true, optional: true, help: 'the sources, then the target' }],
+  payload: (args) => (args.length < 2 ? undefined : args.at(-1)),
   examples: [
     { line: 'qcow2 convert -p -O qcow2 disk.raw disk.qcow2', shows: 'raw to qcow2, with progress' },
     { line: 'qcow2 convert -c -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2', shows: 'as small as it gets' },
@@ -74,8 +76,8 @@ async function copy(context: ConvertContext, sources: readonly OpenedImage[], re
   const source = options.salvage ? salvaged(disk, context.warn, context.terminal.program === 'qemu-img') : disk
   const progress = context.progress()
   const { target } = request
-  if (target === '-') {
-    if (request.format === 'raw') await writeStream(context, '-', contentOf(source, signal), source.size, progress)
+  if (isPipe(target) && !options['no-create']) {
+    if (request.format === 'raw') await writeStream(context, target, contentOf(source, signal), source.size, progress)
     else if (request.format === 'luks') throw new UsageError('a LUKS volume cannot be sent into a pipe')
     else await sendImage(context, source, request, progress)
     return

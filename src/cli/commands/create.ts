@@ -31,6 +31,8 @@ export const createCommand = command({
     { name: 'FILENAME', optional: true, help: 'the image to make' },
     { name: 'SIZE', optional: true, word: true, help: 'size of the disk' },
   ],
+  // the name - is that of a file here
+  payload: ([name]) => (name === '-' ? undefined : name),
   signedLast: true,
   examples: [
     { line: 'qcow2 create -f qcow2 disk.qcow2 20G', shows: 'an empty disk of 20 GiB' },
@@ -38,7 +40,7 @@ export const createCommand = command({
     { line: 'qcow2 create -f qcow2 -o cluster_size=2M,preallocation=metadata big.qcow2 1T', shows: 'large clusters, all of them mapped' },
   ],
   async run(context) {
-    const { options, args, print, signal } = context
+    const { options, args, print, signal, terminal } = context
     const format = options.format ?? 'raw'
     if (!isImageFormat(format)) throw new ExitError(1, `${args[0] ?? ''}: Unknown file format '${format}'${didYouMean(format, imageFormats)}`)
     if (asksForHelp(options.options)) {
@@ -50,6 +52,8 @@ export const createCommand = command({
     const size = args[1] === undefined ? undefined : newImageSize(args[1])
     const values = await about(filename, async () => gatherValues(context, format, filename, size))
     if (!options.quiet) await print(formattingLine(filename, format, values))
+    // before an error, as qemu-img does
+    await terminal.stdout.flush?.()
     await about(filename, () => makeImage(filename, format, values, signal, parseSecrets(options.object)))
     return 0
   },

@@ -2,6 +2,7 @@ import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
 import type { BlockDevice } from '../../block/device.ts'
 import { convertToQcow2 } from '../../qcow2/convert.ts'
+import { convertToQcow2Stream } from '../../qcow2/convert-stream.ts'
 import { copyDevice } from '../../qcow2/copy.ts'
 import { command, type Context } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
@@ -10,6 +11,9 @@ import { openerFor, forceShareOption, imageOptsOption, objectOption } from '../i
 import { rawImage } from '../image/raw.ts'
 import { parseImageOpts, parsePlace } from '../image/spec.ts'
 import { didYouMean } from '../nearest.ts'
+import { contentOf, writeStream } from '../output.ts'
+import { isPipe, withPayload } from '../payload.ts'
+import type { Progress } from '../progress.ts'
 import { parseSize } from '../size.ts'
 
 const operandNames = ['if', 'of', 'bs', 'count', 'skip'] as const
@@ -26,10 +30,11 @@ export const ddCommand = command({
     ...forceShareOption,
     ...objectOption,
   },
-  arguments: [{ name: 'OPERAND', many: true, optional: true, help: 'if=FILENAME, of=FILENAME; bs=SIZE (default 512), and count=BLOCKS, skip=BLOCKS in blocks of this size' }],
+  arguments: [{ name: 'OPERAND', many: true, optional: true, help: "if=FILENAME, of=FILENAME ('-' for stdout); bs=SIZE (default 512), and count=BLOCKS, skip=BLOCKS in blocks of this size" }],
+  payload: (args) => [...args].reverse().find((word) => word.startsWith('of='))?.slice('of='.length),
   examples: [{ line: 'qcow2 dd -f qcow2 -O raw if=disk.qcow2 of=boot.raw bs=1M count=16', shows: 'the first 16 MiB of a disk' }],
   async run(context) {
-    const { options, args, signal } = context
+    const { options, args } = context
     const format = options['target-format'] ?? 'raw'
     if (format !== 'qcow2' && format !== 'raw') throw new ExitError(1, `Unknown file format '${format}'`)
     const operands = operandsOf(args)
@@ -45,15 +50,26 @@ export const ddCommand = command({
       if (skip * blockSize > source.device.size) context.warn(`${input}: cannot skip to specified offset`)
       const part = rawImage(slice(pad(source.device), start, Math.min(count * blockSize, source.device.size - start), { readOnly: true, keepOpen: true }))
       context.leaves(`${output} is incomplete: delete it`)
-      await using file = await newFile(context, output)
-      if (format === 'raw') await copyDevice(part, file, { signal })
-      else await convertToQcow2(part, file, { signal })
+      await copy(context, part, { format, output }, context.progress())
       return 0
     } finally {
       await source.close()
     }
   },
 })
+
+async function copy(context: Context, part: BlockDevice, { format, output }: { readonly format: 'raw' | 'qcow2'; readonly output: string }, progress: Progress): Promise<void> {
+  const { signal, terminal } = context
+  const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
+  if (isPipe(output)) {
+    if (format === 'raw') await writeStream(context, output, contentOf(part, signal), part.size, progress)
+    else await withPayload(output, terminal, (send) => convertToQcow2Stream(part, send, { signal, onProgress }))
+    return
+  }
+  await using file = await newFile(context, output)
+  if (format === 'raw') await copyDevice(part, file, { signal, onProgress })
+  else await convertToQcow2(part, file, { signal, onProgress })
+}
 
 /** `name=value` words by name; the last one of a name counts. */
 function operandsOf(words: readonly string[]): Map<OperandName, string> {

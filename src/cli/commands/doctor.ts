@@ -2,7 +2,7 @@ import { doctor, type Finding } from '../../snapshot/host-doctor.ts'
 import { command } from '../command.ts'
 import { outputOption } from '../image/options.ts'
 import { prettyJson } from '../print/shapes.ts'
-import { paletteFor, type Palette } from '../terminal.ts'
+import { paletteFor, visible, type Palette } from '../terminal.ts'
 
 export const doctorCommand = command({
   name: 'doctor',
@@ -23,10 +23,10 @@ export const doctorCommand = command({
     if (options.output === 'json') await print(prettyJson(report))
     else {
       const palette = paletteFor(terminal, terminal.stdout)
-      for (const finding of report.findings) for (const line of findingLines(finding, palette)) await print(line)
-      await print('')
-      await print(`saving while the guest runs on: ${verdict(report.backgroundSave, palette)}`)
-      await print(`reverting at once:              ${verdict(report.instantRevert, palette)}`)
+      const lines = report.findings.flatMap((finding) => findingLines(finding, palette))
+      lines.push('', `saving while the guest runs on: ${verdict(report.backgroundSave, palette)}`, `reverting at once:              ${verdict(report.instantRevert, palette)}`)
+      // coloured: not for print, which shows control characters
+      await terminal.stdout.write(`${lines.join('\n')}\n`)
     }
     return report.backgroundSave && report.instantRevert ? 0 : 1
   },
@@ -34,7 +34,7 @@ export const doctorCommand = command({
 
 function findingLines({ name, status, detail, advice }: Finding, palette: Palette): string[] {
   const paint = { yes: palette.green, limited: palette.yellow, no: palette.red, unknown: palette.dim }[status]
-  const line = `${paint(status.padEnd(8))}${name.padEnd(21)}${detail}`
+  const line = `${paint(status.padEnd(8))}${name.padEnd(21)}${visible(detail)}`
   return advice === undefined ? [line] : [line, `${' '.repeat(29)}${palette.dim(advice)}`]
 }
 

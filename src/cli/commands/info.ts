@@ -12,6 +12,7 @@ import { couldNotOpen } from '../image/reasons.ts'
 import { parseName, type ImageSpec } from '../image/spec.ts'
 import { infoText } from '../print/info.ts'
 import { prettyJson, type ImageEntry, type Json } from '../print/shapes.ts'
+import { nameFor } from '../terminal.ts'
 import { snapshotEntry } from './snapshot.ts'
 
 export const infoCommand = command({
@@ -39,7 +40,7 @@ export const infoCommand = command({
     const opener = openerFor(context)
     const entries = await chainEntries(opener, specOf(context), options['backing-chain'])
     if (options.output === 'json') await print(prettyJson(options['backing-chain'] ? entries : entries[0]))
-    else await print(entries.map(infoText).join('\n\n'))
+    else await print(entries.map((entry) => infoText(entry, nameFor(context.terminal.stdout))).join('\n\n'))
     return 0
   },
 })

@@ -5,6 +5,7 @@ import { chainOf, type OpenedImage } from '../image/open.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, outputOption } from '../image/options.ts'
 import { mapHeading, mapJson, mapRow } from '../print/map.ts'
 import { parseSize } from '../size.ts'
+import { nameFor } from '../terminal.ts'
 
 export const mapCommand = command({
   name: 'map',
@@ -34,7 +35,7 @@ export const mapCommand = command({
       const length = Math.max(0, Math.min(limit ?? Infinity, opened.device.size - start))
       const extents = length === 0 ? [] : opened.device.map({ offset: start, length, signal })
       if (options.output === 'json') await printJson(extents, (text) => context.terminal.stdout.write(text))
-      else await printRows(extents, opened, print)
+      else await printRows(extents, opened, print, nameFor(context.terminal.stdout))
       return 0
     } finally {
       await opened.close()
@@ -65,8 +66,8 @@ async function printJson(extents: Extents, write: (text: string) => Promise<void
   }
 }
 
-async function printRows(extents: Extents, opened: OpenedImage, print: (line: string) => Promise<void>): Promise<void> {
-  const files = chainOf(opened).map(({ filename, dataFilename }) => dataFilename ?? filename)
+async function printRows(extents: Extents, opened: OpenedImage, print: (line: string) => Promise<void>, shown: (name: string) => string): Promise<void> {
+  const files = chainOf(opened).map(({ filename, dataFilename }) => shown(dataFilename ?? filename))
   await print(mapHeading)
   for await (const extent of extents) {
     if (!extent.data || extent.zero) continue

@@ -1,12 +1,13 @@
 import { QmpClient } from '../../qmp/client.ts'
 import type { DiskSnapshot } from '../../snapshot/disk-snapshots.ts'
 import { save } from '../../snapshot/save-files.ts'
-import type { SaveMode } from '../../snapshot/save.ts'
+import { saveTo, type SaveMode, type SaveToOptions } from '../../snapshot/save.ts'
 import { command } from '../command.ts'
 import { UsageError } from '../errors.ts'
 import { parseAddress } from '../image/address.ts'
-import { memoryTarget, memoryTargetOptions } from '../image/memory-target.ts'
+import { memoryTarget, memoryTargetOptions, pipeSink } from '../image/memory-target.ts'
 import { outputOption, progressOption, quietOption } from '../image/options.ts'
+import { isPipe, withPayload } from '../payload.ts'
 import { prettyJson } from '../print/shapes.ts'
 import { formatSize } from '../size.ts'
 
@@ -29,8 +30,9 @@ export const saveCommand = command({
   },
   arguments: [
     { name: 'MONITOR', help: "QEMU's QMP monitor: a unix socket, or tcp:HOST:PORT" },
-    { name: 'FILE', help: 'where the memory goes' },
+    { name: 'FILE', help: "where the memory goes; '-' for stdout, with --as=stream" },
   ],
+  payload: (args) => args[1],
   examples: [
     { line: 'qcow2 save vm.qmp warm.qcow2', shows: 'the memory, for a quick revert' },
     { line: 'qcow2 save vm.qmp warm.qcow2 --disk disk0=after.qcow2', shows: 'memory and disk of one instant' },
@@ -43,16 +45,17 @@ export const saveCommand = command({
     await using qmp = await QmpClient.connect(parseAddress(monitor), { signal })
     const progress = context.progress()
     context.leaves('the VM and FILE are as they were; overlay files of --disk may remain, unused')
-    const report = await save(qmp, {
-      memory,
+    const how: SaveToOptions = {
       disks,
       mode: options.mode as SaveMode | undefined,
       fallback: options.fallback as 'stop' | 'precopy' | undefined,
       signal,
-      references: 'any',
       // how much will come is not known beforehand
-      onProgress: ({ done }) => progress.update(done, Math.max(done, 1)),
-    })
+      onProgress: ({ done }) => progress.update(done),
+    }
+    const report = await (typeof memory !== 'string' && 'stream' in memory && isPipe(file)
+      ? withPayload(file, context.terminal, (send) => saveTo(qmp, pipeSink(send), { ...how, memory: { kind: 'stream' } }))
+      : save(qmp, { ...how, memory, references: 'any' }))
     progress.finish()
     const { mode, summary, stoppedFor, took, manifest } = report
     if (options.output === 'json') await print(prettyJson({ mode, stoppedFor, took, bytes: summary.length, manifest }))

@@ -6,6 +6,7 @@ import { ExitError, UsageError } from '../errors.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, outputOption, quietOption } from '../image/options.ts'
 import { prettyJson, type SnapshotEntry } from '../print/shapes.ts'
 import { snapshotTable } from '../print/snapshots.ts'
+import { nameFor } from '../terminal.ts'
 
 const actions = ['list', 'create', 'apply', 'delete', 'rename'] as const
 type Action = (typeof actions)[number]
@@ -44,7 +45,7 @@ export const snapshotCommand = command({
       if (action === 'list') {
         const entries = [...(snapshots ?? [])].map(snapshotEntry)
         if (options.output === 'json') await print(prettyJson(entries))
-        else for (const line of snapshotTable(entries)) await print(line)
+        else for (const line of snapshotTable(entries, nameFor(context.terminal.stdout))) await print(line)
         return 0
       }
       if (snapshots === undefined) throw new ExitError(1, `Could not ${action} snapshot: a ${opened.format} image has none`)

@@ -49,7 +49,7 @@ async function runTraced(context: Context, { names, load }: Commands): Promise<n
     files.set(file, log)
     return trace(device, log)
   }
-  const code = await definition.run({ ...context, options: line.options as Context['options'], args: line.args, order: line.order, wrapDevice })
+  const code = await definition.run({ ...context.as(definition, line), wrapDevice })
   await show(context, files)
   return code
 }

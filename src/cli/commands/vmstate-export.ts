@@ -23,6 +23,7 @@ export const vmstateExport = command({
     { name: 'VM', help: 'IMAGE@SNAPSHOT, a RAM image, or a stream file' },
     { name: 'OUTPUT', help: "the file to write; '-' for stdout" },
   ],
+  payload: (args) => args[1],
   examples: [
     { line: 'qcow2 vmstate export vm.qcow2@running vm.stream', shows: 'take the VM out of the image' },
     { line: 'qcow2 vmstate export --form=plain saved.gz - | ssh host qemu-system-x86_64 -incoming exec:cat', shows: 'resume it elsewhere' },

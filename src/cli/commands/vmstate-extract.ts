@@ -25,6 +25,7 @@ export const vmstateExtract = command({
     { name: 'PART', word: true, help: 'a RAM block such as pc.ram, or a device' },
     { name: 'OUTPUT', help: "the file to write; '-' for stdout" },
   ],
+  payload: (args) => args[2],
   examples: [
     { line: 'qcow2 vmstate extract vm.qcow2@running pc.ram memory.raw', shows: 'the memory, for a debugger' },
     { line: 'qcow2 vmstate extract vm.qcow2@running pc.ram - --offset 0x7c00 --length 512 | xxd', shows: 'the boot sector in memory' },

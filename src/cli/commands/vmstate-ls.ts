@@ -3,6 +3,7 @@ import { ExitError } from '../errors.ts'
 import { openerFor, forceShareOption, objectOption, outputOption } from '../image/options.ts'
 import { prettyJson } from '../print/shapes.ts'
 import { snapshotTable } from '../print/snapshots.ts'
+import { nameFor } from '../terminal.ts'
 import { snapshotEntry } from './snapshot.ts'
 
 export const vmstateLs = command({
@@ -18,7 +19,7 @@ export const vmstateLs = command({
       if (opened.image === undefined) throw new ExitError(1, `${args[0]!} is no qcow2 image; 'vmstate show' looks into a stream file`)
       const saved = [...opened.image.snapshots].filter(({ vmStateSize }) => vmStateSize > 0).map(snapshotEntry)
       if (options.output === 'json') await print(prettyJson(saved))
-      else for (const line of snapshotTable(saved)) await print(line)
+      else for (const line of snapshotTable(saved, nameFor(context.terminal.stdout))) await print(line)
       return 0
     } finally {
       await opened.close()

@@ -1,6 +1,8 @@
-/** Where saved memory goes, by the options `--as`, `--name` and `--backing`. */
+/** Where saved memory goes, by the file's name and the options `--as`, `--name` and `--backing`. */
 import type { MemoryTarget } from '../../snapshot/memory-target.ts'
+import type { SaveSink } from '../../snapshot/save-sink.ts'
 import { UsageError } from '../errors.ts'
+import { isPipe } from '../payload.ts'
 
 /** The options. */
 export const memoryTargetOptions = {
@@ -24,7 +26,13 @@ export function memoryTarget(file: string, { as: kind = 'ram-image', name, backi
   if (kind !== 'snapshot' && name !== undefined) throw new UsageError('--name goes with --as=snapshot')
   if (kind !== 'ram-image' && backing !== undefined) throw new UsageError('--backing goes with RAM images')
   if (kind === 'stream') return { stream: file }
+  if (isPipe(file)) throw new UsageError(`${file === '-' ? 'stdout' : file} takes bytes in their order only: give --as=stream`)
   if (kind !== 'snapshot') return backing === undefined ? file : { ramImage: file, backing }
   if (name === undefined) throw new UsageError('--as=snapshot needs --name')
   return { image: file, snapshot: name }
+}
+
+/** Sends a stream on as it comes. What went into a pipe cannot be taken back: a stream that is not whole ends early, and nobody loads it. */
+export function pipeSink(send: (bytes: Uint8Array) => Promise<void>): SaveSink {
+  return { write: send, finish: () => Promise.resolve(), abort: () => Promise.resolve() }
 }

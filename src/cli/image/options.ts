@@ -2,6 +2,7 @@
 import type { Context, OptionDefinitions } from '../command.ts'
 import { UsageError } from '../errors.ts'
 import { didYouMean } from '../nearest.ts'
+import { say } from '../terminal.ts'
 import { Opener, type OpenedImage, type OpenHow } from './open.ts'
 import { parseSecrets } from './secrets.ts'
 import { parseImageOpts, parseName, type ImageSpec } from './spec.ts'
@@ -52,7 +53,7 @@ export function openerFor<O extends OptionDefinitions>(context: Context<O>): Ope
     warn,
     secrets: parseSecrets(options.object ?? []),
     forceShare: options['force-share'],
-    told: (lines) => lines.forEach((line) => void terminal.stderr.write(`${line}\n`)),
+    told: (lines) => lines.forEach((line) => void say(terminal, line)),
     wrap: context.wrapDevice,
     nameTwice: terminal.program === 'qemu-img',
   })

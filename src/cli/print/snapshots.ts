@@ -2,13 +2,13 @@
 import { formatSize } from '../size.ts'
 import type { SnapshotEntry } from './shapes.ts'
 
-/** `Snapshot list:` and its table; nothing where there are no snapshots. */
-export function snapshotTable(snapshots: readonly SnapshotEntry[]): string[] {
+/** `Snapshot list:` and its table, with names as `shown`; nothing where there are no snapshots. */
+export function snapshotTable(snapshots: readonly SnapshotEntry[], shown: (name: string) => string = (name) => name): string[] {
   if (snapshots.length === 0) return []
   const rows = snapshots.map((snapshot) =>
     row(
-      snapshot.id,
-      snapshot.name,
+      shown(text(snapshot.id)),
+      shown(text(snapshot.name)),
       formatSize(snapshot['vm-state-size']),
       localDate(snapshot['date-sec']),
       clock(snapshot['vm-clock-sec'], snapshot['vm-clock-nsec']),
@@ -19,7 +19,7 @@ export function snapshotTable(snapshots: readonly SnapshotEntry[]): string[] {
 }
 
 function row(id: string, name: string, size: string, date: string, time: string, icount: string): string {
-  const left = `${text(id).padEnd(7)} ${text(name).padEnd(16)}`
+  const left = `${id.padEnd(7)} ${name.padEnd(16)}`
   return `${left} ${size.padStart(8)} ${date.padStart(19)} ${time.padStart(15)} ${icount.padStart(10)}`
 }
 
