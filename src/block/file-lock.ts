@@ -2,15 +2,16 @@
  * Recognises that a running QEMU holds an image. QEMU takes advisory locks on single bytes of the
  * file: byte 100 + p for each permission p that it holds, byte 200 + p for each that it does not
  * share with others. Node can neither take nor test such locks, but Linux lists them in `/proc/locks`.
- * So QEMU's use is seen here, while ours stays unseen by QEMU, and by other processes.
- *
- * Within this process a list of the images that are open for writing does the same.
+ * So QEMU's use is seen here, while ours stays unseen by QEMU. Other processes of this library are `file-claim.ts`.
  */
-import { stat as lookUp, type BigIntStats } from 'node:fs'
-import { readFile, stat } from 'node:fs/promises'
+import { open, readFile, stat } from 'node:fs/promises'
+import { constants, fstatSync, type BigIntStats } from 'node:fs'
 import type { FileHandle } from 'node:fs/promises'
 import { Qcow2Error } from '../core/errors.ts'
-import type { BlockDevice } from './device.ts'
+import { writtenHere } from './file-claim.ts'
+import { fileIdentity } from './file-identity.ts'
+import { mountDevice } from './file-mount.ts'
+import { processFiles } from './file-registry.ts'
 
 /** What a QEMU may hold or withhold, by QEMU's names; the order is that of the lock bytes. */
 export const lockPermissions = ['consistent read', 'write', 'write unchanged', 'resize'] as const
@@ -29,54 +30,42 @@ export interface ImageLocks {
 const heldBase = 100
 const unsharedBase = 200
 
+/** A path, a `file:` URL, an open `FileHandle` or a descriptor. */
+type OpenOrNamed = string | URL | FileHandle | number
+
 /**
  * The locks of running QEMUs on `file`; both sets are empty where there are none, and where the system does not
  * list locks (other systems than Linux).
  */
-export async function readImageLocks(file: string | URL | FileHandle): Promise<ImageLocks> {
+export async function readImageLocks(file: string | URL | FileHandle | number): Promise<ImageLocks> {
   const list = await readFile('/proc/locks', 'utf8').catch(() => '')
   const { dev, ino } = await statOf(file)
-  return parseLocks(list, dev, ino)
+  const locks = parseLocks(list, dev, ino)
+  if (locks.held.size + locks.unshared.size > 0 || !list.includes(`:${ino} `)) return locks
+  // the list has the device of the file system, `stat` perhaps that of a part of it
+  const mounted = await mountDeviceOf(file)
+  return mounted === undefined || mounted === dev ? locks : parseLocks(list, mounted, ino)
 }
 
-/** Files that images of this process are open for writing on, by device and inode. */
-const written = new Set<string>()
-
-/**
- * Marks the file that `device` stands on as one that an image of this process writes to, until the function returned
- * is called. A device on no file, or on a part of one, is nobody else's concern.
- * @throws Qcow2Error `ERR_BUSY` if another image does.
- */
-export function holdImageFile(device: BlockDevice): () => void {
-  const { identity, path } = device
-  if (identity === undefined) return () => undefined
-  if (written.has(identity)) throw writtenHere(path ?? 'file')
-  written.add(identity)
-  return () => written.delete(identity)
+async function mountDeviceOf(file: OpenOrNamed): Promise<bigint | undefined> {
+  if (typeof file === 'number') return mountDevice(file)
+  if (typeof file !== 'string' && !(file instanceof URL)) return mountDevice(file.fd)
+  // whatever it is by now, opening it waits for nobody
+  const handle = await open(file, constants.O_RDONLY | constants.O_NONBLOCK)
+  try {
+    return await mountDevice(handle.fd)
+  } finally {
+    await handle.close()
+  }
 }
 
-/** Names a file, whatever path leads to it. */
-export function fileIdentity({ dev, ino }: BigIntStats): string {
-  return `${dev}:${ino}`
-}
-
-/** The identity of the file at `path`; undefined if there is none. */
-export function identityAt(path: string): Promise<string | undefined> {
-  return new Promise((found) => {
-    lookUp(path, { bigint: true }, (error, stat) => found(error === null ? fileIdentity(stat) : undefined))
-  })
-}
-
-function statOf(file: string | URL | FileHandle): Promise<BigIntStats> {
+function statOf(file: OpenOrNamed): BigIntStats | Promise<BigIntStats> {
+  if (typeof file === 'number') return fstatSync(file, { bigint: true })
   return typeof file === 'string' || file instanceof URL ? stat(file, { bigint: true }) : file.stat({ bigint: true })
 }
 
-function nameOf(file: string | URL | FileHandle): string {
+function nameOf(file: OpenOrNamed): string {
   return typeof file === 'string' || file instanceof URL ? String(file) : 'file'
-}
-
-function writtenHere(name: string): Qcow2Error {
-  return new Qcow2Error('ERR_BUSY', `${name}: an image of this process has this file open for writing; use that one, or close it first`)
 }
 
 /**
@@ -85,9 +74,8 @@ function writtenHere(name: string): Qcow2Error {
  * an image of this process is open for writing on it.
  * @throws Qcow2Error `ERR_BUSY`
  */
-export async function checkImageLocks(file: string | URL | FileHandle, access: 'read' | 'write'): Promise<void> {
-  const name = nameOf(file)
-  if (access === 'write' && written.has(fileIdentity(await statOf(file)))) throw writtenHere(name)
+export async function checkImageLocks(file: string | URL | FileHandle | number, access: 'read' | 'write', name: string = nameOf(file)): Promise<void> {
+  if (access === 'write' && processFiles.written.has(fileIdentity(await statOf(file)))) throw writtenHere(name)
   const { held, unshared } = await readImageLocks(file)
   if (held.has('write')) {
     const advice = access === 'read' ? 'forceShare (--force-share) reads it nevertheless' : 'end it, or ask it for the change'

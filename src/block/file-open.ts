@@ -10,7 +10,8 @@ import type { OptionNames } from '../core/options.ts'
 import type { CallOptions } from './device.ts'
 import { probeAlignment, type DirectAlignment } from './file-direct.ts'
 import { fileError, openError, systemCode } from './file-error.ts'
-import { fileIdentity } from './file-lock.ts'
+import { claimTarget } from './file-gate.ts'
+import { fileIdentity } from './file-identity.ts'
 
 /** Options of `openFile`. */
 export interface FileOptions extends CallOptions {
@@ -22,8 +23,16 @@ export interface FileOptions extends CallOptions {
    * filesystem has none.
    */
   readonly direct?: boolean | undefined
-  /** `'wx'`: the file must not exist and is created; `'w'`: it is created, or emptied. As Node's flags. */
+  /**
+   * `'wx'`: the file must not exist and is created; `'w'`: it is created, or emptied. As Node's flags, but a file that
+   * is in use is not emptied: `ERR_BUSY` if this process has it open, if another process of this library has it open for
+   * writing, or if a running QEMU uses it. A block device is never emptied.
+   */
   readonly create?: 'wx' | 'w' | undefined
+  /** Permissions of a file that is created, less the process's umask. Default 0o666. */
+  readonly mode?: number | undefined
+  /** False: with `create`, empty a file whoever else uses it. Default true. */
+  readonly locking?: boolean | undefined
   /**
    * Requests of at most this many bytes are made synchronously: about five times faster when the page
    * cache has the bytes, and a fifth for one after the other with `direct`, but the event loop stands
@@ -33,7 +42,7 @@ export interface FileOptions extends CallOptions {
   readonly syncLimit?: number | undefined
 }
 
-export const fileOptions: OptionNames<FileOptions> = { readOnly: true, direct: true, create: true, syncLimit: true, signal: true }
+export const fileOptions: OptionNames<FileOptions> = { readOnly: true, direct: true, create: true, mode: true, locking: true, syncLimit: true, signal: true }
 
 /** An open file and what is known of it. */
 export interface OpenedFile {
@@ -44,17 +53,24 @@ export interface OpenedFile {
   readonly isBlockDevice: boolean
   readonly identity: string
   readonly alignment: DirectAlignment
+  /** Ends the claim on a file that was opened to be written anew. */
+  readonly letGo: () => void
 }
 
 /** Opens a file; one that is of no use here is closed again. */
 export async function openDescriptor(file: string | URL | FileHandle, options: FileOptions): Promise<OpenedFile> {
   const opened = await openHandle(file, options)
   const { fd, path, handle } = opened
+  let letGo = nothing
   try {
-    const { size, isBlockDevice, identity } = measure(fd, path)
+    const { isBlockDevice, identity } = measure(fd, path)
+    if (options.create !== undefined && options.locking !== false) letGo = await claimTarget(fd, identity, path ?? 'FileHandle')
+    if (options.create === 'w' && !isBlockDevice) fs.ftruncateSync(fd, 0)
+    const { size } = measure(fd, path)
     const alignment = options.direct === true ? await probeAlignment(fd, size, path ?? 'FileHandle') : { request: 1, memory: 1 }
-    return { ...opened, size, isBlockDevice, identity, alignment }
+    return { ...opened, size, isBlockDevice, identity, alignment, letGo }
   } catch (error) {
+    letGo()
     await (handle === undefined ? closeDescriptor(fd) : handle.close())
     throw error
   }
@@ -73,7 +89,7 @@ async function openHandle(file: string | URL | FileHandle, options: FileOptions)
 }
 
 /** Ends when `signal` aborts, even where the system does not answer: what it opens later is closed. */
-function openPath(path: string, flags: number, { signal, direct }: FileOptions): Promise<number> {
+function openPath(path: string, flags: number, { signal, direct, mode = 0o666 }: FileOptions): Promise<number> {
   return new Promise((resolve, reject) => {
     let aborted = false
     const onAbort = (): void => {
@@ -81,7 +97,7 @@ function openPath(path: string, flags: number, { signal, direct }: FileOptions):
       reject(signal!.reason as Error)
     }
     signal?.addEventListener('abort', onAbort, { once: true })
-    fs.open(path, flags, 0o666, (error, fd) => {
+    fs.open(path, flags, mode, (error, fd) => {
       signal?.removeEventListener('abort', onAbort)
       if (error !== null) reject(refusedByKind(path, error) ?? openError(error, path, direct === true))
       else if (aborted) fs.close(fd)
@@ -109,7 +125,7 @@ function notAFile(name: string, stat: fs.StatsBase<number> | fs.StatsBase<bigint
 }
 
 function openFlags(options: FileOptions): number {
-  const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC } = fs.constants
+  const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL } = fs.constants
   const { O_DIRECT: direct, O_NONBLOCK: nonBlocking } = fs.constants as { O_DIRECT?: number; O_NONBLOCK?: number }
   if (options.readOnly === true && options.create !== undefined) {
     throw new TypeError('create and readOnly exclude each other: a new file is opened for writing')
@@ -119,7 +135,7 @@ function openFlags(options: FileOptions): number {
   }
   // opening a pipe would wait for its other end, in a thread of the pool; files and devices do not mind the flag
   let flags = (options.readOnly === true ? O_RDONLY : O_RDWR) | (nonBlocking ?? 0)
-  if (options.create !== undefined) flags |= O_CREAT | (options.create === 'wx' ? O_EXCL : O_TRUNC)
+  if (options.create !== undefined) flags |= O_CREAT | (options.create === 'wx' ? O_EXCL : 0)
   return options.direct === true ? flags | (direct ?? 0) : flags
 }
 
@@ -151,3 +167,5 @@ export function closeDescriptor(fd: number): Promise<void> {
     })
   })
 }
+
+const nothing = (): void => undefined

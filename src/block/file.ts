@@ -12,6 +12,7 @@ import { refuseUnknownOptions } from '../core/options.ts'
 import { BaseDevice, type BlockLimits, type WriteZeroesOptions } from './device.ts'
 import { fileError } from './file-error.ts'
 import { closeDescriptor, fileOptions, openDescriptor, type FileOptions, type OpenedFile } from './file-open.ts'
+import { noteOpen } from './file-registry.ts'
 import { isInMemory } from './file-system.ts'
 import { allocateAligned } from './slab.ts'
 
@@ -42,12 +43,11 @@ export function openFile(file: string | URL | FileHandle, options: FileOptions =
 
 /** A file as a `BlockDevice`: grows when written past its end, and does not give space back. */
 export class FileDevice extends BaseDevice {
-  /** Path as it was opened; undefined for a `FileHandle`. */
-  readonly path: string | undefined
   /** Device and inode: the same for every device on the same file, whatever path it was opened by. */
   readonly identity: string
   readonly readOnly: boolean
   readonly limits: BlockLimits
+  #path: string | undefined
   readonly #fd: number
   readonly #handle: FileHandle | undefined
   readonly #syncLimit: number
@@ -62,12 +62,17 @@ export class FileDevice extends BaseDevice {
   #idle: (() => void) | undefined
   #released = false
   #lostWrites: Error | undefined
+  /** Called when the file is closed. */
+  readonly #endings: (() => void)[] = []
+  /** What the next flush makes durable besides the file: that it has its name. */
+  #besides: (() => Promise<void>) | undefined
 
   private constructor(opened: OpenedFile, options: FileOptions) {
     super()
-    this.path = opened.path
+    this.#path = opened.path
     this.identity = opened.identity
     this.#fd = opened.fd
+    this.#endings.push(noteOpen(opened.identity), opened.letGo)
     this.#handle = opened.handle
     this.#size = opened.size
     this.#submittedEnd = opened.size
@@ -90,12 +95,41 @@ export class FileDevice extends BaseDevice {
     return new FileDevice(await openDescriptor(file, options), options)
   }
 
+  /** Path as it was opened; undefined for a `FileHandle`. */
+  get path(): string | undefined {
+    return this.#path
+  }
+
   get size(): number {
     return this.#size
   }
 
   override get growable(): boolean {
     return this.#growable
+  }
+
+  /** @internal The file has, or will have, another name than it was opened by: what errors and references go by. */
+  named(path: string): void {
+    this.#path = path
+  }
+
+  /**
+   * @internal Gives the file an owner, where this process may, and permissions.
+   */
+  async access({ uid, gid, mode }: { readonly uid: number; readonly gid: number; readonly mode: number }): Promise<void> {
+    const owned = await new Promise<boolean>((settle) => fs.fchown(this.#fd, uid, gid, (error) => settle(error === null)))
+    // what only the owner of the old file was to have, this process's user does not hand to others
+    await this.#call('open', (settle) => fs.fchmod(this.#fd, owned ? mode : mode & 0o777, settle))
+  }
+
+  /** @internal Calls `ending` when the file is closed. */
+  onceClosed(ending: () => void): void {
+    this.#endings.push(ending)
+  }
+
+  /** @internal The next flush also does `task`. */
+  withNextFlush(task: () => Promise<void>): void {
+    this.#besides = task
   }
 
   protected onRead(offset: number, target: Uint8Array): Promise<void> {
@@ -128,8 +162,10 @@ export class FileDevice extends BaseDevice {
    */
   protected async onFlush(): Promise<void> {
     if (this.#lostWrites !== undefined) throw this.#lostWrites
+    const besides = this.#besides
     try {
-      await this.#call('flush', (settle) => fs.fdatasync(this.#fd, settle))
+      await Promise.all([this.#call('flush', (settle) => fs.fdatasync(this.#fd, settle)), besides?.()])
+      if (this.#besides === besides) this.#besides = undefined
     } catch (error) {
       if (!this.#direct) this.#lostWrites = error as Error
       throw error
@@ -152,6 +188,7 @@ export class FileDevice extends BaseDevice {
     // a descriptor closed under a running request may be reused by another file
     if (this.#inFlight > 0) await new Promise<void>((resolve) => (this.#idle = resolve))
     this.#released = true
+    for (const ending of this.#endings) ending()
     await (this.#handle === undefined ? closeDescriptor(this.#fd) : this.#handle.close())
   }
 

@@ -2,11 +2,13 @@
  * Everything that a function taking "an image" accepts, made a `BlockDevice`. Owns the choice of the driver, and what becomes of a file in the way. A
  * build for browsers replaces `file.ts` and `file-lock.ts`, which alone need Node.
  */
-import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
+import { UnsupportedError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { BlobDevice } from './blob.ts'
 import type { BlockDevice, CallOptions } from './device.ts'
 import { checkImageLocks } from './file-lock.ts'
+import { claim } from './file-claim.ts'
+import { newFile } from './file-new.ts'
 import { openFile, type FileHandle } from './file.ts'
 import { openHttp } from './http.ts'
 import { MemoryDevice } from './memory.ts'
@@ -56,32 +58,52 @@ export function withSource<T>(source: Source, options: SourceOptions, task: (dev
   return withDevice(source, () => openSource(source, options), task)
 }
 
-/** How a target is opened. */
+/** How a target is opened: see `newFile`. */
 interface TargetOptions extends CallOptions {
-  /** Fail with `ERR_EXISTS` if the file exists, instead of emptying it. */
   readonly exclusive?: boolean | undefined
   readonly direct?: boolean | undefined
   readonly syncLimit?: number | undefined
+  readonly mode?: number | undefined
+  readonly locking?: boolean | undefined
 }
 
-/** A fresh file for a path or `file:` URL; anything else as it is. A file that a running QEMU uses is left alone. */
-export async function openTarget(target: Source, { exclusive, direct, syncLimit, signal }: TargetOptions = {}): Promise<BlockDevice> {
-  if (typeof target !== 'string' && !(target instanceof URL)) return openSource(target)
-  try {
-    return await openFile(target, { direct, syncLimit, signal, create: 'wx' })
-  } catch (error) {
-    if (exclusive === true || !Qcow2Error.is(error, 'ERR_EXISTS')) throw error
-  }
-  await checkImageLocks(target, 'write')
-  return openFile(target, { direct, syncLimit, signal, create: 'w' })
+/** Where a result is written. */
+export interface Target {
+  /** Of a path: a file made anew, which has its name only when it is kept. Anything else as it is. */
+  readonly device: BlockDevice
+  /** When others see what is written. */
+  readonly shows: 'at once' | 'when kept'
+  /** The result is whole: what was written becomes durable, and a file gets its name. A device given is left as it is. */
+  keep(options?: { readonly folder?: 'now' | 'with next flush' }): Promise<void>
+  /** Closes what was opened here. A file that was not kept disappears, what had its name stays. */
+  discard(): Promise<void>
 }
 
 /**
- * Runs a task on the device of a target. A device given stays open; what is opened for the task is closed after it. A
- * file that exists is not touched: it could be the one that the task reads from.
+ * Opens a target. A path is a new file beside what has its name; a device given stays the caller's.
+ * @throws Qcow2Error `ERR_BUSY` if the file at a path is in use, `ERR_EXISTS` with `exclusive`, and what `openFile` throws
  */
-export function withTarget<T>(target: Source, { signal }: CallOptions, task: (device: BlockDevice) => Promise<T>): Promise<T> {
-  return withDevice(target, () => openTarget(target, { exclusive: true, signal }), task)
+export async function openTarget(target: Source, options: TargetOptions = {}): Promise<Target> {
+  const { exclusive, direct, syncLimit, mode, locking, signal } = options
+  if (typeof target === 'string' || target instanceof URL) return newFile(target, { exclusive, direct, syncLimit, mode, locking, signal })
+  if (isBlockDevice(target)) return { device: target, shows: 'at once', keep: nothing, discard: nothing }
+  const device = await openSource(target)
+  return { device, shows: 'at once', keep: nothing, discard: () => device.close() }
+}
+
+/**
+ * Runs a task on the device of a target. A device given stays open; a file that is made for the task is closed after it, and
+ * is there only if the task succeeds. A file that exists is not touched: it could be the one that the task reads from.
+ */
+export async function withTarget<T>(given: Source, { signal }: CallOptions, task: (device: BlockDevice) => Promise<T>): Promise<T> {
+  const target = await openTarget(given, { exclusive: true, signal })
+  try {
+    const result = await task(target.device)
+    await target.keep()
+    return result
+  } finally {
+    await target.discard()
+  }
 }
 
 async function withDevice<T>(given: Source, open: () => Promise<BlockDevice>, task: (device: BlockDevice) => Promise<T>): Promise<T> {
@@ -94,11 +116,14 @@ async function withDevice<T>(given: Source, open: () => Promise<BlockDevice>, ta
   }
 }
 
+const nothing = (): Promise<void> => Promise.resolve()
+
 async function openLocal(file: string | URL | FileHandle, readOnly: boolean, options: SourceOptions): Promise<BlockDevice> {
   const { direct, syncLimit, signal } = options
   const device = await openFile(file, { readOnly, direct, syncLimit, signal })
   try {
     if (options.locking !== false && (!readOnly || options.forceShare !== true)) await checkImageLocks(file, readOnly ? 'read' : 'write')
+    if (options.locking !== false && !readOnly) device.onceClosed(await claim(device.identity, device.path ?? 'file'))
     return pad(device)
   } catch (error) {
     await device.close()

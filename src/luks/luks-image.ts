@@ -9,7 +9,7 @@ import { isReadOnly, openSource, openTarget, type Source } from '../block/source
 import { decodeLuksHeader, maxLuksArea, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import type { SectorCipher } from '../codec/crypto/sector-cipher.ts'
 import { viewOf } from '../bytes/view.ts'
-import { FormatError } from '../core/errors.ts'
+import { FormatError, IoError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 
 /** How a LUKS volume is opened. */
@@ -84,9 +84,9 @@ export class LuksImage extends FilterDevice {
   }
 
   /**
-   * Makes a new volume as QEMU does (aes-256, xts-plain64, sha256), durable, and opens it for writing. What a file held
-   * before is lost.
-   * @throws RangeError for a size that is not a multiple of 512; what {@link open} throws of options.
+   * Makes a new volume as QEMU does (aes-256, xts-plain64, sha256), durable, and opens it for writing. A file at a path is
+   * replaced; the disk in a device of fixed size reaches to its end.
+   * @throws Qcow2Error `ERR_BUSY` if the file at a path is in use, `ERR_NO_SPACE` for a device that is too small; RangeError for a size that is not a multiple of 512; what {@link open} throws of options.
    */
   static async create(target: Source, options: CreateLuksImageOptions): Promise<LuksImage> {
     refuseUnknownOptions('LuksImage.create', options, createOptions)
@@ -94,14 +94,14 @@ export class LuksImage extends FilterDevice {
     if (!Number.isSafeInteger(size) || size < 0 || size % sectorSize !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
     const { createLuks } = await loadCrypto()
     const { area, cipher } = await createLuks(passphrase, { iterations })
-    const host = await openTarget(target, { signal })
+    const file = await openTarget(target, { signal })
     try {
-      await host.resize(area.length + size)
-      await host.write(0, area, { signal })
-      await host.flush({ signal })
+      const host = pad(file.device)
+      await layOut(host, area, size, { signal })
+      await file.keep()
       return new LuksImage(host, decodeLuksHeader(area), cipher)
     } catch (error) {
-      if (host !== target) await host.close()
+      await file.discard()
       throw error
     }
   }
@@ -195,4 +195,25 @@ async function readArea(host: BlockDevice): Promise<Uint8Array> {
     throw new FormatError(detail, { structure: 'LUKS header', field: 'payload_offset', offset: payloadOffsetAt })
   }
   return host.read(0, length)
+}
+
+/** Bytes that hold what makes a file a volume. */
+const headerBytes = 4096
+
+/** Writes the area before the disk. Its first bytes go last, when the rest is durable, and those of an older volume first. */
+async function layOut(host: BlockDevice, area: Uint8Array, size: number, options: CallOptions): Promise<void> {
+  const end = area.length + size
+  if (!host.growable && host.size < end) {
+    const cause = new Error(`the volume takes ${end} bytes, the device has ${host.size}: No space left on device`)
+    throw new IoError('resize', cause, { code: 'ERR_NO_SPACE', offset: host.size, length: end - host.size })
+  }
+  if (host.size > 0) {
+    await (host.growable ? host.resize(0, options) : host.writeZeroes(0, headerBytes, options))
+    await host.flush(options)
+  }
+  if (host.growable) await host.resize(end, options)
+  await host.write(headerBytes, area.subarray(headerBytes), options)
+  await host.flush(options)
+  await host.write(0, area.subarray(0, headerBytes), options)
+  await host.flush(options)
 }

@@ -4,6 +4,7 @@
  *
  *   | header | refcount table | refcount blocks | L1 table | L2 tables, data (if preallocated) |
  */
+import { zeroContent } from '../block/zero-content.ts'
 import type { EngineState } from './engine.ts'
 import { encodeExtensions, extensionType, type Extension } from './extensions.ts'
 import { autoclear, compatible, encodeFeatureNames, featureNames, incompatible } from './features.ts'
@@ -190,26 +191,48 @@ function newContent(options: LayoutOptions, header: Header): HeaderCluster {
 
 const pieceBytes = 1 << 20
 
+/** Bytes of the file that a layout takes: to the end of its last structure. */
+export function layoutEnd({ geometry, content: { header }, clusters, l1Clusters, l2Tables }: Layout): number {
+  const lastIsL1 = l2Tables.clusters === 0
+  return lastIsL1 && l1Clusters > 0 ? header.l1TableOffset + header.l1Size * 8 : clusters * geometry.clusterSize
+}
+
 /**
- * Writes a planned image into an empty file. The header comes last: before it is written the file is
- * not an image. Nothing is flushed.
+ * Makes a place that has content, a device or a file that the caller opened, read as zeroes wherever the layout will lie. The
+ * header of an image that was there goes first, and durably: after a crash no old header refers to what is half overwritten.
  */
-export async function writeLayout(host: HostFile, layout: Layout): Promise<void> {
-  const { geometry, content, clusters, l1Clusters, data, l2Tables } = layout
-  const { clusterSize } = geometry
-  const { header } = content
+export async function makeBlank(host: HostFile, layout: Layout): Promise<void> {
+  const { device } = host
+  if (device.size === 0) return
+  if (device.growable) {
+    await device.resize(0)
+    await device.flush()
+    return
+  }
+  const { clusterSize } = layout.geometry
+  const end = Math.min(layout.clusters * clusterSize, device.size)
+  await zeroContent(device, 0, Math.min(clusterSize, end))
+  await device.flush()
+  await zeroContent(device, 0, end)
+}
+
+/**
+ * Writes a planned image where all reads as zeroes: what is left out does. The header comes last, when the rest is
+ * durable: before it is written the file is not an image. It is not flushed.
+ */
+export async function writeLayout(host: HostFile, layout: Layout, order: 'flushed' | 'any'): Promise<void> {
+  const { geometry, content, data } = layout
   const pieces = refcountPieces(layout)
   if (layout.preallocation !== 'off') await writeMapping(host, layout)
-  const lastIsL1 = l2Tables.clusters === 0
-  const end = lastIsL1 && l1Clusters > 0 ? header.l1TableOffset + header.l1Size * 8 : clusters * clusterSize
-  await Promise.all([host.writeAll(pieces), host.ensureSize(end)])
+  await Promise.all([host.writeAll(pieces), host.ensureSize(layoutEnd(layout))])
   if (layout.preallocation === 'falloc' || layout.preallocation === 'full') {
-    const zeroes = host.allocate(Math.min(pieceBytes, data.clusters * clusterSize)).fill(0)
-    const stop = data.offset + data.clusters * clusterSize
+    const zeroes = host.allocate(Math.min(pieceBytes, data.clusters * geometry.clusterSize)).fill(0)
+    const stop = data.offset + data.clusters * geometry.clusterSize
     for (let at = data.offset; at < stop; at += zeroes.length) {
       await host.write(at, zeroes.subarray(0, Math.min(zeroes.length, stop - at)))
     }
   }
+  if (order === 'flushed') await host.flush()
   await host.write(0, encodeHeaderCluster(content))
 }
 

@@ -12,7 +12,7 @@ import {
   type MapOptions,
   type WriteZeroesOptions,
 } from '../block/device.ts'
-import { holdImageFile } from '../block/file-lock.ts'
+import { holdImageFile } from '../block/file-claim.ts'
 import { isReadOnly, openSource, pathOf, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
@@ -112,7 +112,7 @@ export class Qcow2Image extends BaseDevice {
     const device = await openSource(source, { readOnly, direct, syncLimit, forceShare, signal })
     let release: (() => void) | undefined
     try {
-      if (!device.readOnly) release = holdImageFile(device)
+      if (!device.readOnly) release = await holdImageFile(device)
       const context = rootContext(pathOf(source), options, openNested)
       return new Qcow2Image(
         await openEngine(device, { readOnly: device.readOnly, cacheSize, context, openCipher: cipherFrom(options), onRepair }),

@@ -3,14 +3,19 @@
  * failure leaves nothing open.
  */
 import type { CallOptions } from '../block/device.ts'
-import { holdImageFile } from '../block/file-lock.ts'
-import { openTarget, pathOf, type Source } from '../block/source.ts'
+import { holdImageFile } from '../block/file-claim.ts'
+import { pad } from '../block/pad.ts'
+import { openTarget, pathOf, type Source, type Target } from '../block/source.ts'
+import { zeroContent } from '../block/zero-content.ts'
+import { IoError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
-import { freshState, planLayout, writeLayout, type LayoutOptions } from './create.ts'
+import { freshState, layoutEnd, makeBlank, planLayout, writeLayout, type Layout, type LayoutOptions } from './create.ts'
 import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
+import type { HostFile } from './host-file.ts'
 import { assembleEngine, hostFile, readState } from './open.ts'
 import { createDataFile, openBacking, rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
+import { settle } from './shutdown.ts'
 import { zeroActive } from './zero.ts'
 
 /** Options of `Qcow2Image.create`. */
@@ -23,6 +28,10 @@ export interface CreateOptions extends Omit<LayoutOptions, 'size'>, Omit<Referen
   readonly syncLimit?: number | undefined
   /** Fail with `ERR_EXISTS` if the file exists, instead of replacing it. Default false. */
   readonly exclusive?: boolean | undefined
+  /** Permissions of the new file. Default: those of the file that is replaced, or 0o666 less the umask. */
+  readonly mode?: number | undefined
+  /** False: replace a file whoever uses it. Default true. */
+  readonly locking?: boolean | undefined
   /** Encrypt guest data. Default: not. */
   readonly encryption?: EncryptionOptions | undefined
 }
@@ -42,6 +51,8 @@ const createOptions: OptionNames<CreateOptions> = {
   encryption: true,
   exclusive: true,
   direct: true,
+  mode: true,
+  locking: true,
   syncLimit: true,
   references: true,
   probeBackingFormat: true,
@@ -74,30 +85,89 @@ export async function createEngine(target: Source, options: CreateOptions, openI
   }
 }
 
-async function createSized(target: Source, options: CreateOptions & LayoutOptions, context: ReferenceContext): Promise<NewEngine> {
+async function createSized(given: Source, options: CreateOptions & LayoutOptions, context: ReferenceContext): Promise<NewEngine> {
   const layout = planLayout(options)
   if (options.encryption !== undefined) checkEncryption(options)
-  const device = await openTarget(target, options)
-  const host = hostFile(device)
+  const target = await openTarget(given, options)
+  const host = hostFile(target.device)
+  let dataFile: Target | undefined
   let release: (() => void) | undefined
   try {
-    release = holdImageFile(device)
-    if (options.dataFile !== undefined) await createDataFile(options.dataFile, layout.content.header.size, context)
-    await writeLayout(host, layout)
-    const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
-    const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
-    const isMapped = layout.preallocation !== 'off' && !engine.geometry.extendedL2
-    if (options.encryption !== undefined && isMapped) await zeroActive(engine, 0, engine.header.size, 'keep', options.signal)
-    // for encrypted images only: Node's ciphers take a few milliseconds to load
-    if (options.encryption !== undefined) engine.cipher = await (await import('./encryption.ts')).encryptEmptyImage(engine, options.encryption)
-    engine.unchanged = false
-    engine.untouched = false
+    refuseTooSmall(host, layout)
+    release = await holdImageFile(target.device)
+    if (options.dataFile !== undefined) dataFile = await newDataFile(options, layout, context)
+    const engine = await writeEngine(host, layout, target.shows === 'when kept' ? 'any' : 'flushed', options, dataFile === undefined ? context : withDataFile(context, dataFile))
+    await keepEngine(engine, target, dataFile)
     return { engine, release }
   } catch (error) {
     release?.()
-    if (device !== target) await device.close()
+    await dataFile?.discard()
+    await target.discard()
     throw error
   }
+}
+
+/** A place of fixed size is refused before it is touched. */
+function refuseTooSmall({ device }: HostFile, layout: Layout): void {
+  const needed = layoutEnd(layout)
+  if (device.growable || device.size >= needed) return
+  const cause = new Error(`the new image takes ${needed} bytes, the device has ${device.size}: No space left on device`)
+  throw new IoError('resize', cause, { code: 'ERR_NO_SPACE', offset: device.size, length: needed - device.size })
+}
+
+/** Writes the image and opens it. */
+async function writeEngine(host: HostFile, layout: Layout, order: 'flushed' | 'any', options: CreateOptions, context: ReferenceContext): Promise<Engine> {
+  await makeBlank(host, layout)
+  await writeLayout(host, layout, order)
+  const state = layout.preallocation === 'off' ? freshState(layout) : await readState(host, layout.content, false)
+  const engine = await assembleEngine(host, state, { readOnly: false, cacheSize: options.cacheSize, context })
+  if (options.encryption === undefined) return engine
+  try {
+    await encrypt(engine, layout, options.encryption, options.signal)
+    return engine
+  } catch (error) {
+    await engine.backing?.close()
+    throw error
+  }
+}
+
+async function encrypt(engine: Engine, layout: Layout, encryption: EncryptionOptions, signal: AbortSignal | undefined): Promise<void> {
+  const isMapped = layout.preallocation !== 'off' && !engine.geometry.extendedL2
+  if (isMapped) await zeroActive(engine, 0, engine.header.size, 'keep', signal)
+  // for encrypted images only: Node's ciphers take a few milliseconds to load
+  engine.cipher = await (await import('./encryption.ts')).encryptEmptyImage(engine, encryption)
+  await settle(engine)
+}
+
+/** Makes the image durable; it gets its name after the data file has its own. Nothing is owed then until the next change. */
+async function keepEngine(engine: Engine, target: Target, dataFile: Target | undefined): Promise<void> {
+  if (dataFile !== undefined) {
+    await engine.data.flush()
+    await dataFile.keep()
+  }
+  // a file made anew is flushed as it is kept; what pads it is not
+  if (target.shows === 'at once' || engine.host.device !== target.device) await engine.host.flush()
+  await target.keep({ folder: 'with next flush' })
+}
+
+/** The data file, empty: all of it reads as zeroes, as far as the image will read it. */
+async function newDataFile({ dataFile, signal }: CreateOptions, layout: Layout, context: ReferenceContext): Promise<Target> {
+  const { size } = layout.content.header
+  const target = await createDataFile(dataFile!, context, { signal })
+  const { device } = target
+  try {
+    if (device.growable && device.size > 0) await device.resize(0)
+    if (device.size < size) await device.resize(size, { signal })
+    if (!device.growable && layout.preallocation !== 'off') await zeroContent(pad(device), 0, size, { signal })
+    return target
+  } catch (error) {
+    await target.discard()
+    throw error
+  }
+}
+
+function withDataFile(context: ReferenceContext, { device }: Target): ReferenceContext {
+  return { ...context, options: { ...context.options, dataFile: device } }
 }
 
 /** Version 2 knows only legacy AES, and cannot say that a cluster with space reads as zeroes: it would read as decrypted ones. */

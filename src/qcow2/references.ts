@@ -4,10 +4,11 @@
  * reference is followed only within the directory tree of the image; protocol prefixes and `json:` are
  * refused, and a format is never guessed.
  */
-import type { BlockDevice } from '../block/device.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { openFile } from '../block/file.ts'
-import { identityAt } from '../block/file-lock.ts'
+import { identityAt } from '../block/file-identity.ts'
 import { isInTreeOf, resolveReference } from '../block/file-path.ts'
+import { openTarget, type Target } from '../block/source.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { hasMagic } from './header.ts'
 
@@ -110,26 +111,27 @@ async function chainOf({ chain, path }: ReferenceContext): Promise<readonly Chai
   return path === undefined ? [] : [{ path, identity: await identityAt(path) }]
 }
 
-/**
- * Opens the external data file an image names. A relative name is relative to the working directory, as
- * in QEMU. `create` makes or empties the file, after the policy allowed it.
- */
-export async function openDataFile(
-  name: string,
-  options: { readonly readOnly: boolean; readonly create?: boolean },
-  context: ReferenceContext,
-): Promise<BlockDevice> {
+/** Opens the external data file an image names. A relative name is relative to the working directory, as in QEMU. */
+export async function openDataFile(name: string, { readOnly }: { readonly readOnly: boolean }, context: ReferenceContext): Promise<BlockDevice> {
+  const found = await dataFileOf(name, context)
+  return typeof found === 'string' ? openFile(found, { readOnly }) : found
+}
+
+/** Begins the data file of a new image, after the policy allowed it. A device that the policy gives is discarded by closing it. */
+export async function createDataFile(name: string, context: ReferenceContext, options: CallOptions): Promise<Target> {
+  const found = await dataFileOf(name, context)
+  if (typeof found === 'string') return openTarget(found, options)
+  const close = (): Promise<void> => found.close()
+  return { device: found, shows: 'at once', keep: () => Promise.resolve(), discard: close }
+}
+
+/** The path or the device that a data file's name stands for. */
+async function dataFileOf(name: string, context: ReferenceContext): Promise<string | BlockDevice> {
   const reference = { kind: 'data file', name, format: 'raw', from: context.path, path: isPath(name) ? name : undefined } as const
   const decision = await decide(reference, context)
   if (typeof decision !== 'boolean') return decision
   if (!decision || reference.path === undefined) throw refused(reference)
-  return openFile(reference.path, options.create === true ? { create: 'w' } : { readOnly: options.readOnly })
-}
-
-/** Makes the data file of a new image: empty, of the size of the disk. */
-export async function createDataFile(name: string, size: number, context: ReferenceContext): Promise<void> {
-  await using device = await openDataFile(name, { readOnly: false, create: true }, context)
-  await device.resize(size)
+  return reference.path
 }
 
 function describe(kind: Reference['kind'], name: string, format: string | undefined, context: ReferenceContext): Reference {

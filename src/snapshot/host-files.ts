@@ -1,28 +1,19 @@
-/** Files of a saved VM as wholes: small ones are written and read, any is replaced or removed. */
-import { open, readFile, realpath, rename, stat, unlink } from 'node:fs/promises'
-import { dirname, isAbsolute, resolve } from 'node:path'
+/** Files of a saved VM as wholes: small ones are written and read, any is removed. */
+import { readFile, realpath, stat, unlink } from 'node:fs/promises'
+import { isAbsolute, resolve } from 'node:path'
+import { newFile } from '../block/file-new.ts'
 
-/** Writes a text file whole or not at all: a crash leaves the old one. */
+/** Permissions of all files of a saved VM: they hold, or lead to, all secrets of the guest. */
+export const secretMode = 0o600
+
+/** Writes a text file whole or not at all: a crash leaves the old one. Only its owner may read it. */
 export async function writeTextFile(path: string, text: string): Promise<void> {
-  const fresh = `${path}.new`
-  const file = await open(fresh, 'w')
+  const file = await newFile(path, { mode: secretMode })
   try {
-    await file.writeFile(text)
-    await file.datasync()
+    await file.device.write(0, new TextEncoder().encode(text))
+    await file.keep()
   } finally {
-    await file.close()
-  }
-  await replaceFile(fresh, path)
-}
-
-/** Gives the file `fresh`, whose content is durable, the name `path`: a crash leaves the old file or the new one. */
-export async function replaceFile(fresh: string, path: string): Promise<void> {
-  await rename(fresh, path)
-  const folder = await open(dirname(path))
-  try {
-    await folder.sync()
-  } finally {
-    await folder.close()
+    await file.discard()
   }
 }
 
@@ -32,21 +23,6 @@ export async function ownPath(path: string): Promise<string> {
     return await realpath(path)
   } catch (error) {
     if (isMissing(error)) return resolve(path)
-    throw error
-  }
-}
-
-/** `name` as seen from the folder of `file`. */
-export function pathBeside(file: string, name: string): string {
-  return resolve(dirname(file), name)
-}
-
-/** What is at `path`: a regular file, something else such as a device, or nothing. */
-export async function fileAt(path: string): Promise<'regular' | 'special' | undefined> {
-  try {
-    return (await stat(path)).isFile() ? 'regular' : 'special'
-  } catch (error) {
-    if (isMissing(error)) return undefined
     throw error
   }
 }

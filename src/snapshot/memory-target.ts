@@ -3,16 +3,14 @@
  * until then what had the name before stays, so that a save that fails costs no earlier one.
  */
 import type { CallOptions } from '../block/device.ts'
-import { checkImageLocks } from '../block/file-lock.ts'
-import { openFile } from '../block/file.ts'
+import { newFile, type NewFile } from '../block/file-new.ts'
 import { preferDirect } from '../block/prefer-direct.ts'
-import { Qcow2Error } from '../core/errors.ts'
+import { assertNotBelow } from '../qcow2/chain-files.ts'
 import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
-import { readImageInfo } from '../qcow2/info.ts'
 import type { MigrationRecord } from '../migration/records.ts'
-import { fileAt, ownPath, pathBeside, removeFile, replaceFile } from './host-files.ts'
+import { ownPath, secretMode } from './host-files.ts'
 import type { Manifest } from './manifest.ts'
-import { RamImageWriter } from './ram-image-writer.ts'
+import { RamImageWriter, syncLimitOf } from './ram-image-writer.ts'
 import { deviceStreamSink, type SaveSink } from './save-sink.ts'
 import type { StreamSummary } from './stream-check.ts'
 import { snapshotSink } from './vm-state-snapshot.ts'
@@ -53,7 +51,7 @@ export interface OpenMemoryTarget {
 
 /**
  * Opens `memory` for one save.
- * @throws Qcow2Error `ERR_BUSY` if a running QEMU uses the file, or the new RAM image needs it as its backing file;
+ * @throws Qcow2Error `ERR_BUSY` if the file that is to be replaced is in use, or the new RAM image needs it as its backing file;
  *   `ERR_EXISTS` if the image has a snapshot of that name.
  */
 export async function openMemoryTarget(memory: MemoryTarget, options: MemoryTargetOptions = {}): Promise<OpenMemoryTarget> {
@@ -63,23 +61,21 @@ export async function openMemoryTarget(memory: MemoryTarget, options: MemoryTarg
 }
 
 async function ramImageTarget(path: string, backing: string | undefined, options: MemoryTargetOptions): Promise<OpenMemoryTarget> {
-  const place = await placeOf(path)
-  if (backing !== undefined && place.occupied) await assertNotBelow(place.path, backing)
   const { signal, direct, references } = options
+  const own = await ownPath(path)
+  if (backing !== undefined) await assertNotBelow(own, backing)
   const below = backing === undefined ? {} : { backing: { file: backing, format: 'qcow2' } }
-  const sink = place.named(RamImageWriter.to(place.fresh, { signal, direct, references, ...below }))
+  const begin = (chosen: boolean): Promise<NewFile> => newFile(own, { mode: secretMode, direct: chosen, syncLimit: chosen ? 0 : syncLimitOf(backing), signal })
+  const file = await preferDirect(direct ?? (backing === undefined ? undefined : false), begin)
+  const sink = new KeptAtEnd(RamImageWriter.to(file.device, { signal, references, ...below }), file)
   return { sink, described: { kind: 'RAM image', file: path }, path, close: () => sink.close() }
 }
 
 async function streamTarget(path: string, { signal, direct }: MemoryTargetOptions): Promise<OpenMemoryTarget> {
-  const place = await placeOf(path)
-  const device = await preferDirect(direct, (chosen) => openFile(place.fresh, { create: 'w', direct: chosen, signal }))
-  const sink = place.named(deviceStreamSink(device, { signal }))
-  const close = async (): Promise<void> => {
-    await device.close()
-    await sink.close()
-  }
-  return { sink, described: { kind: 'stream', file: path }, path, close }
+  const own = await ownPath(path)
+  const file = await preferDirect(direct, (chosen) => newFile(own, { mode: secretMode, direct: chosen, signal }))
+  const sink = new KeptAtEnd(deviceStreamSink(file.device, { signal }), file)
+  return { sink, described: { kind: 'stream', file: path }, path, close: () => sink.close() }
 }
 
 async function snapshotTarget(
@@ -99,40 +95,14 @@ async function snapshotTarget(
   }
 }
 
-/** Where a new file is written until it gets its name. */
-interface Place {
-  /** The file's own path: a link was followed. */
-  readonly path: string
-  /** Something is there. */
-  readonly occupied: boolean
-  /** Where to write. */
-  readonly fresh: string
-  /** `sink`, with the file getting its name at the end, or disappearing; at the latest by `close`. */
-  named(sink: SaveSink): SaveSink & { close(): Promise<void> }
-}
-
-async function placeOf(name: string): Promise<Place> {
-  const path = await ownPath(name)
-  const found = await fileAt(path)
-  // a device or a pipe is written as it is
-  if (found === 'special') return { path, occupied: true, fresh: path, named: (sink) => Object.assign(sink, { close: nothing }) }
-  if (found === 'regular') await checkImageLocks(path, 'write')
-  const fresh = `${path}.new`
-  return { path, occupied: found === 'regular', fresh, named: (sink) => new NamedAtEnd(sink, fresh, path) }
-}
-
 /** A sink whose file gets its name when it is whole, and disappears when it will not be. */
-class NamedAtEnd implements SaveSink {
+class KeptAtEnd implements SaveSink {
   readonly #sink: SaveSink
-  readonly #fresh: string
-  readonly #path: string
-  /** The file has its name, or is gone. */
-  #settled = false
+  readonly #file: NewFile
 
-  constructor(sink: SaveSink, fresh: string, path: string) {
+  constructor(sink: SaveSink, file: NewFile) {
     this.#sink = sink
-    this.#fresh = fresh
-    this.#path = path
+    this.#file = file
   }
 
   write(bytes: Uint8Array): Promise<void> | undefined {
@@ -149,8 +119,7 @@ class NamedAtEnd implements SaveSink {
 
   async finish(summary: StreamSummary): Promise<void> {
     await this.#sink.finish(summary)
-    await replaceFile(this.#fresh, this.#path)
-    this.#settled = true
+    await this.#file.keep()
   }
 
   async abort(reason: unknown): Promise<void> {
@@ -159,25 +128,8 @@ class NamedAtEnd implements SaveSink {
   }
 
   /** Removes the file of a save that did not come to its end. */
-  async close(): Promise<void> {
-    if (this.#settled) return
-    this.#settled = true
-    await removeFile(this.#fresh)
-  }
-}
-
-/** Replacing a file of the chain would change what lies above it, or make it its own backing file. */
-async function assertNotBelow(path: string, backing: string): Promise<void> {
-  const seen = new Set<string>()
-  for (let name: string | undefined = backing, from = path; name !== undefined;) {
-    const file: string = await ownPath(pathBeside(from, name))
-    if (file === path) {
-      throw new Qcow2Error('ERR_BUSY', `${path} is below the new RAM image (backing file ${backing}) and cannot be replaced by it; choose another name`)
-    }
-    if (seen.has(file)) return // a loop: opening it tells
-    seen.add(file)
-    const { backingFile } = await readImageInfo(file, { forceShare: true })
-    ;[name, from] = [backingFile, file]
+  close(): Promise<void> {
+    return this.#file.discard()
   }
 }
 

@@ -27,6 +27,11 @@ const maxMemory = 2 ** 42
 /** Single pages go through the page cache at once: handing each to another thread takes several times as long. */
 const singlePages = 64 << 10
 
+/** The `syncLimit` of a RAM image's file: only on top of another do pages come singly. */
+export function syncLimitOf(backing: string | undefined): number {
+  return backing === undefined ? 0 : singlePages
+}
+
 /** Options of {@link RamImageWriter}. */
 export interface RamImageWriterOptions extends CallOptions {
   /** Name of the internal snapshot that makes the image a saved VM. Default `ram`. */
@@ -93,11 +98,11 @@ export class RamImageWriter implements SaveSink {
     const incremental = backing !== undefined
     const extendedL2 = options.extendedL2 ?? incremental
     const clusterSize = options.clusterSize ?? (extendedL2 ? 131_072 : 65_536)
-    const syncLimit = incremental && direct !== true ? singlePages : 0
+    const syncLimit = direct === true ? 0 : syncLimitOf(backing?.file)
     const mayBeDirect = !incremental && (typeof target === 'string' || target instanceof URL)
     const create = (size: number): Promise<Qcow2Image> =>
       preferDirect(direct ?? (mayBeDirect ? undefined : false), (chosen) =>
-        Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct: chosen, references, syncLimit, signal }),
+        Qcow2Image.create(target, { size, clusterSize, extendedL2, backing, direct: chosen, mode: 0o600, references, syncLimit, signal }),
       )
     return new RamImageWriter(create, { ...options, unit: extendedL2 ? clusterSize / 32 : clusterSize, incremental })
   }

@@ -181,7 +181,7 @@ test('an option that does not exist is refused, not ignored', async () => {
   const path = join(tempFolder(), 'disk')
   writeFileSync(path, new Uint8Array(512))
   const misspelled = { readonly: true } as object
-  await expect(openFile(path, misspelled)).rejects.toThrow("openFile: there is no option 'readonly'; there are create, direct, readOnly, signal, syncLimit")
+  await expect(openFile(path, misspelled)).rejects.toThrow("openFile: there is no option 'readonly'; there are create, direct, locking, mode, readOnly, signal, syncLimit")
   await expect(openSource(path, misspelled)).rejects.toThrow(TypeError)
   await using device = await openFile(path, { nothing: undefined } as object)
   expect(device.size).toBe(512)

@@ -386,6 +386,7 @@ describe('one file', () => {
     writeFileSync(path, new Uint8Array(4096))
     for (let i = 0; i < 2; i++) expect(await codeOf(Qcow2Image.open(path))).toBe('ERR_FORMAT')
     const image = await Qcow2Image.create(path, { size: MiB })
+    await image.write(0, new Uint8Array(512).fill(1))
     image.engine.flush = () => Promise.reject(new Qcow2Error('ERR_IO', 'no flush'))
     expect(await codeOf(image.close())).toBe('ERR_IO')
     await (await Qcow2Image.open(path)).close()

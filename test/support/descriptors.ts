@@ -7,6 +7,11 @@ export function systemFlags(path: string): number[] {
   return descriptors.map((name) => Number.parseInt(/flags:\s*(\d+)/.exec(readFileSync(`/proc/self/fdinfo/${name}`, 'utf8'))![1]!, 8))
 }
 
+/** What the descriptors of this process that have a path stand for, sorted. */
+export function openPaths(): string[] {
+  return readdirSync('/proc/self/fd').flatMap((name) => linkTarget(`/proc/self/fd/${name}`)?.replace(/^[^/].*/, '') || []).sort()
+}
+
 function linkTarget(link: string): string | undefined {
   try {
     return readlinkSync(link)
