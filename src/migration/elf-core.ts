@@ -8,79 +8,26 @@
  * ```
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
-import { Qcow2Error } from '../core/errors.ts'
 import { copyBlock } from './export-raw.ts'
-import type { RamBlock } from './records.ts'
+import { physicalRanges, type PhysicalMapOptions, type PhysicalRange } from './physical-ranges.ts'
 import type { VmState } from './vm-state.ts'
 
-/** A run of guest physical memory and where its content is. */
-export interface PhysicalRange {
-  /** Name of the RAM block. */
-  readonly block: string
-  /** First byte within the block. */
-  readonly offset: number
-  /** Bytes. */
-  readonly length: number
-  /** Guest physical address. */
-  readonly address: number
-}
-
-const GiB = 1 << 30
-const fourGiB = 4 * GiB
 const headerLength = 64
 const segmentLength = 56
 const alignment = 4096
 
 /**
- * Where the RAM blocks are in guest physical memory: as the stream says, else as the machine types `pc`
- * and `q35` arrange it: main memory from 0 with a hole below 4 GiB, firmware ending at 4 GiB. Blocks whose
- * place is not known (video memory, tables that firmware copies) are left out. In ascending order.
- */
-export function physicalRanges(vm: Pick<VmState, 'machine' | 'ram'>): PhysicalRange[] {
-  const { blocks } = vm.ram
-  const ranges = blocks.some(({ gpa }) => gpa !== undefined) ? toldRanges(blocks) : guessedRanges(vm.machine ?? '', blocks)
-  return ranges.sort((a, b) => a.address - b.address)
-}
-
-/** ROM that is not mapped has address 0, like main memory, which is the largest there. */
-function toldRanges(blocks: readonly RamBlock[]): PhysicalRange[] {
-  const ranges: PhysicalRange[] = []
-  const sorted = [...blocks].sort((a, b) => b.length - a.length)
-  for (const { name: block, length, gpa } of sorted) {
-    const overlaps = gpa === undefined || ranges.some((range) => gpa < range.address + range.length && range.address < gpa + length)
-    if (!overlaps) ranges.push({ block, offset: 0, length, address: gpa })
-  }
-  return ranges
-}
-
-function guessedRanges(machine: string, blocks: readonly RamBlock[]): PhysicalRange[] {
-  const [main] = [...blocks].sort((a, b) => b.length - a.length)
-  const q35 = machine.startsWith('pc-q35')
-  if (main === undefined || !(q35 || machine.startsWith('pc-i440fx'))) return []
-  const most = q35 ? 0xb000_0000 : 0xe000_0000
-  const low = main.length < most ? main.length : q35 ? 2 * GiB : 3 * GiB
-  const ranges: PhysicalRange[] = [{ block: main.name, offset: 0, length: low, address: 0 }]
-  if (main.length > low) ranges.push({ block: main.name, offset: low, length: main.length - low, address: fourGiB })
-  const bios = blocks.find(({ name }) => name === 'pc.bios')
-  if (bios !== undefined) ranges.push({ block: bios.name, offset: 0, length: bios.length, address: fourGiB - bios.length })
-  return ranges
-}
-
-/**
  * Writes guest memory as an ELF core. Pages of zeroes are skipped, so `target` must read as zeroes where
  * nothing was written (a new file does).
- * @param options `ranges`: what goes into the file; default {@link physicalRanges}.
- * @throws Qcow2Error `ERR_NOT_FOUND` if no range is given and none is known
+ * @param options `map`: what goes into the file; default {@link physicalRanges}.
+ * @throws what {@link physicalRanges} throws
  */
 export async function exportElfCore(
   vm: VmState,
   target: BlockDevice,
-  options: CallOptions & { readonly ranges?: readonly PhysicalRange[] } = {},
+  options: CallOptions & PhysicalMapOptions = {},
 ): Promise<void> {
-  const ranges = options.ranges ?? physicalRanges(vm)
-  if (ranges.length === 0) {
-    throw new Qcow2Error('ERR_NOT_FOUND', `the guest physical addresses of machine type '${vm.machine ?? ''}' are not known: give ranges`)
-  }
+  const ranges = physicalRanges(vm, options)
   let offset = Math.ceil((headerLength + ranges.length * segmentLength) / alignment) * alignment
   const positions = ranges.map(({ length }) => {
     const position = offset

@@ -6,7 +6,9 @@ import { checkRange, extent, type BlockDevice, type CallOptions, type Extent, ty
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { inflatePage } from './compressed-page.ts'
+import type { MemoryPlacement } from './memory-placement.ts'
 import type { PageTable } from './page-table.ts'
+import { physicalRanges, type PhysicalMapOptions, type PhysicalRange, type PhysicalSource } from './physical-ranges.ts'
 import { absentPage, zeroPage, type PageCounts, type RamIndex } from './ram-index.ts'
 import type { RamBlock } from './records.ts'
 import { applyXbzrle } from './xbzrle.ts'
@@ -31,9 +33,13 @@ export class RamState {
   /** For pages with their heads between them; used again: the first touch of fresh memory costs ten copies. */
   readonly #spans: Uint8Array[] = []
 
-  constructor(device: BlockDevice, blocks: readonly RamBlock[], index: RamIndex) {
+  readonly #source: PhysicalSource
+  #ranges: readonly PhysicalRange[] | undefined
+
+  constructor(device: BlockDevice, blocks: readonly RamBlock[], index: RamIndex, how: { readonly machine?: string | undefined; readonly placement?: MemoryPlacement | undefined } = {}) {
     this.#device = device
     this.#index = index
+    this.#source = { machine: how.machine, ram: this, placement: how.placement }
     this.blocks = blocks
     this.pageSize = index.pageSize
     this.counts = index.counts
@@ -60,16 +66,18 @@ export class RamState {
   }
 
   /**
-   * `length` bytes at guest physical address `address`.
-   * @throws Qcow2Error `ERR_NOT_FOUND` where the stream tells no addresses (it does only with the
-   * capability `x-ignore-shared`) or no block covers the range
+   * `length` bytes at guest physical address `address`, by {@link physicalRanges}.
+   * @param options `map`: where guest memory is, if the VM does not tell
+   * @throws Qcow2Error `ERR_NOT_FOUND` where there is no memory; `UnsupportedError` if the addresses are not certain
    */
-  async readPhysical(address: number, length: number, options?: CallOptions): Promise<Uint8Array> {
-    const covers = ({ gpa, length: size }: RamBlock): boolean => gpa !== undefined && gpa <= address && address + length <= gpa + size
-    // ROM helpers that are not mapped have address 0 too; the largest block comes first.
-    const block = [...this.blocks].sort((a, b) => b.length - a.length).find(covers)
-    if (block === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `no RAM block is known to hold ${length} bytes at guest physical address ${address}`)
-    return this.read(block.index, address - block.gpa!, length, options)
+  async readPhysical(address: number, length: number, options: CallOptions & PhysicalMapOptions = {}): Promise<Uint8Array> {
+    const ranges = options.map === undefined ? (this.#ranges ??= physicalRanges(this.#source)) : physicalRanges(this.#source, options)
+    if (!Number.isSafeInteger(length) || length < 0 || length > 2 ** 32) throw new RangeError(`length must be 0 to 4294967296 bytes, not ${length}`)
+    const parts = partsOf(ranges, address, length)
+    if (parts === undefined) throw new Qcow2Error('ERR_NOT_FOUND', `no RAM block is known to hold ${length} bytes at guest physical address ${address}`)
+    const target = new Uint8Array(length)
+    for (const { block, offset, at, bytes } of parts) await this.readInto(this.block(block), offset, target.subarray(at, at + bytes), options)
+    return target
   }
 
   /** What the stream has for the page at byte `offset` of a block. */
@@ -196,6 +204,20 @@ export class RamState {
       start = stop
     }
   }
+}
+
+/** Where the bytes of a physical range are; undefined if some of it is no memory. */
+function partsOf(ranges: readonly PhysicalRange[], address: number, length: number): { block: string; offset: number; at: number; bytes: number }[] | undefined {
+  const parts = []
+  let at = 0
+  for (const range of ranges) {
+    const from = address + at - range.address
+    if (from < 0 || from >= range.length || at === length) continue
+    const bytes = Math.min(length - at, range.length - from)
+    parts.push({ block: range.block, offset: range.offset + from, at, bytes })
+    at += bytes
+  }
+  return at === length ? parts : undefined
 }
 
 /** 0 absent, 1 zero, 2 encoded, 3 raw. */

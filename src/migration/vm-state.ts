@@ -15,6 +15,7 @@ import { deviceChunks } from './byte-source.ts'
 import { capabilitiesOf } from './configuration.ts'
 import { readLibvirtHeader, type LibvirtSaveHeader } from './container.ts'
 import { decodeStruct, type DeviceValue } from './device-fields.ts'
+import { readPlacement, type MemoryPlacement } from './memory-placement.ts'
 import type { PageRange } from './ram-index.ts'
 import { RamState } from './ram-state.ts'
 import type { ConfigurationRecord } from './records.ts'
@@ -84,6 +85,8 @@ export class VmState extends Resource {
   readonly tailOffset: number | undefined
   /** The pages are not in the stream but lie beside it, as those of a RAM image do: only `plainStream` gives a stream that QEMU loads. */
   readonly pagesBeside: boolean
+  /** What the devices tell about where guest memory is. */
+  readonly placement: MemoryPlacement
   /** The device all offsets refer to: the one given or opened, or the spool. */
   readonly storage: BlockDevice
   readonly #owned: readonly BlockDevice[]
@@ -93,7 +96,7 @@ export class VmState extends Resource {
     storage: BlockDevice,
     owned: readonly BlockDevice[],
     index: StreamIndex,
-    how: { readonly libvirt?: LibvirtSaveHeader | undefined; readonly streamOffset: number; readonly pagesBeside: boolean },
+    how: { readonly libvirt?: LibvirtSaveHeader | undefined; readonly streamOffset: number; readonly pagesBeside: boolean; readonly placement: MemoryPlacement },
   ) {
     super()
     this.storage = storage
@@ -102,7 +105,8 @@ export class VmState extends Resource {
     this.libvirt = how.libvirt
     this.pagesBeside = how.pagesBeside
     this.configuration = index.configuration
-    this.ram = new RamState(storage, index.blocks, index.ram)
+    this.placement = how.placement
+    this.ram = new RamState(storage, index.blocks, index.ram, { machine: index.configuration?.machine, placement: how.placement })
     this.ramSection = index.ramSection
     this.devices = index.devices.map((device, i) => deviceState(device, index.description?.devices[i]))
     this.description = index.description
@@ -133,7 +137,8 @@ export class VmState extends Resource {
       const storage = compression === undefined ? padded : await decompress(padded, offset, compression, { ...options, spool: await opened(options.spool, owned) })
       const streamOffset = compression === undefined ? offset : 0
       const index = await indexStream(storage, streamOffset, options)
-      return new VmState(storage, owned, index, { libvirt, streamOffset, pagesBeside: false })
+      const placement = await placementOf(storage, index, options)
+      return new VmState(storage, owned, index, { libvirt, streamOffset, pagesBeside: false, placement })
     } catch (error) {
       for (const each of owned) await each.close()
       throw error
@@ -155,7 +160,8 @@ export class VmState extends Resource {
     const index = await indexStream(stream, 0, options)
     index.ram.addRanges(ranges, stream.size)
     const rest = { before: [{ offset: 0, length: before.length }], after: [{ offset: before.length, length: after.length }] }
-    return new VmState(join(stream, pages), [stream], { ...index, rest }, { streamOffset: 0, pagesBeside: true })
+    const placement = await placementOf(stream, index, options)
+    return new VmState(join(stream, pages), [stream], { ...index, rest }, { streamOffset: 0, pagesBeside: true, placement })
   }
 
   /** Machine type, for example `pc-q35-9.0`; machine types up to 2.3 do not write it. */
@@ -221,6 +227,11 @@ export class VmState extends Resource {
   protected async onClose(): Promise<void> {
     for (const device of this.#owned) await device.close()
   }
+}
+
+function placementOf(storage: BlockDevice, { devices, tailOffset, end }: StreamIndex, options: CallOptions): Promise<MemoryPlacement> {
+  const sections = devices.map(({ section, offset, length }) => ({ name: section.idstr, instanceId: section.instanceId, offset, length }))
+  return readPlacement(storage, sections, tailOffset === undefined ? undefined : { offset: tailOffset, end }, options)
 }
 
 function deviceState({ section, offset, length }: IndexedDevice, description: DeviceDescription | undefined): DeviceState {

@@ -3,11 +3,11 @@ import { describe, expect, test } from 'vitest'
 import { openFile } from '../../src/block/file.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { diffVmStates } from '../../src/migration/diff.ts'
-import { exportElfCore, physicalRanges } from '../../src/migration/elf-core.ts'
+import { exportElfCore } from '../../src/migration/elf-core.ts'
 import { exportRaw } from '../../src/migration/export-raw.ts'
 import { exportMappedRam, writeStream } from '../../src/migration/mapped-ram.ts'
 import { plainStream } from '../../src/migration/convert.ts'
-import type { RamBlock } from '../../src/migration/records.ts'
+import { physicalRanges } from '../../src/migration/physical-ranges.ts'
 import { VmState } from '../../src/migration/vm-state.ts'
 import { tempFolder } from '../support/temp.ts'
 import { describeWithTools, outputOf } from '../support/tools.ts'
@@ -117,19 +117,6 @@ describe('ELF core', () => {
       { block: 'pc.ram', offset: 0, length: 4 << 20, address: 0 },
       { block: 'pc.bios', offset: 0, length: 65_536, address: 0xffff_0000 },
     ])
-  })
-
-  test.each<[string, number, [number, number][]]>([
-    ['pc-i440fx-9.0', 3, [[0, 3]]],
-    ['pc-i440fx-9.0', 4, [[0, 3], [4, 1]]],
-    ['pc-q35-9.0', 2, [[0, 2]]],
-    ['pc-q35-9.0', 8, [[0, 2], [4, 6]]],
-    ['virt-9.0', 4, []],
-  ])('%s with %i GiB', (machine, size, want) => {
-    const GiB = 1 << 30
-    const blocks: RamBlock[] = [{ index: 0, name: 'pc.ram', length: size * GiB }]
-    const ranges = physicalRanges({ machine, ram: { blocks } as unknown as VmState['ram'] })
-    expect(ranges.map(({ address, length }) => [address / GiB, length / GiB])).toEqual(want)
   })
 })
 
