@@ -8,7 +8,8 @@ import type { ExecuteOptions, QmpArguments, QmpGreeting, QmpReturn } from './com
 import { isDuplexStream, type DuplexStream } from './duplex.ts'
 import { QmpError } from './error.ts'
 import { EventSubscription, type QmpEvent } from './events.ts'
-import { LineSplitter } from './lines.ts'
+import { MessageSplitter } from './lines.ts'
+import { checkAnswer, isGreeting } from './shapes.ts'
 import { connectSocket, describeAddress, type SocketAddress } from './socket.ts'
 
 /**
@@ -29,11 +30,16 @@ export interface Qmp {
 /** Options of {@link QmpClient.connect}. */
 export interface QmpConnectOptions {
   readonly signal?: AbortSignal | undefined
-  /** Milliseconds to wait for the connection, for the greeting and for each answer; default 30 000, 0 for ever. */
+  /** Milliseconds for the connection, for the greeting and for each answer; default 30 000 (10 000 for the greeting), 0 for ever. */
   readonly timeout?: number | undefined
+  /** Milliseconds to wait for the socket to appear and to listen, for a QEMU that is being started; default 0. */
+  readonly wait?: number | undefined
   /** Ask for out-of-band execution where QEMU offers it; default true. */
   readonly outOfBand?: boolean | undefined
 }
+
+/** QEMU greets at once. Where it does not, another client has the monitor, most likely: sooner told than other silence. */
+const greetingTimeout = 10_000
 
 interface Pending {
   readonly command: string
@@ -45,8 +51,8 @@ interface Message {
   readonly QMP?: { readonly version: QmpGreeting['version']; readonly capabilities: readonly string[] }
   readonly id?: unknown
   readonly return?: unknown
-  readonly error?: { readonly class: string; readonly desc: string }
-  readonly event?: string
+  readonly error?: { readonly class?: unknown; readonly desc?: unknown }
+  readonly event?: unknown
 }
 
 /**
@@ -62,12 +68,12 @@ export class QmpClient extends Resource implements Qmp {
   readonly #stream: DuplexStream
   readonly #name: string
   readonly #timeout: number
-  readonly #lines = new LineSplitter()
+  readonly #messages = new MessageSplitter()
   readonly #pending = new Map<number, Pending>()
   readonly #subscriptions = new Set<EventSubscription>()
   #nextId = 1
   #greeting: QmpGreeting | undefined
-  #onGreeting: ((greeting: QmpGreeting) => void) | undefined
+  #awaitsGreeting: Pending | undefined
   #ended: QmpError | undefined
   #outOfBand = false
 
@@ -86,17 +92,17 @@ export class QmpClient extends Resource implements Qmp {
   /**
    * Connects, reads the greeting and negotiates capabilities. `target` is a unix socket's path, a TCP
    * address, or a connected two-way stream (which the client then owns).
-   * @throws QmpError (`ERR_QMP`): nothing listens, no greeting in time (QEMU serves one client per
-   *   monitor socket; a second waits), or what listens is not a QMP monitor.
+   * @throws QmpError (`ERR_QMP`): nothing listens, or what listens is not a QMP monitor; Qcow2Error `ERR_BUSY`: no greeting
+   *   in time, because a monitor serves one client at a time and another has it.
    */
   static async connect(target: SocketAddress | DuplexStream, options: QmpConnectOptions = {}): Promise<QmpClient> {
-    const { timeout = 30_000, outOfBand = true, signal } = options
+    const { timeout = 30_000, outOfBand = true, signal, wait } = options
     const given = isDuplexStream(target)
     const name = given ? 'QMP' : `QMP ${describeAddress(target)}`
-    const stream = given ? target : await connectSocket(target, { signal, timeout })
+    const stream = given ? target : await connectSocket(target, { signal, timeout, wait })
     const client = new QmpClient(stream, name, timeout)
     try {
-      const greeting = await client.#awaitGreeting(signal)
+      const greeting = await client.#awaitGreeting(options.timeout ?? greetingTimeout, given, signal)
       const enable = outOfBand && greeting.capabilities.includes('oob') ? ['oob'] : []
       await client.execute('qmp_capabilities', enable.length > 0 ? { enable } : {}, { signal })
       client.#outOfBand = enable.length > 0
@@ -154,21 +160,31 @@ export class QmpClient extends Resource implements Qmp {
 
   protected onClose(): Promise<void> {
     const closed = new Qcow2Error('ERR_CLOSED', 'QmpClient was closed')
-    for (const { reject } of this.#pending.values()) reject(closed)
+    for (const { reject } of this.#waiting()) reject(closed)
     for (const subscription of this.#subscriptions) subscription.end()
     this.#stream.destroy()
     return Promise.resolve()
   }
 
-  async #awaitGreeting(signal: AbortSignal | undefined): Promise<QmpGreeting> {
+  async #awaitGreeting(timeout: number, given: boolean, signal: AbortSignal | undefined): Promise<QmpGreeting> {
     if (this.#ended !== undefined) throw this.#ended
     if (this.#greeting !== undefined) return this.#greeting
-    const greeting = await this.#await('the greeting', this.#timeout, signal, ({ resolve, reject, command }) => {
-      this.#onGreeting = resolve
-      this.#pending.set(0, { command, resolve, reject })
-      return () => this.#pending.delete(0)
+    const command = 'the greeting'
+    const greeting = this.#await(command, timeout, signal, (pending) => {
+      this.#awaitsGreeting = pending
+      return () => (this.#awaitsGreeting = undefined)
     })
-    return greeting as QmpGreeting
+    if (given) return greeting as Promise<QmpGreeting>
+    return greeting.catch((error: unknown) => {
+      if (this.#ended !== undefined || signal?.aborted === true) throw error
+      const message = `${this.#name}: no answer to the greeting in ${timeout} ms: a monitor serves one client at a time, and another has this one; end it, or give QEMU a second monitor`
+      throw new Qcow2Error('ERR_BUSY', message, { cause: error })
+    }) as Promise<QmpGreeting>
+  }
+
+  *#waiting(): Generator<Pending, void, undefined> {
+    if (this.#awaitsGreeting !== undefined) yield this.#awaitsGreeting
+    yield* [...this.#pending.values()]
   }
 
   /** One promise that an answer, the clock or the signal settles, and that cleans up behind itself. */
@@ -206,7 +222,7 @@ export class QmpClient extends Resource implements Qmp {
 
   #receive(chunk: Uint8Array): void {
     try {
-      for (const line of this.#lines.push(chunk)) this.#dispatch(parse(line, this.#name))
+      for (const message of this.#messages.push(chunk)) this.#dispatch(parse(message, this.#name))
     } catch (error) {
       this.#end(error as QmpError)
       this.#stream.destroy()
@@ -216,8 +232,8 @@ export class QmpClient extends Resource implements Qmp {
   #dispatch(message: Message): void {
     if (message.QMP !== undefined) {
       this.#greeting = checkGreeting(message.QMP, this.#name)
-      this.#onGreeting?.(this.#greeting)
-    } else if (message.event !== undefined) {
+      this.#awaitsGreeting?.resolve(this.#greeting)
+    } else if (typeof message.event === 'string') {
       for (const subscription of this.#subscriptions) subscription.push(message as QmpEvent)
     } else {
       this.#answer(message)
@@ -228,18 +244,22 @@ export class QmpClient extends Resource implements Qmp {
     const pending = typeof message.id === 'number' ? this.#pending.get(message.id) : undefined
     if (pending === undefined) return // the answer to a call that timed out or was aborted
     if (message.error === undefined) {
-      pending.resolve(message.return)
+      try {
+        pending.resolve(checkAnswer(pending.command, message.return))
+      } catch (error) {
+        pending.reject(error)
+      }
       return
     }
-    if (!isObject(message.error)) throw new QmpError(`${this.#name}: an error without a description`)
-    const { desc, class: qmpClass } = message.error
-    pending.reject(new QmpError(`${pending.command}: ${desc}`, { command: pending.command, qmpClass, desc }))
+    const { desc, class: qmpClass } = isObject(message.error) ? message.error : {}
+    if (typeof desc !== 'string') throw new QmpError(`${this.#name}: an error without a description`)
+    pending.reject(new QmpError(`${pending.command}: ${desc}`, { command: pending.command, desc, ...(typeof qmpClass === 'string' ? { qmpClass } : {}) }))
   }
 
   #end(error: QmpError): void {
     if (this.#ended !== undefined) return
     this.#ended = error
-    for (const { command, reject } of [...this.#pending.values()]) {
+    for (const { command, reject } of this.#waiting()) {
       reject(new QmpError(`${error.message} while waiting for ${command}`, { command, cause: error }))
     }
     for (const subscription of this.#subscriptions) subscription.end(this.closed ? undefined : error)
@@ -248,9 +268,7 @@ export class QmpClient extends Resource implements Qmp {
 
 /** The greeting, if it has what this library reads of it. */
 function checkGreeting(greeting: unknown, name: string): QmpGreeting {
-  if (isObject(greeting) && 'version' in greeting && isObject(greeting.version) && 'capabilities' in greeting && Array.isArray(greeting.capabilities)) {
-    return greeting as QmpGreeting
-  }
+  if (isGreeting(greeting)) return greeting as QmpGreeting
   throw new QmpError(`${name}: a greeting without version and capabilities; is this a QMP monitor?`)
 }
 
@@ -258,12 +276,13 @@ function isObject(value: unknown): value is object {
   return typeof value === 'object' && value !== null
 }
 
-function parse(line: string, name: string): Message {
+function parse(text: string, name: string): Message {
   try {
-    const value: unknown = JSON.parse(line)
-    if (isObject(value)) return value
+    const value: unknown = JSON.parse(text)
+    if (isObject(value) && !Array.isArray(value)) return value
   } catch {
     // reported below: text that is no JSON and JSON that is no object are the same mistake
   }
-  throw new QmpError(`${name}: not a QMP message: ${JSON.stringify(line.slice(0, 80))}`)
+  const human = /^QEMU \S+ monitor/.test(text) ? '; this is a monitor for people: give QEMU one with -qmp' : ''
+  throw new QmpError(`${name}: not a QMP message: ${JSON.stringify(text.slice(0, 80))}${human}`)
 }

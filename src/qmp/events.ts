@@ -1,4 +1,8 @@
 /** Events of a QMP monitor, each subscriber with a queue of its own. */
+import { QmpError } from './error.ts'
+
+/** Events that wait in a queue: whoever reads them at all is never that far behind. */
+const maxQueued = 65_536
 
 /** An event as QEMU sends it. */
 export interface QmpEvent {
@@ -31,7 +35,8 @@ export class EventSubscription implements AsyncIterableIterator<QmpEvent> {
   push(event: QmpEvent): void {
     if (this.#ended || this.#names?.has(event.event) === false) return
     const waiter = this.#waiting.shift()
-    if (waiter === undefined) this.#queue.push(event)
+    if (waiter === undefined && this.#queue.length >= maxQueued) this.end(new QmpError(`QMP: ${maxQueued} events wait to be read, and more came`))
+    else if (waiter === undefined) this.#queue.push(event)
     else waiter.resolve({ done: false, value: event })
   }
 

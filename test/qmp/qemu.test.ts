@@ -6,6 +6,7 @@ import { expect, onTestFinished, test } from 'vitest'
 import { QmpClient } from '../../src/qmp/client.ts'
 import { checkGuestMemory, Guest } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
+import { tempFolder } from '../support/temp.ts'
 
 describeWithQemu('QMP', (qemu) => {
   test('commands, events, refusals and out-of-band execution', async () => {
@@ -28,7 +29,21 @@ describeWithQemu('QMP', (qemu) => {
 
   test('a second client of the same monitor is told why it waits', async () => {
     const guest = await Guest.boot(qemu)
-    await expect(QmpClient.connect(guest.qmpPath, { timeout: 200 })).rejects.toThrow('no answer to the greeting')
+    await expect(QmpClient.connect(guest.qmpPath, { timeout: 200 })).rejects.toThrow('one client at a time')
+  })
+
+  test('a monitor that writes its messages over several lines', async () => {
+    const folder = tempFolder()
+    const path = join(folder, 'pretty')
+    await Guest.boot(qemu, { args: ['-chardev', `socket,id=pretty,path=${path},server=on,wait=off`, '-mon', 'chardev=pretty,mode=control,pretty=on'] })
+    await using qmp = await QmpClient.connect(path, { wait: 5000 })
+    expect(await qmp.execute('query-status')).toMatchObject({ running: true })
+    expect(await qmp.execute('query-block')).toBeInstanceOf(Array)
+    expect(await qmp.execute('query-named-block-nodes')).toBeInstanceOf(Array)
+    expect(await qmp.execute('query-pci')).toBeInstanceOf(Array)
+    expect(await qmp.execute('query-qmp-schema')).toBeInstanceOf(Array)
+    expect(await qmp.execute('query-migrate')).toBeInstanceOf(Object)
+    expect(await qmp.execute('query-cpus-fast')).toHaveLength(1)
   })
 
   test('over TCP', async () => {
