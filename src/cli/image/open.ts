@@ -11,7 +11,8 @@ import { NullDevice } from '../../block/null.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
-import { Qcow2Error } from '../../core/errors.ts'
+import { IoError, Qcow2Error } from '../../core/errors.ts'
+import { redacted } from '../../core/redact.ts'
 import { LuksImage } from '../../luks/luks-image.ts'
 import type { CheckReport } from '../../qcow2/check-report.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
@@ -22,7 +23,7 @@ import { ExitError, UsageError } from '../errors.ts'
 import { findingLines } from '../print/findings.ts'
 import { blkdebug, rulesOf } from './blkdebug.ts'
 import { isImageFormat, type ImageFormat } from './formats.ts'
-import { resolveBacking, splitSnapshot } from './names.ts'
+import { resolveBacking, splitAddress, splitSnapshot } from './names.ts'
 import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
@@ -107,13 +108,35 @@ export class Opener {
     this.settings = settings
   }
 
-  /** Opens an image by its plain name; `NAME@SNAPSHOT` is a snapshot's disk, read-only. */
+  /**
+   * Opens an image by its plain name; `NAME@SNAPSHOT` is a snapshot's disk, read-only. What is there by the whole name
+   * is meant before what is by a part of it: for a path that is seen at once, for an address when nothing is found.
+   */
   async name(name: string, how: OpenHow, format?: string): Promise<OpenedImage> {
     const split = splitSnapshot(name)
-    if (split === undefined) return this.spec(parseName(name, format), how)
-    if (!how.readOnly) throw new ExitError(1, `Could not open '${name}': a snapshot can only be read`)
-    const opened = await this.spec(parseName(split.file, format), { ...how, readOnly: true })
-    return this.#atSnapshot(opened, split.snapshot, name)
+    if (split !== undefined) {
+      if (!how.readOnly) throw new ExitError(1, `Could not open '${name}': a snapshot can only be read`)
+      return this.snapshot(split.file, split.snapshot, how, format)
+    }
+    const remote = how.readOnly ? splitAddress(name) : undefined
+    if (remote === undefined) return this.spec(parseName(name, format), how)
+    try {
+      return await this.spec(parseName(name, format), how)
+    } catch (error) {
+      if (!isAbsent(error)) throw error
+      await this.file(parseName(remote.file, format), how).then(
+        ({ host }) => host.close(),
+        () => Promise.reject(error as Error),
+      )
+    }
+    return this.snapshot(remote.file, remote.snapshot, how, format)
+  }
+
+  /** Opens the disk of a snapshot, by its id or name, of the image with a plain name. */
+  async snapshot(name: string, idOrName: string, how: OpenHow, format?: string): Promise<OpenedImage> {
+    const spec = parseName(name, format)
+    const opened = await this.spec(spec, { ...how, readOnly: true })
+    return this.#atSnapshot(opened, idOrName, `${spec.shown}@${idOrName}`)
   }
 
   /**
@@ -182,7 +205,7 @@ export class Opener {
     const locking = place.kind === 'file' ? place.locking : undefined
     const source = place.kind === 'file' ? place.path : place.url
     const device = await openSource(source, { readOnly, signal, locking, forceShare, ...(direct === true ? { direct } : { syncLimit }) })
-    return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : place.url.href)
+    return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : redacted(place.url.href))
   }
 
   /** The snapshot of an open image; the image is closed with it. */
@@ -281,6 +304,13 @@ export class Opener {
       throw Qcow2Error.is(error, 'ERR_NOT_FOUND') ? new Qcow2Error('ERR_NOT_FOUND', 'Invalid password, cannot unlock any keyslot', { cause: error }) : error
     })
   }
+}
+
+/** Nothing is there by that name, as far as is known: servers say so in several ways. */
+function isAbsent(error: unknown): boolean {
+  if (error instanceof UsageError) return true
+  const cause = error instanceof ExitError ? error.cause : undefined
+  return Qcow2Error.is(cause, 'ERR_NOT_FOUND') || (cause instanceof IoError && cause.operation === 'open')
 }
 
 function refuseUnknownFormat(format: string | undefined): void {

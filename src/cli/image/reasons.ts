@@ -1,12 +1,13 @@
 /** Why something failed, in the words scripts know. Owns the translation of typed errors; shows nothing. */
 import { FormatError, IoError, Qcow2Error, UnsupportedError, type UnknownFeature } from '../../core/errors.ts'
+import { redacted } from '../../core/redact.ts'
 import { ExitError } from '../errors.ts'
 
 /** The failure to open `name`; with `nameTwice` a file that cannot be opened is named for itself, as `file`, and for its driver. */
 export function couldNotOpen(name: string, error: unknown, { nameTwice = false, file = name }: { readonly nameTwice?: boolean | undefined; readonly file?: string } = {}): ExitError {
   const reason = missingOption(error) ?? reasonAbout(name, error)
   const again = nameTwice && (reason === noSuchFile || reason === denied) ? `Could not open '${file}': ` : ''
-  return new ExitError(1, `Could not open '${name}': ${again}${reason}`, { cause: error })
+  return new ExitError(1, redacted(`Could not open '${name}': ${again}${reason}`), { cause: error })
 }
 
 /** What must be said besides the name to open an image. */

@@ -2,12 +2,14 @@
  * What a name on the command line means: a file, an NBD export, a web address; with the driver and
  * the options of `json:` and `--image-opts`. Owns the grammar of names; opens nothing.
  */
+import { redacted } from '../../core/redact.ts'
 import type { NbdAddress } from '../../nbd/socket.ts'
 import { UsageError } from '../errors.ts'
 import { optionSize } from '../size.ts'
 import { injectedError, type InjectedError } from './blkdebug.ts'
 import { isImageFormat } from './formats.ts'
 import { jsonTree, optionTree, type OptionTree } from './key-values.ts'
+import { nbdUri, parseNbdName } from './nbd-name.ts'
 
 /** Where the bytes are. */
 export type Place =
@@ -76,51 +78,44 @@ export function parseImageOpts(text: string): ImageSpec {
 
 /** The bytes a plain name stands for. */
 export function parsePlace(name: string): Place {
-  const colon = name.indexOf(':')
-  const slash = name.indexOf('/')
-  if (colon <= 0 || (slash >= 0 && slash < colon)) return { kind: 'file', path: name }
-  switch (name.slice(0, colon)) {
+  const protocol = protocolOf(name)
+  switch (protocol) {
+    case undefined:
+      return { kind: 'file', path: name }
     case 'file':
       return { kind: 'file', path: name.startsWith('file:///') ? decodeURIComponent(name.slice(7)) : plainPath(name.slice(5)) }
     case 'nbd':
-      return name.startsWith('nbd://') ? nbdUrl(name) : nbdName(name)
     case 'nbd+unix':
     case 'nbd+tcp':
-      return nbdUrl(name)
+      return { kind: 'nbd', ...parseNbdName(name) }
     case 'http':
     case 'https':
-      return { kind: 'http', url: new URL(name) }
+      return webPlace(name)
     case 'blkdebug':
       return blkdebugName(name)
     default:
-      throw new UsageError(`Unknown protocol '${name.slice(0, colon)}'`)
+      throw new UsageError(`Unknown protocol '${protocol}'${protocol.startsWith('nbds') ? ': TLS is not supported' : ''}`)
   }
+}
+
+/** What stands before a name's first colon, if no slash does. A single letter is a drive of Windows: `C:\disk.qcow2`, `C:/disk.qcow2`. */
+export function protocolOf(name: string): string | undefined {
+  const colon = name.indexOf(':')
+  const slash = name.indexOf('/')
+  if (colon <= 0 || (slash >= 0 && slash < colon) || /^[A-Za-z]:[\\/]/.test(name)) return undefined
+  return name.slice(0, colon)
+}
+
+/** @throws UsageError if the text is no address */
+function webPlace(text: string): Place {
+  const url = URL.canParse(text) ? new URL(text) : undefined
+  if (url === undefined || url.hostname === '' || !/^https?:$/.test(url.protocol)) throw new UsageError(`'${redacted(text)}' is no URL of a web server`)
+  return { kind: 'http', url }
 }
 
 /** With its folder, where the path alone would be read as a protocol. */
 function plainPath(path: string): string {
   return /^[^/]+:/.test(path) ? `./${path}` : path
-}
-
-/** `nbd://host:port/name`, `nbd+unix:///name?socket=PATH`. */
-function nbdUrl(text: string): Place {
-  const url = new URL(text)
-  const name = decodeURIComponent(url.pathname.slice(1))
-  if (url.protocol === 'nbd+unix:') {
-    const path = url.searchParams.get('socket')
-    if (path === null) throw new UsageError(`${text}: an nbd+unix address needs ?socket=PATH`)
-    return { kind: 'nbd', address: { path }, name }
-  }
-  return { kind: 'nbd', address: { host: url.hostname, port: url.port === '' ? 10809 : Number(url.port) }, name }
-}
-
-/** The old forms `nbd:unix:PATH:exportname=NAME` and `nbd:HOST:PORT:exportname=NAME`. */
-function nbdName(text: string): Place {
-  const match = /^nbd:(?:unix:(?<path>[^:]*)|(?<host>[^:]*):(?<port>\d+))(?::exportname=(?<name>.*))?$/.exec(text)
-  const { path, host, port, name = '' } = match?.groups ?? {}
-  if (path !== undefined) return { kind: 'nbd', address: { path }, name }
-  if (host === undefined || port === undefined) throw new UsageError(`${text}: an NBD address is nbd:unix:PATH or nbd:HOST:PORT`)
-  return { kind: 'nbd', address: { host, port: Number(port) }, name }
 }
 
 /** `blkdebug:CONFIGURATION:NAME`, where the first may be empty. */
@@ -203,7 +198,7 @@ function placeOf(driver: string, options: Options): Place {
     case 'https': {
       const url = options.text('url') ?? options.text('filename')
       if (url === undefined) throw new UsageError(`The '${driver}' block driver requires a url`)
-      return { kind: 'http', url: new URL(url) }
+      return webPlace(url)
     }
     default:
       throw new UsageError(`Unknown driver '${driver}'`)
@@ -241,14 +236,8 @@ function requireTree(value: string | OptionTree, name: string): OptionTree {
 function shownPlace(place: Place, text: string): string {
   if (place.kind === 'file') return place.path
   if (place.kind === 'image') return place.spec.shown
-  if (place.kind === 'nbd' && place.context === undefined) return nbdAddressUrl(place.address, place.name)
-  return place.kind === 'http' ? place.url.href : text
-}
-
-/** An export as QEMU calls it, however it was named. */
-function nbdAddressUrl(address: NbdAddress, name: string): string {
-  if ('path' in address) return `nbd+unix://${name === '' ? '' : `/${name}`}?socket=${address.path}`
-  return `nbd://${address.host ?? 'localhost'}:${address.port}${name === '' ? '' : `/${name}`}`
+  if (place.kind === 'nbd' && place.context === undefined) return nbdUri(place)
+  return place.kind === 'http' ? redacted(place.url.href) : text
 }
 
 /** Takes options out one by one, so that those nobody knew are left. */

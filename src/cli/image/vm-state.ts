@@ -51,8 +51,8 @@ async function openImageOrStream<O extends OptionDefinitions>(context: Context<O
   await opened.close()
   if (saved.length === 1) {
     // opened by its id, which no other snapshot has, and shown by its name
-    const only = await opener.name(`${name}@${saved[0]!.id}`, { readOnly: true })
-    return { ...only, filename: `${name}@${saved[0]!.name}` }
+    const only = await opener.snapshot(name, saved[0]!.id, { readOnly: true })
+    return { ...only, filename: `${opened.filename}@${saved[0]!.name}` }
   }
   const names = saved.map((snapshot) => `${name}@${snapshot.name}`).join(', ')
   throw new ExitError(1, saved.length === 0 ? `${name} has no snapshot with VM state` : `name one of ${names}`)
