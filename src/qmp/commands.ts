@@ -138,8 +138,14 @@ export interface QmpCommands {
   >
   'blockdev-snapshot-delete-internal-sync': Command<{ device: string; id?: string; name?: string }, unknown>
   'block-commit': Command<{ 'job-id': string; 'device': string; 'top-node'?: string; 'base-node'?: string }, Nothing>
+  'change-backing-file': Command<{ 'device': string; 'image-node-name': string; 'backing-file': string }, Nothing>
   'block-job-complete': Command<{ device: string }, Nothing>
   'transaction': Command<{ actions: readonly { type: string; data: Record<string, unknown> }[] }, Nothing>
+  'blockdev-add': Command<Record<string, unknown>, Nothing>
+  'blockdev-del': Command<{ 'node-name': string }, Nothing>
+  'snapshot-save': Command<{ 'job-id': string; tag: string; vmstate: string; devices: readonly string[] }, Nothing>
+  'query-jobs': Command<Nothing, readonly { readonly id: string; readonly status: string; readonly error?: string }[]>
+  'job-dismiss': Command<{ id: string }, Nothing>
   'query-yank': Command<Nothing, readonly { readonly type: string }[]>
   'human-monitor-command': Command<{ 'command-line': string }, string>
   'pmemsave': Command<{ val: number; size: number; filename: string }, Nothing>

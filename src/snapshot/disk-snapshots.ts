@@ -1,79 +1,106 @@
-/**
- * Freezes the disks of a stopped VM, all at one instant, and undoes it. Owns the QMP conversation; the
- * files are QEMU's.
- */
-import { QmpError } from '../qmp/error.ts'
+/** Freezes the chosen disks of a VM, all at one instant, and undoes it. Owns the QMP conversation; the files are QEMU's. */
+import { Qcow2Error } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
-import { modificationTime } from './host-files.ts'
-import type { SavedDisk } from './manifest.ts'
-import type { VmDisk } from './vm-disks.ts'
+import { QmpError } from '../qmp/error.ts'
+import type { ChosenDisk, ChosenDisks } from './choose-disks.ts'
+import { modificationTime, pathBeside, removeFile } from './host-files.ts'
+import type { DiskFreeze, SavedDisk } from './manifest.ts'
 
-/** One disk to freeze while memory is saved. */
-export type DiskSnapshot =
-  /** From now on the guest writes to the new file `overlay`; what was there stays unchanged below it. */
-  | {
-      /** Node name of the disk's active layer. */
-      readonly node: string
-      /** Path of the new qcow2 file, as QEMU sees it. */
-      readonly overlay: string
-      /** Node name for the new layer; made from `node` if left out. */
-      readonly overlayNode?: string
+/** The disks of one save. */
+export class DiskSnapshots {
+  readonly #qmp: Qmp
+  readonly #disks: ChosenDisks
+  #frozen = false
+
+  constructor(qmp: Qmp, disks: ChosenDisks) {
+    this.#qmp = qmp
+    this.#disks = disks
+  }
+
+  /** There are disks to freeze. */
+  get wanted(): boolean {
+    return this.#disks.chosen.length > 0
+  }
+
+  /**
+   * Takes all snapshots in one transaction: all or none.
+   * @throws QmpError (`ERR_QMP`) if QEMU refuses; no disk has changed then.
+   */
+  async freeze(): Promise<void> {
+    if (!this.wanted) return
+    await this.#qmp.execute('transaction', { actions: this.#disks.chosen.map(freezeAction) })
+    this.#frozen = true
+    for (const disk of this.#disks.chosen) if ('overlay' in disk) await this.#nameBacking(disk)
+  }
+
+  /** QEMU writes into the overlay the name by which it opened the disk; a relative one means nothing in another folder. */
+  async #nameBacking({ disk, overlay, activeNode }: Extract<ChosenDisk, { overlay: string }>): Promise<void> {
+    const [name] = disk.chain
+    if (name === undefined || name === disk.file || pathBeside(overlay, name) === disk.file || !disk.file.startsWith('/')) return
+    await this.#qmp.execute('change-backing-file', { 'device': activeNode, 'image-node-name': activeNode, 'backing-file': disk.file })
+  }
+
+  /**
+   * Makes the disks what they were: merges each overlay down, drops and removes it, deletes internal snapshots. The guest may run.
+   * @param timeout Milliseconds for each disk.
+   */
+  async thaw(timeout = 60_000): Promise<void> {
+    if (!this.#frozen) return
+    this.#frozen = false
+    for (const disk of this.#disks.chosen) {
+      if ('internal' in disk) {
+        await this.#qmp.execute('blockdev-snapshot-delete-internal-sync', { device: disk.disk.node, name: disk.internal })
+      } else {
+        await mergeDown(this.#qmp, disk.activeNode, timeout)
+        await removeFile(disk.overlay)
+      }
     }
-  /** An internal snapshot in the image itself. */
-  | { readonly node: string; readonly internal: string }
+  }
 
-/** A frozen disk. */
-export type FrozenDisk = DiskSnapshot & {
-  /** Node the guest writes to now. */
-  readonly activeNode: string
-}
+  /** Thaws because of `cause`, which it throws with what went wrong meanwhile, if something did. */
+  async thawAfter(cause: unknown): Promise<void> {
+    await this.thaw().catch((error: unknown) => {
+      throw notSetBack(cause, [error])
+    })
+  }
 
-/**
- * Takes all snapshots in one transaction: all or none.
- * @throws QmpError (`ERR_QMP`) if QEMU refuses; no disk has changed then.
- */
-export async function freezeDisks(qmp: Qmp, disks: readonly DiskSnapshot[]): Promise<FrozenDisk[]> {
-  if (disks.length === 0) return []
-  const nodes = await qmp.execute('query-named-block-nodes', { flat: true })
-  const taken = new Set(nodes.map((node) => node['node-name']))
-  const frozen = disks.map((disk): FrozenDisk => {
-    const node = nodes.find((candidate) => candidate['node-name'] === disk.node)
-    if (node === undefined) {
-      throw new QmpError(`there is no disk with node name ${disk.node}; there are ${[...taken].join(', ')}`)
-    }
-    const activeNode = 'internal' in disk ? disk.node : (disk.overlayNode ?? freshName(disk.node, taken))
-    taken.add(activeNode)
-    return { ...disk, activeNode }
-  })
-  await qmp.execute('transaction', { actions: frozen.map(freezeAction) })
-  return frozen
-}
-
-/**
- * Makes the disks what they were: merges each overlay down and drops it, deletes internal snapshots. The
- * guest may run. Overlay files remain, unused.
- */
-export async function thawDisks(qmp: Qmp, disks: readonly FrozenDisk[], timeout = 60_000): Promise<void> {
-  for (const disk of disks) {
-    if ('internal' in disk) {
-      await qmp.execute('blockdev-snapshot-delete-internal-sync', { device: disk.node, name: disk.internal })
-    } else {
-      await mergeDown(qmp, disk.activeNode, timeout)
-    }
+  /** What a manifest says of all disks of the VM. */
+  describe(): Promise<SavedDisk[]> {
+    const { all, chosen } = this.#disks
+    return Promise.all(
+      all.map(async ({ path: _path, chain: _chain, ...disk }) => {
+        const how = this.#frozen ? chosen.find((candidate) => candidate.disk.node === disk.node) : undefined
+        return { ...disk, frozen: how === undefined ? false : await described(how) }
+      }),
+    )
   }
 }
 
-/** What a manifest says of all disks of a VM. */
-export async function savedDisks(disks: readonly VmDisk[], frozen: readonly FrozenDisk[]): Promise<SavedDisk[]> {
-  return Promise.all(
-    disks.map(async ({ chain: _, ...disk }) => {
-      const found = frozen.find(({ node }) => node === disk.node)
-      if (found === undefined) return { ...disk, frozen: false }
-      if ('internal' in found) return { ...disk, frozen: { internal: found.internal } }
-      const modified = await modificationTime(disk.file)
-      return { ...disk, frozen: { overlay: found.overlay, node: found.activeNode, ...(modified !== undefined && { modified }) } }
-    }),
-  )
+/** A save failed, and so did what was to undo it. */
+export function notSetBack(cause: unknown, failures: readonly unknown[]): Qcow2Error {
+  const words = (error: unknown): string => (error instanceof Error ? error.message : String(error))
+  return new Qcow2Error('ERR_QMP', `save failed (${words(cause)}), and the VM could not be set back: ${failures.map(words).join('; ')}`, { cause })
+}
+
+async function described(how: ChosenDisk): Promise<DiskFreeze> {
+  if ('internal' in how) return { internal: how.internal }
+  const modified = await modificationTime(how.disk.file)
+  return { overlay: how.overlay, node: how.activeNode, ...(modified !== undefined && { modified }) }
+}
+
+function freezeAction(disk: ChosenDisk): { type: string; data: Record<string, unknown> } {
+  if ('internal' in disk) {
+    return { type: 'blockdev-snapshot-internal-sync', data: { device: disk.disk.node, name: disk.internal } }
+  }
+  return {
+    type: 'blockdev-snapshot-sync',
+    data: {
+      'node-name': disk.disk.node,
+      'snapshot-file': disk.overlay,
+      'snapshot-node-name': disk.activeNode,
+      'format': 'qcow2',
+    },
+  }
 }
 
 async function mergeDown(qmp: Qmp, node: string, timeout: number): Promise<void> {
@@ -92,27 +119,5 @@ async function mergeDown(qmp: Qmp, node: string, timeout: number): Promise<void>
   } finally {
     clearTimeout(timer)
     await events.return?.()
-  }
-}
-
-function freezeAction(disk: FrozenDisk): { type: string; data: Record<string, unknown> } {
-  if ('internal' in disk) {
-    return { type: 'blockdev-snapshot-internal-sync', data: { device: disk.node, name: disk.internal } }
-  }
-  return {
-    type: 'blockdev-snapshot-sync',
-    data: {
-      'node-name': disk.node,
-      'snapshot-file': disk.overlay,
-      'snapshot-node-name': disk.activeNode,
-      'format': 'qcow2',
-    },
-  }
-}
-
-function freshName(node: string, taken: ReadonlySet<string>): string {
-  for (let n = 1; ; n++) {
-    const name = `${node.slice(0, 24)}-${n}`
-    if (!taken.has(name)) return name
   }
 }

@@ -1,7 +1,8 @@
 /** Files of a saved VM as wholes: small ones are written and read, any is removed. */
-import { readFile, realpath, stat, unlink } from 'node:fs/promises'
-import { isAbsolute, resolve } from 'node:path'
+import { lstat, readFile, realpath, stat, unlink } from 'node:fs/promises'
+import { basename, dirname, extname, isAbsolute, join, resolve } from 'node:path'
 import { newFile } from '../block/file-new.ts'
+import { Qcow2Error } from '../core/errors.ts'
 
 /** Permissions of all files of a saved VM: they hold, or lead to, all secrets of the guest. */
 export const secretMode = 0o600
@@ -23,6 +24,54 @@ export async function ownPath(path: string): Promise<string> {
     return await realpath(path)
   } catch (error) {
     if (isMissing(error)) return resolve(path)
+    throw error
+  }
+}
+
+/** `name` as seen from the folder of `file`. */
+export function pathBeside(file: string, name: string): string {
+  return resolve(dirname(file), name)
+}
+
+/** The folder of a file. */
+export function folderOf(path: string): string {
+  return dirname(resolve(path))
+}
+
+/** A path as somebody gave it, from the working directory of this process on. */
+export function absoluteFile(path: string): string {
+  return resolve(path)
+}
+
+/**
+ * Nothing has the name of a file that QEMU is to make: it would empty whatever is there.
+ * @throws Qcow2Error `ERR_EXISTS`; `what` says what the file is to be.
+ */
+export async function assertAbsent(path: string, what: string): Promise<void> {
+  if (!(await isTaken(path))) return
+  throw new Qcow2Error('ERR_EXISTS', `${path} is there already and would be emptied to become ${what}; choose another name, or remove it if nobody needs it`)
+}
+
+/**
+ * The first free name beside `file` for its successor, counted on: `disk.img` is followed by `disk-1.qcow2`, that by
+ * `disk-2.qcow2`.
+ */
+export async function freeNameBeside(file: string, extension: string, taken: ReadonlySet<string>): Promise<string> {
+  const stem = basename(file, extname(file))
+  const counted = /^(.*)-(\d{1,9})$/.exec(stem)
+  for (let n = Number(counted?.[2] ?? 0) + 1; ; n++) {
+    const path = join(dirname(file), `${counted?.[1] ?? stem}-${n}${extension}`)
+    if (!taken.has(path) && !(await isTaken(path))) return path
+  }
+}
+
+/** Something has this name, be it a link to nowhere. */
+async function isTaken(path: string): Promise<boolean> {
+  try {
+    await lstat(path)
+    return true
+  } catch (error) {
+    if (isMissing(error)) return false
     throw error
   }
 }

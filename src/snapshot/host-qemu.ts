@@ -1,5 +1,5 @@
 /** The process of a QEMU whose monitor we have, where it runs on this host: what only the system knows of it. */
-import { readdir, readlink, realpath } from 'node:fs/promises'
+import { readdir, readFile, readlink, realpath } from 'node:fs/promises'
 import { isAbsolute, join, resolve } from 'node:path'
 import type { Qmp } from '../qmp/client.ts'
 
@@ -23,6 +23,22 @@ export async function qemuFolder(qmp: Qmp, files: readonly string[]): Promise<st
     // not ours to look at, or no such process
   }
   return undefined
+}
+
+/** Who a process runs as. */
+export interface ProcessUser {
+  readonly uid: number
+  readonly gid: number
+}
+
+/** The user a QEMU runs as; undefined where it is no process of this host. */
+export async function qemuUser(qmp: Qmp): Promise<ProcessUser | undefined> {
+  const [cpu] = await qmp.execute('query-cpus-fast')
+  const status = cpu === undefined ? '' : await readFile(`/proc/${cpu['thread-id']}/status`, 'utf8').catch(() => '')
+  // the thread of a CPU is called so where QEMU names its threads, else as the program
+  if (!/^Name:\s+(qemu|CPU )/m.test(status)) return undefined
+  const [uid, gid] = ['Uid', 'Gid'].map((field) => Number(new RegExp(`^${field}:\\s+\\d+\\s+(\\d+)`, 'm').exec(status)?.[1]))
+  return Number.isInteger(uid) && Number.isInteger(gid) ? { uid: uid!, gid: gid! } : undefined
 }
 
 async function openFiles(process: string): Promise<string[]> {

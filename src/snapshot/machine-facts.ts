@@ -43,6 +43,12 @@ export async function machineFacts(qmp: Qmp): Promise<MachineFacts> {
   return { qemu, accelerator, cpus, devices }
 }
 
+/** False for a machine that sends its state without a VM description (`suppress-vmdesc=on`, types up to 2.1). */
+export async function sendsVmDescription(qmp: Qmp): Promise<boolean> {
+  const suppressed = await qmp.execute('qom-get', { path: '/machine', property: 'suppress-vmdesc' }).catch(() => false)
+  return suppressed !== true
+}
+
 /** The machine type of a QEMU, without the suffix of its class name. */
 export async function machineOf(qmp: Qmp): Promise<string> {
   const type = await qmp.execute('qom-get', { path: '/machine', property: 'type' })

@@ -1,36 +1,39 @@
-/** Migration capabilities and parameters of a QEMU, set for one task and put back behind it. */
+/**
+ * Migration capabilities and parameters of a QEMU, set for one task and put back afterwards. Owns which of them a task of this
+ * library runs with: those it names, and no other. A capability may leave memory out of the stream (`x-ignore-shared`), move it
+ * elsewhere (`multifd`, `mapped-ram`, `rdma-pin-all`) or add what no page is (`block`, `colo`), and every QEMU brings new ones.
+ */
 import type { Qmp } from '../qmp/client.ts'
 import type { MigrationCapability } from '../qmp/commands.ts'
 
 /** What a task needs. */
 export interface MigrationSettings {
-  /** Capability name to state; those QEMU does not know are left out if they are to be off. */
-  readonly capabilities: Readonly<Record<string, boolean>>
+  /** Capabilities that are on; all others that QEMU knows are off. */
+  readonly on: readonly string[]
+  /** Capabilities that stay as they are. */
+  readonly untouched?: readonly string[] | undefined
+  /** Parameters and their values; those that QEMU does not know, or that have the value already, are left out. */
   readonly parameters?: Readonly<Record<string, number | string>> | undefined
 }
 
-/** Capabilities that QEMU refuses together with `background-snapshot`. */
-export const notWithBackgroundSnapshot: readonly string[] = [
-  'postcopy-ram',
-  'multifd',
-  'xbzrle',
-  'return-path',
-  'dirty-bitmaps',
-  'validate-uuid',
-  'pause-before-switchover',
-  'auto-converge',
-  'release-ram',
-  'late-block-activate',
-  'compress',
-  'zero-copy-send',
-  'x-colo',
-  'rdma-pin-all',
-  'postcopy-preempt',
-  'postcopy-blocktime',
-  'mapped-ram',
-  'switchover-ack',
-  'dirty-limit',
-]
+/** No limit on the bandwidth, in bytes a second. */
+const unlimited = 2 ** 40
+
+/** How the memory of a VM is sent for a save: one plain connection, with all of memory. */
+export function settingsOf(mode: 'background' | 'stop' | 'precopy', more: readonly string[] = []): MigrationSettings {
+  return {
+    on: ['events', ...(mode === 'background' ? ['background-snapshot'] : []), ...more],
+    parameters: { 'max-bandwidth': unlimited, 'tls-creds': '', 'mode': 'normal' },
+  }
+}
+
+/**
+ * How a QEMU has to wait for a saved VM: the same, so that what it expects is what is sent. What concerns only itself
+ * (`late-block-activate`: disks are opened when it is told to `cont`) stays.
+ */
+export function destinationSettings(on: readonly string[]): MigrationSettings {
+  return { on: ['events', ...on], untouched: ['late-block-activate'], parameters: { 'tls-creds': '' } }
+}
 
 /**
  * Runs `task` under the settings and restores what was there before, whatever the task does. An error of the task comes
@@ -38,14 +41,17 @@ export const notWithBackgroundSnapshot: readonly string[] = [
  * @throws QmpError (`ERR_QMP`) if QEMU refuses a setting; nothing is changed then.
  */
 export async function withMigrationSettings<T>(qmp: Qmp, settings: MigrationSettings, task: () => Promise<T>): Promise<T> {
+  const { on, untouched = [] } = settings
   const before = await qmp.execute('query-migrate-capabilities')
-  const changes = before.filter(({ capability, state }) => (settings.capabilities[capability] ?? state) !== state)
+  const changes = before.filter(({ capability, state }) => !untouched.includes(capability) && on.includes(capability) !== state)
   const wanted = changes.map(({ capability, state }) => ({ capability, state: !state }))
-  const missing = Object.entries(settings.capabilities)
-    .filter(([name, state]) => state && !before.some(({ capability }) => capability === name))
-    .map(([capability, state]) => ({ capability, state }))
-  await setCapabilities(qmp, [...wanted, ...missing])
-  return finallyRestore(() => withParameters(qmp, settings.parameters, task), () => setCapabilities(qmp, changes))
+  // QEMU says itself that it does not know one
+  const missing = on.filter((name) => !before.some(({ capability }) => capability === name)).map((capability) => ({ capability, state: true }))
+  const restore = (): Promise<void> => setCapabilities(qmp, changes)
+  return finallyRestore(async () => {
+    await setCapabilities(qmp, [...wanted, ...missing])
+    return withParameters(qmp, settings.parameters, task)
+  }, restore)
 }
 
 async function withParameters<T>(
@@ -55,8 +61,10 @@ async function withParameters<T>(
 ): Promise<T> {
   if (parameters === undefined) return task()
   const before = await qmp.execute('query-migrate-parameters')
-  const restore = Object.fromEntries(Object.keys(parameters).map((name) => [name, before[name]]))
-  await qmp.execute('migrate-set-parameters', parameters)
+  const changes = Object.entries(parameters).filter(([name, value]) => name in before && before[name] !== value)
+  if (changes.length === 0) return task()
+  const restore = Object.fromEntries(changes.map(([name]) => [name, before[name]]))
+  await qmp.execute('migrate-set-parameters', Object.fromEntries(changes))
   return finallyRestore(task, () => qmp.execute('migrate-set-parameters', restore))
 }
 

@@ -3,10 +3,11 @@
  * of the files that an earlier save left there.
  */
 import type { Qmp } from '../qmp/client.ts'
-import { removeFile, writeTextFile } from './host-files.ts'
+import { folderOf, removeFile, writeTextFile } from './host-files.ts'
 import { openMemoryTarget, type MemoryTarget, type MemoryTargetOptions } from './memory-target.ts'
 import { faultOrderPath, manifestPath } from './saved-names.ts'
-import { saveTo, type SaveReport, type SaveToOptions } from './save.ts'
+import type { SaveReport, SaveToOptions } from './save-task.ts'
+import { saveTo } from './save.ts'
 
 /** Options of {@link save}. */
 export interface SaveOptions extends Omit<SaveToOptions, 'memory'>, Omit<MemoryTargetOptions, 'signal'> {
@@ -30,7 +31,7 @@ export async function save(qmp: Qmp, options: SaveOptions): Promise<SaveReport> 
   const { memory, manifest: where, ...rest } = options
   const target = await openMemoryTarget(memory, options)
   try {
-    const report = await saveTo(qmp, target.sink, { ...rest, memory: target.described })
+    const report = await saveTo(qmp, target.sink, { scratch: target.path === undefined ? undefined : folderOf(target.path), ...rest, memory: target.described })
     const { snapshot } = target.described
     const path = where === false ? undefined : (where ?? (target.path === undefined ? undefined : manifestPath(target.path, snapshot)))
     if (target.path !== undefined) await removeFile(faultOrderPath(target.path, snapshot))

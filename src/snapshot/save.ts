@@ -1,273 +1,137 @@
 /**
- * Saves a running VM through its monitor. Owns the order of commands, when the guest may run again, and
- * that a failure leaves the VM as it was; where the state is kept is a {@link SaveSink}'s business.
- *
- * ```
- *  background, without disks         background, with disks          stop
- *  migrate                           stop                            stop
- *    (QEMU stops the guest for         snapshot of the disks           snapshot of the disks
- *    a moment by itself)               migrate                         migrate
- *  … pages …                           first page section: cont        … pages …
- *                                    … pages …                       end of stream: cont
- * ```
- *
- * When the first page section of a background snapshot has arrived, memory is write-protected: the guest
- * may run, and its writes wait for the old content to be saved. QEMU's event `active` is too early for that.
+ * Saves a VM through its monitor, whatever it does. Owns what is refused before anything happens, and which way is taken: a
+ * guest that runs is migrated (running-save.ts), one that stands still is read as it stands (standing-save.ts). Where the state
+ * is kept is a {@link SaveSink}'s business.
  */
-import type { CallOptions } from '../block/device.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
-import type { DuplexStream } from '../qmp/duplex.ts'
 import { capture } from './capture.ts'
-import { ChunkReader } from './chunk-reader.ts'
-import { freezeDisks, savedDisks, thawDisks, type DiskSnapshot, type FrozenDisk } from './disk-snapshots.ts'
-import { machineFacts } from './machine-facts.ts'
-import { makeManifest, type Manifest } from './manifest.ts'
-import { notWithBackgroundSnapshot, withMigrationSettings, type MigrationSettings } from './migration-settings.ts'
-import { connectMigration, isOver, migrationEnded, migrationFailed, type MigrationReceiver } from './outgoing-migration.ts'
+import { chooseDisks } from './choose-disks.ts'
+import { DiskSnapshots } from './disk-snapshots.ts'
+import { temporaryFolder } from './host-scratch.ts'
+import { machineFacts, sendsVmDescription } from './machine-facts.ts'
+import { makeManifest } from './manifest.ts'
+import { settingsOf, withMigrationSettings } from './migration-settings.ts'
+import { isOver } from './outgoing-migration.ts'
+import { savableState } from './run-state.ts'
+import { BackgroundRefused, GuestStopped, RunningSave } from './running-save.ts'
 import type { SaveSink } from './save-sink.ts'
-import { MigrationListener } from './socket.ts'
+import type { SaveMode, SaveReport, SaveTask, SaveToOptions } from './save-task.ts'
+import { removeLeftovers, standingStream } from './standing-save.ts'
 import { StopClock } from './stop-clock.ts'
 import type { StreamSummary } from './stream-check.ts'
-import { disksOf } from './vm-disks.ts'
-
-/**
- * How the guest's memory is read: `background` while it runs on, write-protected; `stop` while it stands
- * still; `precopy` while it runs, with changed pages sent again and a stop at the end.
- */
-export type SaveMode = 'background' | 'stop' | 'precopy'
-
-/** Options of {@link saveTo}. */
-export interface SaveToOptions extends CallOptions {
-  /** Default `background`. */
-  readonly mode?: SaveMode | undefined
-  /** What to do where QEMU or the host refuses a background snapshot; default: fail and say why. */
-  readonly fallback?: 'stop' | 'precopy' | undefined
-  /** Disks to freeze at the same instant. */
-  readonly disks?: readonly DiskSnapshot[] | undefined
-  /** What the manifest says of the sink. */
-  readonly memory?: Manifest['memory'] | undefined
-  /** Where QEMU connects to; default a unix socket in a new folder. */
-  readonly receiver?: MigrationReceiver | undefined
-  /** Milliseconds QEMU may take to report completion after the stream has ended; default 30 000. */
-  readonly timeout?: number | undefined
-  /** Bytes received so far; how many will come is not known. */
-  readonly onProgress?: ((progress: { readonly done: number }) => void) | undefined
-}
-
-/** What a save did. */
-export interface SaveReport {
-  readonly mode: SaveMode
-  readonly summary: StreamSummary
-  readonly manifest: Manifest
-  /** Milliseconds the guest stood still, by the timestamps of QEMU's events; 0 if it was paused before. */
-  readonly stoppedFor: number
-  /** Milliseconds in all. */
-  readonly took: number
-}
 
 /** VMs that are being saved, by their monitors. */
 const saving = new WeakSet<Qmp>()
 
-/** No limit on the bandwidth, in bytes a second. */
-const unlimited = 2 ** 40
-
 /**
- * Saves the VM's memory and device state into `sink`. The guest goes on as it was, running or paused.
+ * Saves the VM's memory and device state into `sink`. The VM is afterwards in the run state it was in before: a running guest
+ * runs, one that stands still (`paused`, `io-error`, `suspended`, `shutdown`, …) has not executed an instruction.
  *
- * It succeeds only if the stream ended cleanly with a matching VM description, QEMU reports completion, and
- * QEMU counts as many pages as arrived. Otherwise the sink is aborted, frozen disks are merged back, the
+ * It succeeds only if the stream ended cleanly with a matching VM description, with memory for every RAM block, QEMU reports
+ * completion, and QEMU counts as many pages as arrived. Otherwise the sink is aborted, frozen disks are merged back, the
  * guest is set running if it was, and the error says what happened.
  *
  * @throws QmpError (`ERR_QMP`) where QEMU refuses, FormatError (`ERR_STREAM`) for an incomplete stream, `ERR_BUSY`
- *   while the VM is being saved or migrated already.
+ *   while the VM is being saved or migrated already or is in a state in which there is nothing to save; UnsupportedError if it
+ *   has writable disks and `disks` says nothing of them, `ERR_NOT_FOUND` for a disk it has not, `ERR_EXISTS` for an overlay
+ *   that is there already.
  */
 export async function saveTo(qmp: Qmp, sink: SaveSink, options: SaveToOptions = {}): Promise<SaveReport> {
   options.signal?.throwIfAborted()
-  if (saving.has(qmp)) throw await busy(sink, 'it is being saved')
-  saving.add(qmp)
+  const began = performance.now()
+  const once = abortedOnce(sink)
   try {
-    return await attemptSave(qmp, sink, options)
-  } finally {
-    saving.delete(qmp)
+    if (saving.has(qmp)) throw new Qcow2Error('ERR_BUSY', 'the VM cannot be saved now: it is being saved; wait until that has ended')
+    saving.add(qmp)
+    try {
+      return { ...(await saveNow(qmp, once, options)), took: performance.now() - began }
+    } finally {
+      saving.delete(qmp)
+    }
+  } catch (error) {
+    await once.abort(error)
+    throw error
   }
 }
 
-async function attemptSave(qmp: Qmp, sink: SaveSink, options: SaveToOptions): Promise<SaveReport> {
-  const { status } = await qmp.execute('query-migrate')
-  if (!isOver(status)) throw await busy(sink, `QEMU reports migration ${String(status)}`)
-  const { mode = 'background', fallback } = options
-  const attempt = new Attempt(qmp, sink, options)
+async function saveNow(qmp: Qmp, sink: SaveSink, options: SaveToOptions): Promise<Omit<SaveReport, 'took'>> {
+  const { status: migration } = await qmp.execute('query-migrate')
+  if (!isOver(migration)) throw new Qcow2Error('ERR_BUSY', `the VM cannot be saved now: QEMU reports migration ${String(migration)}; wait until that has ended`)
+  const { running, status } = await savableState(qmp)
+  await removeLeftovers(qmp)
+  const facts = await machineFacts(qmp)
+  const disks = new DiskSnapshots(qmp, await chooseDisks(qmp, options.disks))
+  const vmDescription = (await sendsVmDescription(qmp)) ? 'required' : 'optional'
+  const task: SaveTask = { qmp, sink, options, facts, running, disks, vmDescription }
+  const clock = new StopClock(qmp)
   try {
-    return await attempt.run(mode)
+    const { mode, summary } = await bestWay(task, status)
+    const memory = options.memory ?? { kind: 'stream' }
+    const manifest = makeManifest(summary, { ...facts, memory, disks: await disks.describe(), status })
+    return { mode, summary, manifest, stoppedFor: await clock.stoppedFor(running) }
+  } finally {
+    await clock.close()
+  }
+}
+
+interface Saved {
+  readonly mode: SaveMode
+  readonly summary: StreamSummary
+}
+
+async function bestWay(task: SaveTask, status: string): Promise<Saved> {
+  const { mode = 'background', fallback } = task.options
+  const { qemu } = task.facts.qemu
+  // QEMU 10.0 leaves a paused guest paused after a background snapshot, 7.2 starts it; no QEMU takes one in other states
+  if (!task.running && !(status === 'paused' && mode === 'background' && qemu.major >= 10)) return standing(task)
+  if (mode === 'precopy' && task.facts.accelerator === 'tcg' && qemu.major < 8) {
+    throw new UnsupportedError(`QEMU ${qemu.major}.${qemu.minor} without KVM loses changed pages in a live precopy; use mode 'background' or 'stop'`)
+  }
+  try {
+    return await live(task, mode)
   } catch (error) {
-    const refused = mode === 'background' && !attempt.started && Qcow2Error.is(error, 'ERR_QMP')
-    if (refused && fallback !== undefined) return new Attempt(qmp, sink, options).run(fallback)
-    if (!attempt.captured) await sink.abort(error)
-    if (!refused) throw error
+    if (error instanceof GuestStopped) return standing(task)
+    if (!(error instanceof BackgroundRefused)) throw error
+    if (!task.running) return standing(task)
+    if (fallback !== undefined) return live(task, fallback)
     const help = `no background snapshot of this VM: ${error.message}; ask for the fallback 'stop' or 'precopy', or see doctor()`
     throw new Qcow2Error('ERR_QMP', help, { cause: error })
   }
 }
 
-/** Two at once would undo each other's settings. */
-async function busy(sink: SaveSink, why: string): Promise<Qcow2Error> {
-  const error = new Qcow2Error('ERR_BUSY', `the VM cannot be saved now: ${why}; wait until that has ended`)
-  await sink.abort(error)
-  return error
+async function live(task: SaveTask, mode: SaveMode): Promise<Saved> {
+  return { mode, summary: await new RunningSave(task, mode).run() }
 }
 
-/** One try with one mode. */
-class Attempt {
-  /** QEMU took the command to migrate. */
-  started = false
-  /** The sink has been finished or aborted. */
-  captured = false
-  readonly #qmp: Qmp
-  readonly #sink: SaveSink
-  readonly #options: SaveToOptions
-  #disks: FrozenDisk[] = []
-  #stopped = false
-
-  constructor(qmp: Qmp, sink: SaveSink, options: SaveToOptions) {
-    this.#qmp = qmp
-    this.#sink = sink
-    this.#options = options
+/** The VM is not touched: nothing has to be undone but the disks. */
+async function standing({ qmp, sink, options, disks, vmDescription }: SaveTask): Promise<Saved> {
+  const { signal, onProgress, scratch = temporaryFolder() } = options
+  try {
+    await disks.freeze()
+    const stream = (): Promise<StreamSummary> => capture(standingStream(qmp, { folder: scratch, signal }), sink, { signal, onProgress, vmDescription })
+    return { mode: 'stop', summary: await withMigrationSettings(qmp, settingsOf('stop'), stream) }
+  } catch (error) {
+    await disks.thawAfter(error)
+    throw error
   }
+}
 
-  async run(mode: SaveMode): Promise<SaveReport> {
-    const began = performance.now()
-    const { running, status } = await this.#qmp.execute('query-status')
-    const facts = await machineFacts(this.#qmp)
-    const { qemu } = facts.qemu
-    // QEMU 7.2 starts a paused guest after a background snapshot, 10.0 leaves it paused. Memory that does not change
-    // needs no protection anyway.
-    if (!running && mode !== 'stop' && qemu.major < 10) return this.run('stop')
-    if (mode === 'precopy' && facts.accelerator === 'tcg' && qemu.major < 8) {
-      throw new UnsupportedError(`QEMU ${qemu.major}.${qemu.minor} without KVM loses changed pages in a live precopy; use mode 'background' or 'stop'`)
-    }
-    const all = await disksOf(this.#qmp)
-    const clock = new StopClock(this.#qmp)
-    try {
-      const summary = await withMigrationSettings(this.#qmp, this.#settings(mode), () => this.#migrate(mode, running))
-      const memory = this.#options.memory ?? { kind: 'stream' }
-      const manifest = makeManifest(summary, { ...facts, memory, disks: await savedDisks(all, this.#disks), status })
-      return { mode, summary, manifest, stoppedFor: await clock.stoppedFor(running), took: performance.now() - began }
-    } finally {
-      await clock.close()
-    }
-  }
-
-  #settings(mode: SaveMode): MigrationSettings {
-    const off = Object.fromEntries([...notWithBackgroundSnapshot, 'background-snapshot'].map((name) => [name, false]))
-    const pause = mode === 'precopy' && this.#diskSnapshots.length > 0
-    return {
-      capabilities: {
-        ...off,
-        'events': true,
-        ...(mode === 'background' && { 'background-snapshot': true }),
-        ...(pause && { 'pause-before-switchover': true }),
-      },
-      parameters: { 'max-bandwidth': unlimited },
-    }
-  }
-
-  get #diskSnapshots(): readonly DiskSnapshot[] {
-    return this.#options.disks ?? []
-  }
-
-  async #migrate(mode: SaveMode, running: boolean): Promise<StreamSummary> {
-    const own = this.#options.receiver === undefined ? await MigrationListener.open() : undefined
-    const receiver = this.#options.receiver ?? own!
-    const events = this.#qmp.events('MIGRATION')
-    let reader: ChunkReader | undefined
-    let stream: DuplexStream | undefined
-    try {
-      this.#stopped = running && (mode === 'stop' || (mode === 'background' && this.#diskSnapshots.length > 0))
-      if (this.#stopped) await this.#qmp.execute('stop')
-      if (mode !== 'precopy') this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
-      // a background snapshot has to be read to its end, see #undo: without its connection it could not be
-      const onStarted = (): void => void (this.started = true)
-      stream = await connectMigration(this.#qmp, receiver, { onStarted, signal: mode === 'background' ? undefined : this.#options.signal })
-      // A QEMU that hangs says nothing on either connection.
-      reader = new ChunkReader(stream, { after: 2_000, ask: () => this.#qmp.execute('query-status') })
-      const switching = mode === 'precopy' && this.#diskSnapshots.length > 0 ? this.#freezeAtSwitchover(events) : undefined
-      switching?.catch(() => stream?.destroy())
-      const summary = await this.#receive(mode, running, reader)
-      await switching
-      return summary
-    } catch (error) {
-      await this.#undo(mode, running, reader, error)
-      throw error
-    } finally {
-      stream?.destroy()
-      await events.return?.()
-      await own?.close()
-    }
-  }
-
-  /** All of memory has left the guest when QEMU confirms it: the guest may run while the rest is made durable. */
-  #receive(mode: SaveMode, running: boolean, reader: ChunkReader): Promise<StreamSummary> {
-    this.captured = true
-    const { signal, onProgress } = this.#options
-    return capture(reader, this.#sink, {
-      signal,
-      onProgress,
-      onFirstPages: () => (mode === 'background' && this.#stopped ? this.#resume(true) : undefined),
-      accept: async (whole) => {
-        await this.#confirm(whole)
-        await this.#resume(running)
-      },
-    })
-  }
-
-  /** QEMU must say the same as the stream. */
-  async #confirm(summary: StreamSummary): Promise<void> {
-    const info = await migrationEnded(this.#qmp, this.#options.timeout ?? 30_000)
-    if (info.status !== 'completed') throw migrationFailed(info)
-    const counted = (info.ram?.normal ?? 0) + (info.ram?.duplicate ?? 0)
-    const arrived = summary.pages.data + summary.pages.zero
-    if (counted === arrived) return
-    throw new Qcow2Error('ERR_STREAM', `QEMU counts ${counted} pages, ${arrived} have arrived: the saved memory is incomplete`)
-  }
-
-  /** A live precopy stops the guest by itself; the disks are frozen between that and the last pages. */
-  async #freezeAtSwitchover(events: ReturnType<Qmp['events']>): Promise<void> {
-    for await (const { data } of events) {
-      const status = data?.['status']
-      if (status === 'failed' || status === 'cancelled') return
-      if (status !== 'pre-switchover') continue
-      this.#disks = await freezeDisks(this.#qmp, this.#diskSnapshots)
-      await this.#qmp.execute('migrate-continue', { state: 'pre-switchover' })
-      return
-    }
-  }
-
-  async #resume(running: boolean): Promise<void> {
-    if (!running) return
-    const status = await this.#qmp.execute('query-status')
-    if (!status.running) await this.#qmp.execute('cont')
-  }
-
-  /**
-   * The VM is to be what it was. A background snapshot is read to its end, never cancelled: QEMU 7.2 leaves memory
-   * write-protected when one fails, and the guest hangs at its next write.
-   */
-  async #undo(mode: SaveMode, running: boolean, reader: ChunkReader | undefined, cause: unknown): Promise<void> {
-    const failures: unknown[] = []
-    const step = (task: () => Promise<unknown>): Promise<unknown> => task().catch((error: unknown) => failures.push(error))
-    if (this.started) {
-      // a connection that broke has nothing more to read
-      if (mode === 'background' && reader !== undefined) await reader.drain().catch(() => undefined)
-      else await step(() => this.#qmp.execute('migrate_cancel'))
-      await step(() => migrationEnded(this.#qmp, 10_000))
-    }
-    await step(() => this.#resume(running))
-    await step(() => thawDisks(this.#qmp, this.#disks))
-    this.#disks = []
-    if (failures.length === 0) return
-    const words = failures.map((failure) => (failure instanceof Error ? failure.message : String(failure))).join('; ')
-    const first = cause instanceof Error ? cause.message : String(cause)
-    throw new Qcow2Error('ERR_QMP', `save failed (${first}), and the VM could not be set back: ${words}`, { cause })
+/** `sink`, aborted once, whoever does it. */
+function abortedOnce(sink: SaveSink): SaveSink {
+  let over = false
+  return {
+    ...(sink.write !== undefined && { write: (bytes) => sink.write?.(bytes) }),
+    ...(sink.record !== undefined && { record: (record) => sink.record?.(record) }),
+    settle: () => sink.settle?.(),
+    finish: async (summary) => {
+      await sink.finish(summary)
+      over = true
+    },
+    abort: async (reason) => {
+      if (over) return
+      over = true
+      await sink.abort(reason)
+    },
   }
 }

@@ -1,11 +1,25 @@
 /** Sockets that QEMU connects to. The only file of this layer that opens them, besides the doctor's. */
-import { mkdtemp, rm } from 'node:fs/promises'
+import { chmod, mkdtemp, rm } from 'node:fs/promises'
 import { createServer, type Server, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
+import type { Qmp } from '../qmp/client.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
+import { giveTo } from './host-scratch.ts'
+
+/** Options of {@link MigrationListener.open}. */
+export interface MigrationListenerOptions {
+  /** Path of the socket, which must not be there. Default: in a new folder. */
+  readonly path?: string | undefined
+  /** Where that new folder is made; default the system's folder for temporary files. */
+  readonly folder?: string | undefined
+  /** Mode of the socket, default 0600: who may write to it can connect. QEMU may run as another user. */
+  readonly mode?: number | undefined
+  /** Monitor of the QEMU that is to connect: root gives the socket to the user it runs as. */
+  readonly qmp?: Qmp | undefined
+}
 
 /** A unix socket of our own that waits for QEMU. */
 export class MigrationListener extends Resource {
@@ -27,16 +41,27 @@ export class MigrationListener extends Resource {
     })
   }
 
-  /** Listens at `path`, or in a new folder that only this user can enter. */
-  static async open(path?: string): Promise<MigrationListener> {
-    const folder = path === undefined ? await mkdtemp(join(tmpdir(), 'qcow2-')) : undefined
-    const where = path ?? join(folder!, 'migration')
+  /**
+   * Listens at `path`; without one, in a new folder of mode 0700.
+   * @throws Qcow2Error `ERR_EXISTS` if something has the name, `ERR_IO` if the socket cannot be made.
+   */
+  static async open(options: MigrationListenerOptions | string = {}): Promise<MigrationListener> {
+    const { path, folder, mode = 0o600, qmp }: MigrationListenerOptions = typeof options === 'string' ? { path: options } : options
+    const own = path === undefined ? await made(() => mkdtemp(join(resolve(folder ?? tmpdir()), 'qcow2-')), folder ?? tmpdir()) : undefined
+    const where = path === undefined ? join(own!, 'migration') : resolve(path)
     const server = createServer({ allowHalfOpen: true, pauseOnConnect: true })
-    await new Promise<void>((resolve, reject) => {
-      server.once('error', reject)
-      server.listen(where, resolve)
-    })
-    return new MigrationListener(server, where, folder)
+    try {
+      await made(() => listening(server, where), where)
+      await chmod(where, mode)
+      // who may write to the socket has to come to it
+      if (own !== undefined && (mode & 0o077) !== 0) await chmod(own, 0o711)
+      if (qmp !== undefined) await giveTo(qmp, ...(own === undefined ? [] : [own]), where)
+    } catch (error) {
+      server.close()
+      if (own !== undefined) await rm(own, { recursive: true, force: true })
+      throw error
+    }
+    return new MigrationListener(server, where, own)
   }
 
   /** The address as QEMU's `migrate` wants it. */
@@ -73,5 +98,23 @@ export class MigrationListener extends Resource {
       signal?.addEventListener('abort', onAbort, { once: true })
       this.#onSocket = () => settle(resolve)
     })
+  }
+}
+
+function listening(server: Server, path: string): Promise<void> {
+  return new Promise((resolve, reject) => {
+    server.once('error', reject)
+    server.listen(path, resolve)
+  })
+}
+
+/** What the system says of a socket or folder that cannot be made, as an error of this library. */
+async function made<T>(make: () => Promise<T>, path: string): Promise<T> {
+  try {
+    return await make()
+  } catch (cause) {
+    const { code, message } = cause as NodeJS.ErrnoException
+    if (code === 'EADDRINUSE') throw new Qcow2Error('ERR_EXISTS', `${path} is there already: choose another name for the socket, or remove it`, { cause })
+    throw new Qcow2Error('ERR_IO', `no socket for QEMU can be made at ${path}: ${message}`, { cause })
   }
 }

@@ -7,6 +7,8 @@ import type { SavedDisk } from './manifest.ts'
 /** A writable disk of a VM. */
 export interface VmDisk extends Omit<SavedDisk, 'frozen'> {
   readonly size: number
+  /** QOM path of the guest's device. */
+  readonly path: string
   /** Files of its chain as QEMU calls them, the active layer's first. */
   readonly chain: readonly string[]
 }
@@ -21,6 +23,7 @@ export async function disksOf(qmp: Qmp): Promise<VmDisk[]> {
     node: inserted!['node-name'],
     ...(device !== '' && { device }),
     qdev: /^\/machine\/peripheral\/([^/]+)/.exec(qdev!)?.[1] ?? qdev!,
+    path: qdev!,
     file: absolutePath(inserted!.image.filename, folder),
     format: inserted!.drv,
     size: inserted!.image['virtual-size'],
