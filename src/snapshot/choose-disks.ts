@@ -2,9 +2,10 @@
  * Which disks of a VM are frozen with its memory, and where the guest goes on writing. Owns what names mean, and what is refused
  * before anything has happened: silence about a writable disk, a name of nothing or of two, an overlay over an existing file.
  */
+import { assertVacant } from '../block/file-gate.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
-import { absoluteFile, assertAbsent, freeNameBeside } from './host-files.ts'
+import { absoluteFile, freeNameBeside } from './host-files.ts'
 import { disksOf, type VmDisk } from './vm-disks.ts'
 
 /**
@@ -74,7 +75,7 @@ async function placeOverlays(wanted: readonly Wanted[], nodes: Set<string>): Pro
     }
     const overlay = given === undefined ? await freeNameBeside(folderFile(disk), '.qcow2', files) : absoluteFile(given)
     if (files.has(overlay)) throw new TypeError(`${overlay} is to be the overlay of two disks`)
-    await assertAbsent(overlay, `the overlay of disk ${describeDisk(disk)}`)
+    await assertVacant(overlay)
     files.add(overlay)
     const activeNode = overlayNode ?? freshNode(disk.node, nodes)
     nodes.add(activeNode)

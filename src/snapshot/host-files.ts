@@ -2,7 +2,6 @@
 import { lstat, readFile, realpath, stat, unlink } from 'node:fs/promises'
 import { basename, dirname, extname, isAbsolute, join, resolve } from 'node:path'
 import { newFile } from '../block/file-new.ts'
-import { Qcow2Error } from '../core/errors.ts'
 
 /** Permissions of all files of a saved VM: they hold, or lead to, all secrets of the guest. */
 export const secretMode = 0o600
@@ -41,15 +40,6 @@ export function folderOf(path: string): string {
 /** A path as somebody gave it, from the working directory of this process on. */
 export function absoluteFile(path: string): string {
   return resolve(path)
-}
-
-/**
- * Nothing has the name of a file that QEMU is to make: it would empty whatever is there.
- * @throws Qcow2Error `ERR_EXISTS`; `what` says what the file is to be.
- */
-export async function assertAbsent(path: string, what: string): Promise<void> {
-  if (!(await isTaken(path))) return
-  throw new Qcow2Error('ERR_EXISTS', `${path} is there already and would be emptied to become ${what}; choose another name, or remove it if nobody needs it`)
 }
 
 /**

@@ -13,6 +13,8 @@ export interface ScratchFile {
   readonly path: string
   /** Unique, of letters and digits. */
   readonly name: string
+  /** Lets the user QEMU runs as have the file, as far as this process may: root. */
+  handOver(): Promise<void>
   remove(): Promise<void>
 }
 
@@ -21,13 +23,12 @@ export function temporaryFolder(): string {
   return tmpdir()
 }
 
-/** Makes an empty file in `folder` that nobody but this user, and the user QEMU runs as, can open. */
+/** Makes an empty file in `folder` that nobody but this user can open. */
 export async function makeScratchFile(folder: string, qmp: Qmp): Promise<ScratchFile> {
   const name = randomBytes(8).toString('hex')
   const path = join(resolve(folder), `.qcow2-save-${name}`)
   await (await open(path, 'wx', 0o600)).close()
-  await giveTo(qmp, path)
-  return { path, name, remove: () => removeFile(path) }
+  return { path, name, handOver: () => giveTo(qmp, path), remove: () => removeFile(path) }
 }
 
 /** Hands files to the user QEMU runs as, where that is another one and this process may: root, for a QEMU of libvirt. */

@@ -42,6 +42,7 @@ export async function* standingStream(qmp: Qmp, { folder, signal }: StandingOpti
   const scratch = await makeScratchFile(folder, qmp)
   try {
     await (await Qcow2Image.create(scratch.path, { size: 1 << 16 })).close()
+    await scratch.handOver()
     await snapshotInto(qmp, scratch.path, scratch.name)
     signal?.throwIfAborted()
     await using image = await Qcow2Image.open(scratch.path, { readOnly: true, signal })
