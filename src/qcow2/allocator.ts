@@ -6,7 +6,7 @@
  * Everything here happens in memory; `write-back.ts` makes counters durable before anything on disk
  * refers to what they count. The one exception is growing the refcount table, see `#growTable`.
  */
-import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { Qcow2Error, type FormatError } from '../core/errors.ts'
 import { Mutex } from '../core/lock.ts'
 import type { Geometry } from './geometry.ts'
 import type { HostFile } from './host-file.ts'
@@ -57,6 +57,8 @@ export class Allocator implements Frees {
   #freedClusters = 0
   #releasing: Promise<void> = Promise.resolve()
   #failure: Error | undefined
+  /** The counters were found to count the header. */
+  #counted = false
 
   constructor(parts: AllocatorHost, refcounts: Refcounts) {
     this.#parts = parts
@@ -68,7 +70,7 @@ export class Allocator implements Frees {
   /** Takes 1 to `most` contiguous clusters, wherever the first free one is. */
   allocate(most: number): Promise<ClusterRun> {
     return this.#mutex.run(async () => {
-      this.#assertSound()
+      await this.#assertSound()
       if (this.#freedClusters > manyFreed) await this.#recycle()
       for (;;) {
         const run = this.#refcounts.runAt(this.#hint, this.#geometry.refcountsPerBlock)
@@ -91,7 +93,7 @@ export class Allocator implements Frees {
   /** Takes exactly `clusters` contiguous clusters. Holes that are too small stay free. */
   allocateContiguous(clusters: number): Promise<ClusterRun> {
     return this.#mutex.run(async () => {
-      this.#assertSound()
+      await this.#assertSound()
       const start = await this.#roomFor(clusters)
       return await this.#take(start, clusters, clusters === 1)
     })
@@ -172,11 +174,20 @@ export class Allocator implements Frees {
   rescan(): void {
     this.#hint = 1
     this.#failure = undefined
+    this.#counted = false
     this.#pristineFrom = Math.max(this.#pristineFrom, Math.ceil(this.#parts.host.size / this.#geometry.clusterSize))
   }
 
-  #assertSound(): void {
+  async #assertSound(): Promise<void> {
     if (this.#failure !== undefined) throw this.#failure
+    if (this.#counted) return
+    // the first counter of all: where it is 0 the counters are not those of this image, and nothing is known to be free
+    if ((await this.#refcounts.get(0)) === 0) await this.#refuse(0)
+    this.#counted = true
+  }
+
+  #refuse(offset: number): Promise<never> {
+    return this.#parts.corrupt(this.#parts.host.damaged('a cluster in use by metadata has counter 0', { structure: 'refcount block', offset }))
   }
 
   /** Lets freed clusters be found again. Requests in flight may need the mutex, so nobody waits for them. */
@@ -189,9 +200,7 @@ export class Allocator implements Frees {
     const { clusterSize } = this.#geometry
     const offset = cluster * clusterSize
     if (cluster === 0 || this.#parts.metadataMap.overlaps(offset, count * clusterSize)) {
-      return this.#parts.corrupt(
-        new FormatError('a cluster in use by metadata has counter 0', { structure: 'refcount block', offset }, 'ERR_CORRUPT'),
-      )
+      return this.#refuse(offset)
     }
     await this.#refcounts.adjust(cluster, count, 1)
     if (moves) this.#hint = cluster + count
@@ -262,6 +271,9 @@ export class Allocator implements Frees {
     const { blocks, tableClusters, total } = missing
     if (total === 0) return
     const { clusterSize } = this.#geometry
+    const { host, metadataMap, refcountTable } = this.#parts
+    if (metadataMap.overlaps(start * clusterSize, total * clusterSize)) await this.#refuse(start * clusterSize)
+    host.assertWritable(refcountTable.offset, refcountTable.length * 8)
     try {
       if (tableClusters > 0) await this.#growTable(start, missing)
       else {
@@ -273,7 +285,7 @@ export class Allocator implements Frees {
       this.#failure ??= error as Error
       throw error
     }
-    this.#parts.metadataMap.add(start * clusterSize, total * clusterSize)
+    metadataMap.add(start * clusterSize, total * clusterSize)
     this.#pristineFrom = Math.max(this.#pristineFrom, start + total)
   }
 

@@ -145,12 +145,11 @@ export class Bitmaps {
       await settle(engine)
       const old = findExtension(engine.content.extensions, extensionType.bitmaps)
       const before = await this.#records()
+      const given = old !== undefined && before.length > 0 ? decodeBitmapsExtension(old) : undefined
+      if (given !== undefined) engine.host.assertWritable(given.directoryOffset, given.directorySize)
       const { records, freed } = await change(before)
       await this.#replaceDirectory(records)
-      if (old !== undefined && before.length > 0) {
-        const { directoryOffset, directorySize } = decodeBitmapsExtension(old)
-        freed.push([directoryOffset, directorySize])
-      }
+      if (given !== undefined) freed.push([given.directoryOffset, given.directorySize])
       for (const [offset, length] of freed) {
         engine.metadataMap.remove(offset, length)
         engine.allocator.free(offset, length)

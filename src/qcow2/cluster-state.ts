@@ -2,10 +2,10 @@
  * What one L2 entry of the active layer says, in the terms a writer thinks in. A standard entry is
  * treated as one subcluster as large as the cluster.
  */
-import { FormatError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
 import { clusterKind, copiedFlag, decodeCompressed, entryOffset, type ClusterKind } from './l2-entry.ts'
 import { maxHostOffset } from './limits.ts'
+import { badEntry } from './mapping.ts'
 import { subclusterMask, validSubclusters } from './subcluster.ts'
 
 /** One L2 entry, decoded. */
@@ -43,19 +43,15 @@ export function clusterState(engine: Engine, view: DataView, at: number, guest: 
   if (owns) checkOffset(engine, host, start)
   const zero = extendedL2 ? view.getUint32(at + 8) : kind === 'zero-plain' || kind === 'zero-allocated' ? 1 : 0
   const alloc = extendedL2 ? view.getUint32(at + 12) : kind === 'normal' ? 1 : 0
-  if (extendedL2 && !validSubclusters(owns, zero, alloc)) throw badEntry(guest, 'has an invalid subcluster bitmap')
+  if (extendedL2 && !validSubclusters(owns, zero, alloc)) throw badEntry(engine, guest, 'has an invalid subcluster bitmap')
   const copied = hasDataFile || (owns && (high & copiedFlag) !== 0)
   return { kind, host, hostLength: owns && !hasDataFile ? clusterSize : 0, copied, zero, alloc }
 }
 
 function checkOffset(engine: Engine, host: number, guest: number): void {
   if (host % engine.geometry.clusterSize !== 0 || host >= maxHostOffset || (engine.hasDataFile && host !== guest)) {
-    throw badEntry(guest, `holds ${host}, not an offset its cluster can have`)
+    throw badEntry(engine, guest, `holds ${host}, not an offset its cluster can have`)
   }
-}
-
-function badEntry(guest: number, what: string): FormatError {
-  return new FormatError(`the entry for guest offset ${guest} ${what}`, { structure: 'L2 table' }, 'ERR_CORRUPT')
 }
 
 /** Bits of the subclusters that the bytes `[from, to)` of a cluster touch. */

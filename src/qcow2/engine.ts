@@ -3,15 +3,15 @@
  * `write.ts`, …) are functions over this object; it wires and holds, it does not decide.
  */
 import type { BlockDevice } from '../block/device.ts'
-import { FormatError, Qcow2Error } from '../core/errors.ts'
+import type { FormatError } from '../core/errors.ts'
 import { Mutex, RangeLock } from '../core/lock.ts'
 import { Allocator } from './allocator.ts'
 import { DecompressedClusters } from './decompressed.ts'
-import { decodeBitmapsExtension, extensionType, findExtension } from './extensions.ts'
 import { autoclear, incompatible, keptAutoclear } from './features.ts'
 import { geometryOf, type Geometry } from './geometry.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
 import type { HostFile } from './host-file.ts'
+import { claimMetadata, mapL2Tables } from './metadata-claims.ts'
 import { MetadataMap } from './metadata-map.ts'
 import { Packer } from './packer.ts'
 import type { PointerTable } from './pointer-table.ts'
@@ -19,7 +19,7 @@ import { refcountLayout } from './refcount-layout.ts'
 import { Refcounts } from './refcounts.ts'
 import { Requests } from './requests.ts'
 import { SnapshotHolds } from './snapshot-holds.ts'
-import { hasSoundL1, type SnapshotRecord } from './snapshot-table.ts'
+import type { SnapshotRecord } from './snapshot-table.ts'
 import { TableCache } from './table-cache.ts'
 import { WriteBack } from './write-back.ts'
 
@@ -130,6 +130,8 @@ export class Engine {
       refcountOrder: header.refcountOrder,
     })
     const { clusterSize } = this.geometry
+    this.host.guard = (offset, length) => this.#refusal(offset, length)
+    if (this.hasDataFile) this.data.guard = () => this.damage
     const flush = (): Promise<void> => this.writeBack.flush()
     this.l2Tables = new TableCache(this.host, clusterSize, (parts.cacheSize * 3) / 4, flush)
     this.refcountBlocks = new TableCache(this.host, clusterSize, parts.cacheSize / 4, flush)
@@ -141,7 +143,12 @@ export class Engine {
     this.writeBack = new WriteBack(this.host, this, this.allocator, () =>
       this.hasDataFile ? this.data.flush() : Promise.resolve(),
     )
-    this.#mapMetadata()
+    this.#claimMetadata()
+  }
+
+  /** Only writers need to know where metadata are. */
+  #claimMetadata(): void {
+    if (!this.readOnly) claimMetadata(this)
   }
 
   get header(): Header {
@@ -180,7 +187,7 @@ export class Engine {
     this.l2Tables.forgetClean()
     this.refcountBlocks.forgetClean()
     this.metadataMap.clear()
-    this.#mapMetadata()
+    this.#claimMetadata()
     this.allocator.rescan()
   }
 
@@ -233,14 +240,20 @@ export class Engine {
    * nothing tells which: what either refers to has to stay, so nothing more is written.
    */
   writeHeader(fields: Partial<Header>, content: Partial<HeaderCluster> = {}): Promise<void> {
+    return this.#storeHeader(fields, content, false)
+  }
+
+  #storeHeader(fields: Partial<Header>, content: Partial<HeaderCluster>, isMark: boolean): Promise<void> {
     return this.#headerLock.run(async () => {
       const next: HeaderCluster = { ...this.content, ...content, header: { ...this.header, ...fields } }
       const encoded = encodeHeaderCluster(next)
       const used = Math.max(encoded.length, encodeHeaderCluster(this.content).length)
       const bytes = this.host.allocate(Math.min(this.geometry.clusterSize, Math.ceil(used / headerUnit) * headerUnit)).fill(0)
       bytes.set(encoded)
+      // the bit that says so is the last that is written to a damaged image
+      if (!isMark) this.host.assertWritable(0, bytes.length)
       try {
-        await this.host.write(0, bytes)
+        await this.host.device.write(0, bytes)
         await this.host.flush()
       } catch (error) {
         this.damage ??= error as Error
@@ -255,12 +268,21 @@ export class Engine {
     await this.writeHeader({ refcountTableOffset: table.offset, refcountTableClusters })
   }
 
-  /** A request met metadata that contradict the format: nothing more is written on top of them. */
+  /** A request met metadata of this image that contradict the format: nothing more is written on top of them. */
   #noticeDamage(error: unknown): void {
-    const structures = ['L1 table', 'L2 table', 'refcount table', 'refcount block']
-    if (this.readOnly || this.damage !== undefined || !Qcow2Error.is(error, 'ERR_CORRUPT')) return
-    // whoever made the request gets this error; that the bit could not be set tells nothing more
-    if (error instanceof FormatError && structures.includes(error.structure)) this.corrupt(error).catch(() => undefined)
+    // whoever made the request gets this error; that the bit could not be set adds nothing
+    if (!this.readOnly && this.host.isDamagedBy(error)) this.corrupt(error as FormatError).catch(() => undefined)
+  }
+
+  /** Why a range of the image file may not be changed: asked by the file itself, before every change. */
+  #refusal(offset: number, length: number): Error | undefined {
+    if (this.damage !== undefined) return this.damage
+    const contested = this.metadataMap.contestedAt(offset, length)
+    if (contested === undefined) return undefined
+    const { structure, detail, start } = contested
+    const error = this.host.damaged(`${detail}; the write was stopped`, { structure, offset: start })
+    this.corrupt(error).catch(() => undefined)
+    return error
   }
 
   /** Sets the corrupt bit at once and refuses further writes. */
@@ -268,7 +290,7 @@ export class Engine {
     if (this.damage === undefined) {
       this.damage = error
       const incompatibleFeatures = this.header.incompatibleFeatures | incompatible.corrupt
-      if (!this.readOnly && this.header.version === 3) this.#marking = this.writeHeader({ incompatibleFeatures })
+      if (!this.readOnly && this.header.version === 3) this.#marking = this.#storeHeader({ incompatibleFeatures }, {}, true)
     }
     await this.#marking
     throw error
@@ -286,36 +308,6 @@ export class Engine {
 
   /** Marks the L2 tables of the active layer as metadata, after the L1 table was replaced. */
   remapTables(): void {
-    for (let index = 0; index < this.l1Table.length; index++) this.#mark(this.l1Table.offsetAt(index), this.geometry.clusterSize)
-  }
-
-  /** Only writers need the map. */
-  #mapMetadata(): void {
-    if (this.readOnly) return
-    const { header, geometry } = this
-    const { clusterSize } = geometry
-    this.metadataMap.add(0, clusterSize)
-    this.#mark(header.l1TableOffset, header.l1Size * 8)
-    this.#mark(header.refcountTableOffset, header.refcountTableClusters * clusterSize)
-    this.#mark(header.snapshotsOffset, this.snapshotTableLength)
-    const table = this.refcountTable
-    for (let at = table.nextUsed(0); at < table.length; at = table.nextUsed(at + 1)) this.#mark(table.offsetAt(at), clusterSize)
-    // a table that cannot be one is nobody's; what it might have named is counted all the same
-    for (const record of this.snapshots) if (hasSoundL1(record, clusterSize)) this.#mark(record.l1TableOffset, record.l1Size * 8)
-    // without the autoclear bit the extension is stale, and what it names may be in use for something else
-    const trusted = (header.autoclearFeatures & autoclear.bitmaps) !== 0n
-    const bitmaps = trusted ? findExtension(this.content.extensions, extensionType.bitmaps) : undefined
-    if (bitmaps?.length === 24) {
-      const { directoryOffset, directorySize } = decodeBitmapsExtension(bitmaps)
-      this.#mark(directoryOffset, directorySize)
-    }
-    this.remapTables()
-  }
-
-  #mark(offset: number, length: number): void {
-    // offsets past the end of the file are damage that reading them reports; mapping them would cost memory
-    if (offset > 0 && length > 0 && offset < this.host.size) {
-      this.metadataMap.add(offset, Math.min(length, this.host.size + this.geometry.clusterSize - offset))
-    }
+    mapL2Tables(this)
   }
 }

@@ -3,7 +3,7 @@
  * write there makes it longer. Owns the device; knows nothing of what the bytes mean.
  */
 import type { BlockDevice } from '../block/device.ts'
-import { IoError, Qcow2Error } from '../core/errors.ts'
+import { FormatError, IoError, Qcow2Error, type FormatLocation } from '../core/errors.ts'
 import { InFlight } from '../core/in-flight.ts'
 
 /** A write that is part of a batch. */
@@ -20,7 +20,14 @@ export class HostFile {
   readonly device: BlockDevice
   /** Takes memory the device can transfer from and to directly. */
   readonly allocate: (length: number) => Uint8Array
+  /**
+   * Asked before every change of the file: an error refuses it. All changes of an open image pass here, so a rule about
+   * them is kept by whoever writes.
+   */
+  guard: ((offset: number, length: number) => Error | undefined) | undefined
   #growing: Promise<void> = Promise.resolve()
+  /** The errors that tell of damage in this very file. */
+  readonly #damage = new WeakSet()
 
   constructor(device: BlockDevice, allocate: (length: number) => Uint8Array = plainMemory) {
     this.device = device
@@ -43,15 +50,37 @@ export class HostFile {
     return this.device.readInto(offset, target.subarray(0, present))
   }
 
+  /** An error to throw: metadata in this file contradict the format. */
+  damaged(detail: string, location: FormatLocation): FormatError {
+    const error = new FormatError(detail, location, 'ERR_CORRUPT')
+    this.#damage.add(error)
+    return error
+  }
+
+  /** True for an error that {@link damaged} made: not for one about the backing file, or a data file that is an image itself. */
+  isDamagedBy(error: unknown): boolean {
+    return typeof error === 'object' && error !== null && this.#damage.has(error)
+  }
+
+  /** Throws if the range may not be changed. */
+  assertWritable(offset: number, length: number): void {
+    const refusal = this.guard?.(offset, length)
+    if (refusal !== undefined) throw refusal
+  }
+
   /** Stores `source`; the file grows if it must. */
   write(offset: number, source: Uint8Array): Promise<void> {
     const { device } = this
+    const refusal = this.guard?.(offset, source.length)
+    if (refusal !== undefined) return Promise.reject(refusal)
     if (device.growable || offset + source.length <= device.size) return device.write(offset, source)
     return this.ensureSize(offset + source.length).then(() => device.write(offset, source))
   }
 
   /** Makes the range read as zeroes. What lies past the end of the file does already. */
   writeZeroes(offset: number, length: number): Promise<void> {
+    const refusal = this.guard?.(offset, length)
+    if (refusal !== undefined) return Promise.reject(refusal)
     const present = Math.min(length, this.device.size - offset)
     return present > 0 ? this.device.writeZeroes(offset, present) : done
   }
@@ -64,6 +93,7 @@ export class HostFile {
   ensureSize(size: number): Promise<void> {
     const grow = async (): Promise<void> => {
       if (this.device.size >= size) return
+      this.assertWritable(this.device.size, size - this.device.size)
       try {
         await this.device.resize(size)
       } catch (error) {
@@ -79,7 +109,9 @@ export class HostFile {
 
   /** Cuts the file to `size` bytes if it is longer. */
   async truncate(size: number): Promise<void> {
-    if (this.device.size > size) await this.device.resize(size)
+    if (this.device.size <= size) return
+    this.assertWritable(size, this.device.size - size)
+    await this.device.resize(size)
   }
 
   /** Writes all pieces, several at a time, neighbours together. Resolves when all are written. */

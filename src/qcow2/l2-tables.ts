@@ -2,7 +2,7 @@
  * L2 tables of the active layer that may be changed: making new ones, copying shared ones, growing
  * the L1 table. Knows nothing of what their entries map.
  */
-import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { Qcow2Error } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
 import { copiedFlag, isCopied } from './l2-entry.ts'
 import { maxL1Bytes } from './limits.ts'
@@ -56,7 +56,7 @@ function tableOffset(engine: Engine, index: number): number {
   const offset = engine.l1Table.offsetAt(index)
   if (offset % engine.geometry.clusterSize !== 0) {
     const location = { structure: 'L1 table', offset: engine.l1Table.offset + index * 8 }
-    throw new FormatError(`entry ${index} is ${offset}, not the offset of a cluster`, location, 'ERR_CORRUPT')
+    throw engine.host.damaged(`entry ${index} is ${offset}, not the offset of a cluster`, location)
   }
   return offset
 }
@@ -66,6 +66,7 @@ async function makeWritable(engine: Engine, index: number): Promise<void> {
   await engine.tableLock.run(async () => {
     if (index >= engine.l1Table.length) await growL1(engine, index + 1)
     if (ownsTable(engine, index)) return
+    engine.host.assertWritable(engine.l1Table.offset + index * 8, 8)
     const { geometry, l2Tables } = engine
     const old = tableOffset(engine, index)
     const { offset } = await engine.allocator.allocateContiguous(1)
@@ -76,7 +77,7 @@ async function makeWritable(engine: Engine, index: number): Promise<void> {
       l2Tables.create(offset + part, bytes)
     }
     engine.l1Table.set(index, offset, copiedFlag)
-    engine.metadataMap.add(offset, geometry.clusterSize)
+    engine.metadataMap.addL2Table(offset, geometry.clusterSize)
     if (old !== 0) {
       engine.metadataMap.remove(old, geometry.clusterSize)
       engine.allocator.free(old, geometry.clusterSize)
@@ -100,6 +101,7 @@ export async function growL1(engine: Engine, entries: number, wanted?: number): 
   if (entries * 8 > maxL1Bytes) {
     throw new Qcow2Error('ERR_NO_SPACE', `L1 table: it would be ${entries * 8} bytes, at most ${maxL1Bytes}; larger clusters would address more`)
   }
+  engine.host.assertWritable(old.offset, old.length * 8)
   const length = Math.min(wanted ?? Math.max(entries, Math.ceil(old.length * 1.5)), maxL1Bytes / 8)
   const { offset, clusters } = await engine.allocator.allocateContiguous(Math.ceil((length * 8) / clusterSize))
   await engine.flush()

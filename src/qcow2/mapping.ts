@@ -3,7 +3,7 @@
  * Pure over cached tables; moves no data and changes nothing.
  */
 import { zeroLength } from '../bytes/zero.ts'
-import { FormatError } from '../core/errors.ts'
+import type { FormatError } from '../core/errors.ts'
 import type { Engine, Layer } from './engine.ts'
 import type { Geometry } from './geometry.ts'
 import { clusterKind, copiedFlag, decodeCompressed, entryOffset, zeroFlag, compressedFlag } from './l2-entry.ts'
@@ -63,7 +63,7 @@ export function lookup(engine: Engine, layer: Layer, guest: number, limit: numbe
     setEmpty(run, Math.min(limit, emptyLength(layer, l1Index, bytesPerL1Entry, limit) - inTable))
     return true
   }
-  if (table % clusterSize !== 0 || table >= maxHostOffset) throw badTable(layer, l1Index, table)
+  if (table % clusterSize !== 0 || table >= maxHostOffset) throw badTable(engine, layer, l1Index, table)
   const index = Math.floor(inTable / clusterSize)
   const entryAt = index * l2EntrySize
   const inSlice = entryAt % l2Tables.sliceSize
@@ -129,7 +129,7 @@ function lookupStandard(
     return
   }
   const kind = clusterKind(high, low, { extendedL2: false, dataFile: engine.hasDataFile })
-  if ((low & zeroFlag) !== 0 && engine.header.version === 2) throw badEntry(guest, 'has the ZERO flag in a version 2 image')
+  if ((low & zeroFlag) !== 0 && engine.header.version === 2) throw badEntry(engine, guest, 'has the ZERO flag in a version 2 image')
   const offset = entryOffset(high, low)
   const owns = kind === 'normal' || kind === 'zero-allocated'
   if (owns) checkHost(engine, guest - inCluster, offset)
@@ -204,7 +204,7 @@ function extendedEntry(engine: Engine, view: DataView, at: number, guest: number
   const zero = view.getUint32(at + 8)
   const alloc = view.getUint32(at + 12)
   if (owns) checkHost(engine, Math.floor(guest / engine.geometry.clusterSize) * engine.geometry.clusterSize, offset)
-  if (!validSubclusters(owns, zero, alloc)) throw badEntry(guest, 'has an invalid subcluster bitmap')
+  if (!validSubclusters(owns, zero, alloc)) throw badEntry(engine, guest, 'has an invalid subcluster bitmap')
   return { offset, copied: owns && (high & copiedFlag) !== 0, zero, alloc }
 }
 
@@ -219,21 +219,19 @@ function setCompressed(high: number, low: number, clusterBits: number, left: num
 
 function checkHost(engine: Engine, guest: number, offset: number): void {
   if (offset % engine.geometry.clusterSize !== 0 || offset >= maxHostOffset) {
-    throw badEntry(guest, `holds ${offset}, not the offset of a cluster`)
+    throw badEntry(engine, guest, `holds ${offset}, not the offset of a cluster`)
   }
   if (engine.hasDataFile && offset !== guest) {
-    throw badEntry(guest, `holds ${offset}, but in the external data file a cluster is at its guest offset`)
+    throw badEntry(engine, guest, `holds ${offset}, but in the external data file a cluster is at its guest offset`)
   }
 }
 
-function badEntry(guest: number, what: string): FormatError {
-  return new FormatError(`the entry for guest offset ${guest} ${what}`, { structure: 'L2 table' }, 'ERR_CORRUPT')
+/** An L2 entry that the specification forbids. */
+export function badEntry({ host }: Engine, guest: number, what: string): FormatError {
+  return host.damaged(`the entry for guest offset ${guest} ${what}`, { structure: 'L2 table' })
 }
 
-function badTable(layer: Layer, index: number, offset: number): FormatError {
-  return new FormatError(
-    `entry ${index} is ${offset}, not the offset of a cluster`,
-    { structure: 'L1 table', offset: layer.l1.offset + index * 8 },
-    'ERR_CORRUPT',
-  )
+function badTable({ host }: Engine, layer: Layer, index: number, offset: number): FormatError {
+  const location = { structure: 'L1 table', offset: layer.l1.offset + index * 8 }
+  return host.damaged(`entry ${index} is ${offset}, not the offset of a cluster`, location)
 }

@@ -3,7 +3,6 @@
  * neighbours comes with one request to the file.
  */
 import { decompressCluster } from '../codec/cluster-codec.ts'
-import { FormatError } from '../core/errors.ts'
 import { InFlight } from '../core/in-flight.ts'
 import type { Engine } from './engine.ts'
 import { maxHostOffset } from './limits.ts'
@@ -52,7 +51,7 @@ export async function readCompressed(
 /** Fills the targets of whole clusters. */
 export async function readCompressedClusters(engine: Engine, clusters: readonly CompressedCluster[]): Promise<void> {
   const reads = new InFlight()
-  for (const extent of extentsOf(clusters)) {
+  for (const extent of extentsOf(engine, clusters)) {
     reads.add(readExtent(engine, extent))
     if (reads.count >= maxReads) await reads.settle(maxReads / 2)
   }
@@ -60,14 +59,14 @@ export async function readCompressedClusters(engine: Engine, clusters: readonly 
 }
 
 /** Images written by several threads have neighbours out of order, but not far from each other. */
-function extentsOf(clusters: readonly CompressedCluster[]): Extent[] {
+function extentsOf(engine: Engine, clusters: readonly CompressedCluster[]): Extent[] {
   const extents: Extent[] = []
   let last: Extent | undefined
   for (const cluster of clusters.length === 1 ? clusters : [...clusters].sort((a, b) => a.offset - b.offset)) {
     const { offset, length } = cluster
     const end = offset + length
     if (end > maxHostOffset) {
-      throw new FormatError(`a compressed cluster at ${offset} is past 2^53`, { structure: 'L2 table' }, 'ERR_CORRUPT')
+      throw engine.host.damaged(`a compressed cluster at ${offset} is past 2^53`, { structure: 'L2 table' })
     }
     if (last !== undefined && offset <= last.end + mergeGap && end - last.offset <= mergeLimit) {
       last.end = Math.max(last.end, end)

@@ -80,7 +80,7 @@ function readData(engine: Engine, guest: number, host: number, target: Uint8Arra
   return cipher === undefined ? engine.data.readInto(host, target) : readEncrypted(engine, cipher, guest, host, target)
 }
 
-/** Fills `target` from a backing file; past its end, or without one, there are zeroes. Its damage is told from damage of the image above. */
+/** Fills `target` from a backing file; past its end, or without one, there are zeroes. An error says that it is that file which is damaged. */
 function readBacking(backing: BlockDevice | undefined, guest: number, target: Uint8Array): Promise<void> {
   const present = backing === undefined ? 0 : Math.min(target.length, Math.max(0, backing.size - guest))
   if (present < target.length) target.fill(0, present)

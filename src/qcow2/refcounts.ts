@@ -2,8 +2,9 @@
  * The counters of host clusters: reading and changing them in cached refcount blocks. Blocks that do
  * not exist count nothing; making new ones is the allocator's work.
  */
-import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { Qcow2Error, type FormatError } from '../core/errors.ts'
 import type { Geometry } from './geometry.ts'
+import type { HostFile } from './host-file.ts'
 import { maxHostOffset } from './limits.ts'
 import type { PointerTable } from './pointer-table.ts'
 import type { RefcountLayout } from './refcount-layout.ts'
@@ -21,14 +22,20 @@ export interface CounterRun {
   readonly slice: number
 }
 
+/** The file whose clusters are counted. */
+interface CountedFile {
+  readonly host: HostFile
+  readonly refcountTable: PointerTable
+}
+
 export class Refcounts {
   readonly layout: RefcountLayout
   readonly geometry: Geometry
   readonly cache: TableCache
-  readonly #tables: { readonly refcountTable: PointerTable }
+  readonly #tables: CountedFile
   readonly #perSlice: number
 
-  constructor(geometry: Geometry, layout: RefcountLayout, cache: TableCache, tables: { readonly refcountTable: PointerTable }) {
+  constructor(geometry: Geometry, layout: RefcountLayout, cache: TableCache, tables: CountedFile) {
     this.geometry = geometry
     this.layout = layout
     this.cache = cache
@@ -45,11 +52,8 @@ export class Refcounts {
     if (high === 0 && low === 0) return 0
     const offset = high * 0x1_0000_0000 + low
     if (offset % this.geometry.clusterSize !== 0 || offset >= maxHostOffset) {
-      throw new FormatError(
-        `entry ${block} is ${offset}, not the offset of a cluster`,
-        { structure: 'refcount table', offset: table.offset + block * 8 },
-        'ERR_CORRUPT',
-      )
+      const location = { structure: 'refcount table', offset: table.offset + block * 8 }
+      throw this.#tables.host.damaged(`entry ${block} is ${offset}, not the offset of a cluster`, location)
     }
     return offset
   }
@@ -106,7 +110,7 @@ export class Refcounts {
     for (let at = cluster; at < cluster + count; ) {
       const run = this.runAt(at, cluster + count - at)
       try {
-        if (run.slice === 0) throw belowZero(at)
+        if (run.slice === 0) throw this.#belowZero(at)
         const slice = this.cache.peek(run.slice)
         const first =
           slice === undefined
@@ -126,7 +130,7 @@ export class Refcounts {
     const { layout } = this
     for (let i = run.index; i < run.index + run.count; i++) {
       const value = layout.get(slice.bytes, i) + delta
-      if (value < 0) throw belowZero(run.cluster + i - run.index)
+      if (value < 0) throw this.#belowZero(run.cluster + i - run.index)
       if (value > layout.max) throw this.#overflow(run.cluster + i - run.index)
     }
     const { bytes } = this.cache.modify(slice)
@@ -139,18 +143,14 @@ export class Refcounts {
     return freed
   }
 
+  #belowZero(cluster: number): FormatError {
+    return this.#tables.host.damaged(`cluster ${cluster} is in use but its counter is 0; repair the image`, { structure: 'refcount block' })
+  }
+
   #overflow(cluster: number): Qcow2Error {
     return new Qcow2Error(
       'ERR_RANGE',
       `refcount block: the counter of cluster ${cluster} (offset ${cluster * this.geometry.clusterSize}) is at ${this.layout.max}, the most ${this.layout.bits}-bit refcounts hold; the image needs wider refcounts`,
     )
   }
-}
-
-function belowZero(cluster: number): FormatError {
-  return new FormatError(
-    `cluster ${cluster} is in use but its counter is 0; repair the image`,
-    { structure: 'refcount block' },
-    'ERR_CORRUPT',
-  )
 }

@@ -148,6 +148,7 @@ async function writeTable(engine: Engine, bytes: Uint8Array): Promise<number> {
  */
 export async function replaceSnapshots(engine: Engine, records: readonly SnapshotRecord[]): Promise<void> {
   const old = engine.header
+  engine.host.assertWritable(old.snapshotsOffset, engine.snapshotTableLength)
   const table = encodeSnapshotTable(records)
   const snapshotsOffset = await writeTable(engine, table)
   await engine.flush()
@@ -169,6 +170,7 @@ export async function deleteSnapshot(engine: Engine, record: SnapshotRecord): Pr
   if (engine.unchanged) await engine.change()
   await settle(engine)
   const l1 = await readSnapshotL1(engine.host, record, engine.geometry.clusterSize)
+  engine.host.assertWritable(l1.offset, l1.length * 8)
   await replaceSnapshots(
     engine,
     engine.snapshots.filter((each) => each !== record),
@@ -212,6 +214,7 @@ export async function applySnapshot(engine: Engine, record: SnapshotRecord, sign
   if (record.l1Size < needed) {
     throw new FormatError(`l1_size of snapshot ${record.id} is ${record.l1Size}, its disk needs ${needed}`, { structure: 'snapshot table' }, 'ERR_CORRUPT')
   }
+  engine.host.assertWritable(engine.l1Table.offset, engine.l1Table.length * 8)
   const source = await readSnapshotL1(engine.host, record, engine.geometry.clusterSize)
   // VM state saved with a snapshot stays in it; what lay behind the disk when it was taken comes back
   const entries = record.vmStateSize > 0 ? needed : record.l1Size

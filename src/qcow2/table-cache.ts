@@ -108,6 +108,7 @@ export class TableCache {
 
   /** The slice, ready to be changed until the next `await`, and written back later. */
   modify(slice: Slice): Slice {
+    this.#host.assertWritable(slice.offset, this.sliceSize)
     const cached = slice as CachedSlice
     if (cached.gone) throw new Error('an evicted slice was changed')
     if (cached.frozen) {

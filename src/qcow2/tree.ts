@@ -7,7 +7,6 @@
  * that a walk over a large image does not empty it.
  */
 import { AbortPoints } from '../core/abort-points.ts'
-import { FormatError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
 import { compressedFlag, copiedFlag, decodeCompressed, entryOffset } from './l2-entry.ts'
 import type { Piece } from './host-file.ts'
@@ -63,7 +62,10 @@ async function readTable(engine: Engine, l1: PointerTable, index: number, offset
   const { clusterSize } = engine.geometry
   if (offset % clusterSize !== 0 || offset >= maxHostOffset) {
     const location = { structure: 'L1 table', offset: l1.offset + index * 8 }
-    throw new FormatError(`entry ${index} is ${offset}, not the offset of a cluster`, location, 'ERR_CORRUPT')
+    throw engine.host.damaged(`entry ${index} is ${offset}, not the offset of a cluster`, location)
+  }
+  if (engine.metadataMap.overlapsStructure(offset, clusterSize)) {
+    throw engine.host.damaged('it lies in a cluster of other metadata', { structure: 'L2 table', offset })
   }
   await engine.host.readInto(offset, bytes)
   const { buffer, byteOffset } = bytes

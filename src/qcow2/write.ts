@@ -7,7 +7,6 @@
  * it writes L2 tables, never makes an entry durable before its data.
  */
 import { AbortPoints } from '../core/abort-points.ts'
-import { FormatError } from '../core/errors.ts'
 import type { Release } from '../core/lock.ts'
 import { clusterState, touchedSubclusters, type ClusterState } from './cluster-state.ts'
 import { writeEncrypted } from './encrypted.ts'
@@ -260,7 +259,7 @@ export function writeData(engine: Engine, guest: number, host: number, source: U
   if (!engine.hasDataFile && engine.metadataMap.overlaps(host, source.length)) {
     const where = { structure: 'L2 table', offset: host }
     const detail = `the entry for guest offset ${guest} points at metadata; the write was stopped`
-    return engine.corrupt(new FormatError(detail, where, 'ERR_CORRUPT'))
+    return engine.corrupt(engine.host.damaged(detail, where))
   }
   const { cipher } = engine
   return cipher === undefined ? engine.data.write(host, source) : writeEncrypted(engine, cipher, guest, host, source)

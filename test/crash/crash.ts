@@ -137,7 +137,7 @@ export async function expectSound(run: CrashRun, at: number, file: Uint8Array): 
  * Nothing worse than leaks. A snapshot operation changes counters and COPIED flags, which lie in different
  * places, so while one is under way they may disagree, in QEMU as here: freeing the leaks must then set it right.
  */
-async function expectOnlyLeaks(file: Uint8Array, mayDiffer: boolean): Promise<void> {
+export async function expectOnlyLeaks(file: Uint8Array, mayDiffer: boolean): Promise<void> {
   const report = await checkImage(new MemoryDevice(file))
   const corruptions = report.findings.filter(({ kind }) => kind === 'corruption').map(({ message }) => message)
   expect(mayDiffer ? corruptions.filter((message) => !message.includes('COPIED')) : corruptions, 'corruptions').toEqual([])

