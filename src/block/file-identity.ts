@@ -3,6 +3,7 @@
  * number, never by a name: links, hard links and `/proc/self/fd` lead to the same identity.
  */
 import { stat as lookUp, type BigIntStats } from 'node:fs'
+import { systemPath } from './file-path.ts'
 
 /** Identifies a file, whatever path leads to it. */
 export function fileIdentity(stat: BigIntStats): string {
@@ -12,7 +13,7 @@ export function fileIdentity(stat: BigIntStats): string {
 /** What is known of the file at `path`; undefined if there is none. Other failures reject. */
 export function statAt(path: string): Promise<BigIntStats | undefined> {
   return new Promise((found, fail) => {
-    lookUp(path, { bigint: true }, (error, stat) => {
+    lookUp(systemPath(path), { bigint: true }, (error, stat) => {
       if (error === null) found(stat)
       else if (error.code === 'ENOENT' || error.code === 'ENOTDIR') found(undefined)
       else fail(error)

@@ -12,6 +12,7 @@ import { writtenHere } from './file-claim.ts'
 import { fileIdentity } from './file-identity.ts'
 import { mountDevice } from './file-mount.ts'
 import { processFiles } from './file-registry.ts'
+import { systemPath } from './file-path.ts'
 
 /** What a QEMU may hold or withhold, by QEMU's names; the order is that of the lock bytes. */
 export const lockPermissions = ['consistent read', 'write', 'write unchanged', 'resize'] as const
@@ -61,7 +62,8 @@ async function mountDeviceOf(file: OpenOrNamed): Promise<bigint | undefined> {
 
 function statOf(file: OpenOrNamed): BigIntStats | Promise<BigIntStats> {
   if (typeof file === 'number') return fstatSync(file, { bigint: true })
-  return typeof file === 'string' || file instanceof URL ? stat(file, { bigint: true }) : file.stat({ bigint: true })
+  if (typeof file === 'string') return stat(systemPath(file), { bigint: true })
+  return file instanceof URL ? stat(file, { bigint: true }) : file.stat({ bigint: true })
 }
 
 function nameOf(file: OpenOrNamed): string {

@@ -9,7 +9,7 @@
  * What a crash leaves: before the rename, the old file and perhaps one with `.partial` in its name; after it, the new one.
  */
 import * as fs from 'node:fs'
-import { link, lstat, open, readlink, realpath, rename, unlink } from 'node:fs/promises'
+import { link, lstat, open, readlink, rename, unlink } from 'node:fs/promises'
 import { basename, dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Qcow2Error } from '../core/errors.ts'
@@ -17,6 +17,7 @@ import type { CallOptions } from './device.ts'
 import { claim } from './file-claim.ts'
 import { openError, systemCode } from './file-error.ts'
 import { claimTarget } from './file-gate.ts'
+import { realPath, systemPath } from './file-path.ts'
 import { fileIdentity, statAt } from './file-identity.ts'
 import { isMountPoint } from './file-mount.ts'
 import { processFiles } from './file-registry.ts'
@@ -94,7 +95,7 @@ async function placeOf(given: string): Promise<Place> {
     throw openError(error as Error, given, false)
   })
   if (stat === undefined) return { given, path: await followLinks(given), stat, fixed: false }
-  const path = await realpath(given).catch(() => given)
+  const path = await realPath(given).catch(() => given)
   // a file that was removed but is open has a path in /proc only
   const found = await statAt(path)
   const isNamed = found !== undefined && fileIdentity(found) === fileIdentity(stat)
@@ -106,9 +107,9 @@ async function placeOf(given: string): Promise<Place> {
 async function followLinks(given: string): Promise<string> {
   let path = resolve(given)
   for (let count = 0; count < maxLinks; count++) {
-    const next = await readlink(path).catch(() => undefined)
+    const next = await readlink(systemPath(path)).catch(() => undefined)
     if (next === undefined) return path
-    path = resolve(await realpath(dirname(path)).catch(() => dirname(path)), next)
+    path = resolve(await realPath(dirname(path)).catch(() => dirname(path)), next)
   }
   throw new Qcow2Error('ERR_NOT_FOUND', `${given}: symbolic links lead in a circle`)
 }
@@ -157,7 +158,7 @@ async function writeBeside(place: Place, options: NewFileOptions, letGo: () => v
       return new Beside(device, place, partial, options, letGo)
     } catch (error) {
       if (Qcow2Error.is(error, 'ERR_EXISTS')) continue
-      await unlink(partial).catch(() => undefined)
+      await unlink(systemPath(partial)).catch(() => undefined)
       const code = systemCode(error instanceof Error ? error.cause : undefined)
       if (stat !== undefined && ['EACCES', 'EPERM', 'EROFS'].includes(code ?? '')) return undefined
       throw aboutPlace(error, partial, place.given)
@@ -221,7 +222,7 @@ class Beside implements NewFile {
     try {
       await this.device.close()
     } finally {
-      if (remove) await unlink(this.#partial).catch(() => undefined)
+      if (remove) await unlink(systemPath(this.#partial)).catch(() => undefined)
       this.#letGo()
     }
   }
@@ -237,7 +238,7 @@ class Beside implements NewFile {
     try {
       if (now === undefined && (await linkNew(this.#partial, path))) return
       if (now !== undefined && stat === undefined) throw madeMeanwhile(given)
-      await rename(this.#partial, path)
+      await rename(systemPath(this.#partial), systemPath(path))
     } catch (error) {
       throw Qcow2Error.is(error) ? error : openError(error as Error, given, false)
     }
@@ -247,18 +248,18 @@ class Beside implements NewFile {
 /** Gives a file its name only if nothing has it; false where the file system has no hard links. */
 async function linkNew(partial: string, path: string): Promise<boolean> {
   try {
-    await link(partial, path)
+    await link(systemPath(partial), systemPath(path))
   } catch (error) {
     if (systemCode(error) === 'EEXIST') throw error
     return false
   }
-  await unlink(partial)
+  await unlink(systemPath(partial))
   return true
 }
 
 /** Makes the names in a folder durable, where the file system can. */
 async function syncFolder(path: string): Promise<void> {
-  const folder = await open(path).catch(() => undefined)
+  const folder = await open(systemPath(path)).catch(() => undefined)
   if (folder === undefined) return
   try {
     await folder.sync().catch((error: unknown) => {
@@ -286,7 +287,7 @@ function hashOf(name: string): string {
 }
 
 async function isThere(path: string): Promise<boolean> {
-  return (await lstat(path).catch(() => undefined)) !== undefined
+  return (await lstat(systemPath(path)).catch(() => undefined)) !== undefined
 }
 
 function madeMeanwhile(name: string): Qcow2Error {

@@ -12,6 +12,7 @@ import { probeAlignment, type DirectAlignment } from './file-direct.ts'
 import { fileError, openError, systemCode } from './file-error.ts'
 import { claimTarget } from './file-gate.ts'
 import { fileIdentity } from './file-identity.ts'
+import { systemPath } from './file-path.ts'
 
 /** Options of `openFile`. */
 export interface FileOptions extends CallOptions {
@@ -97,7 +98,7 @@ function openPath(path: string, flags: number, { signal, direct, mode = 0o666 }:
       reject(signal!.reason as Error)
     }
     signal?.addEventListener('abort', onAbort, { once: true })
-    fs.open(path, flags, mode, (error, fd) => {
+    fs.open(systemPath(path), flags, mode, (error, fd) => {
       signal?.removeEventListener('abort', onAbort)
       if (error !== null) reject(refusedByKind(path, error) ?? openError(error, path, direct === true))
       else if (aborted) fs.close(fd)
@@ -109,7 +110,7 @@ function openPath(path: string, flags: number, { signal, direct, mode = 0o666 }:
 /** Some kinds the system refuses itself: sockets, directories for writing, pipes with direct I/O. They get the words of the others. */
 function refusedByKind(path: string, error: Error): UnsupportedError | undefined {
   if (!['ENXIO', 'EISDIR', 'EINVAL'].includes(systemCode(error) ?? '')) return undefined
-  const stat = fs.statSync(path, { throwIfNoEntry: false })
+  const stat = fs.statSync(systemPath(path), { throwIfNoEntry: false })
   return stat === undefined || stat.isFile() || stat.isBlockDevice() ? undefined : notAFile(path, stat, error)
 }
 

@@ -12,6 +12,7 @@ import { refuseUnknownOptions } from '../core/options.ts'
 import { BaseDevice, type BlockLimits, type WriteZeroesOptions } from './device.ts'
 import { fileError } from './file-error.ts'
 import { closeDescriptor, fileOptions, openDescriptor, type FileOptions, type OpenedFile } from './file-open.ts'
+import { realPathOf } from './file-path.ts'
 import { noteOpen } from './file-registry.ts'
 import { isInMemory } from './file-system.ts'
 import { allocateAligned } from './slab.ts'
@@ -102,6 +103,15 @@ export class FileDevice extends BaseDevice {
 
   get size(): number {
     return this.#size
+  }
+
+  /**
+   * Path of the open file itself, symbolic links followed, whatever its name leads to by now; undefined where the
+   * system does not tell it.
+   * @internal
+   */
+  get realPath(): string | undefined {
+    return realPathOf(this.#fd)
   }
 
   override get growable(): boolean {

@@ -144,14 +144,14 @@ function openDevice(device: BlockDevice, readOnly: boolean): BlockDevice {
 /** It can only be read: a web address, a device that says so. */
 export function isReadOnly(source: Source): boolean {
   if (source instanceof URL) return source.protocol !== 'file:'
-  return typeof source === 'object' && 'readOnly' in source && source.readOnly
+  return isObject(source) && 'readOnly' in source && source.readOnly
 }
 
 /** The path a source was given by, of a local file; undefined for anything else. */
 export function pathOf(source: Source): string | undefined {
   if (typeof source === 'string') return source
   if (source instanceof URL) return source.protocol === 'file:' ? decodeURIComponent(source.pathname) : undefined
-  return 'path' in source && typeof source.path === 'string' ? source.path : undefined
+  return isObject(source) && 'path' in source && typeof source.path === 'string' ? source.path : undefined
 }
 
 function isFileHandle(source: unknown): source is FileHandle {

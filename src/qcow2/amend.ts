@@ -7,12 +7,16 @@ import { withSource, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { refuseDowngrade, removeZeroClusters, type DowngradeOptions } from './amend-downgrade.ts'
+import { encodeName } from '../bytes/file-name.ts'
+import { refuseLoop } from './loops.ts'
 import { CheckContext } from './check-context.ts'
 import { CheckCollector } from './check-report.ts'
 import { runCheck, type CheckState } from './check.ts'
 import { encodeFeatureNames, featureNames, autoclear, compatible, incompatible } from './features.ts'
 import { extensionType, withExtension, type Extension } from './extensions.ts'
 import { encodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
+import { checkDataFileName } from './create.ts'
+import { namesOf } from './names.ts'
 import { openMetadata } from './open.ts'
 import { rebuildRefcounts } from './repair-rebuild.ts'
 import { repairedSnapshots, repairImage } from './repair.ts'
@@ -60,6 +64,7 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   const version = options.version ?? header.version
   const refcountOrder = Math.log2(options.refcountBits ?? 2 ** header.refcountOrder)
   checkOptions(options, header, version, refcountOrder)
+  await refuseDataFile(host, state.context.cluster0, options)
   const isSound = isUndamaged(state)
   if (!isSound) await refuseDamage(host, state, refcountOrder, options)
   const isDowngrade = version === 2 && header.version === 3
@@ -102,6 +107,15 @@ function checkOptions(options: AmendOptions, header: Header, version: 2 | 3, ref
   if ((options.dataFile !== undefined || options.dataFileRaw !== undefined) && !hasDataFile) {
     throw new TypeError('the image has no external data file')
   }
+}
+
+/** The new data file is neither the image itself nor a file below it. */
+async function refuseDataFile({ path }: BlockDevice, content: HeaderCluster, { dataFile }: AmendOptions): Promise<void> {
+  if (dataFile === undefined || dataFile === '') return
+  checkDataFileName(dataFile)
+  const { backingFile, backingFormat } = namesOf(content)
+  const backing = backingFile === undefined ? undefined : { file: backingFile, format: backingFormat }
+  if (path !== undefined) await refuseLoop(path, { backing, dataFile })
 }
 
 /** Reads the header anew, changes it and writes it durably. */
@@ -147,7 +161,7 @@ async function changeFields(host: BlockDevice, options: AmendOptions): Promise<v
       const lazy = lazyRefcounts ?? (header.compatibleFeatures & compatible.lazyRefcounts) !== 0n
       const compatibleFeatures = (header.compatibleFeatures & ~compatible.lazyRefcounts) | (lazy ? compatible.lazyRefcounts : 0n)
       const autoclearFeatures = dataFileRaw === false ? header.autoclearFeatures & ~autoclear.rawDataFile : header.autoclearFeatures
-      const name = dataFile === undefined || dataFile === '' ? undefined : new TextEncoder().encode(dataFile)
+      const name = dataFile === undefined || dataFile === '' ? undefined : encodeName(dataFile)
       const extensions: readonly Extension[] = dataFile === undefined ? content.extensions : withExtension(content.extensions, extensionType.dataFile, name)
       if (header.version === 2) return content
       return { ...content, extensions, header: { ...header, compatibleFeatures, autoclearFeatures } }

@@ -15,6 +15,7 @@ import { readU64, writeU64 } from '../bytes/u64.ts'
 import { viewOf } from '../bytes/view.ts'
 import { FormatError } from '../core/errors.ts'
 import type { BitmapsExtension } from './extensions.ts'
+import { maxBitmapDirectoryBytes, maxBitmaps } from './limits.ts'
 
 const fixedLength = 24
 const inUseFlag = 1
@@ -25,8 +26,8 @@ const dirtyTracking = 1
 export const bitmapLimits: Readonly<
   Record<'count' | 'directoryBytes' | 'tableEntries' | 'bitmapBytes' | 'minGranularityBits' | 'maxGranularityBits' | 'nameBytes', number>
 > = {
-  count: 65535,
-  directoryBytes: 65535 * 1024,
+  count: maxBitmaps,
+  directoryBytes: maxBitmapDirectoryBytes,
   tableEntries: 0x800_0000,
   /** Bytes of one bitmap. */
   bitmapBytes: 512 * 1024 * 1024,
@@ -96,6 +97,17 @@ export function decodeBitmapDirectory(directory: Uint8Array, extension: BitmapsE
     })
   }
   return records
+}
+
+/**
+ * A bitmap has a table, and it is not in the header: nothing opens an image that says otherwise.
+ * @throws FormatError
+ */
+export function refuseMissingTables(records: readonly BitmapRecord[]): void {
+  const bad = records.find(({ tableSize, tableOffset }) => tableSize === 0 || tableOffset === 0)
+  if (bad === undefined) return
+  const field = bad.tableSize === 0 ? 'bitmap_table_size' : 'bitmap_table_offset'
+  throw new FormatError(`${field} of bitmap ${JSON.stringify(bad.name)} is 0`, { structure: 'bitmap directory', field })
 }
 
 /** Encodes a directory. */

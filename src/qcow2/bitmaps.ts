@@ -64,6 +64,7 @@ export class Bitmaps {
     const nameLength = new TextEncoder().encode(options.name).length
     if (nameLength < 1 || nameLength > bitmapLimits.nameBytes) throw new RangeError(`a bitmap name has 1 to ${bitmapLimits.nameBytes} bytes, not ${nameLength}`)
     const { header, geometry } = this.#engine
+    if (header.size === 0) throw new RangeError('a disk of 0 bytes can have no bitmap: its table would be empty, which nothing opens')
     if (bitmapBytes(header.size, granularityBits) > bitmapLimits.bitmapBytes) {
       throw new RangeError(`a bitmap of this granularity would exceed ${bitmapLimits.bitmapBytes} bytes; use a larger one`)
     }

@@ -7,7 +7,7 @@ import { ClusterCounters } from './check-counters.ts'
 import { offsetText, type CheckCollector } from './check-report.ts'
 import { incompatible } from './features.ts'
 import { geometryOf, type Geometry } from './geometry.ts'
-import { decodeHeaderCluster, type Header, type HeaderCluster } from './header.ts'
+import { decodeHeaderCluster, refuseRawWithoutDataFile, type Header, type HeaderCluster } from './header.ts'
 import { refcountLayout, type RefcountLayout } from './refcount-layout.ts'
 
 /** Bytes of the largest read; neighbouring tables are read together up to this. */
@@ -58,7 +58,9 @@ export class CheckContext {
       const clusterBits = new DataView(start.buffer).getUint32(20)
       if (clusterBits > 16 && clusterBits <= 21) await host.readInto(0, start.subarray(0, Math.min(start.length, 2 ** clusterBits)), call)
     }
-    return new CheckContext(host, decodeHeaderCluster(start, { lenient: true }), report, call)
+    const cluster0 = decodeHeaderCluster(start, { lenient: true })
+    refuseRawWithoutDataFile(cluster0.header)
+    return new CheckContext(host, cluster0, report, call)
   }
 
   /** Guest data is in another file; its clusters are not counted here. */

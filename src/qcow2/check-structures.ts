@@ -4,7 +4,7 @@
  */
 import { viewOf } from '../bytes/view.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
-import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, type BitmapRecord } from './bitmaps-directory.ts'
+import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, refuseMissingTables, type BitmapRecord } from './bitmaps-directory.ts'
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { CheckFinding } from './check-report.ts'
@@ -176,6 +176,7 @@ export async function checkBitmaps(context: CheckContext): Promise<void> {
     if (extension.directorySize > bitmapLimits.directoryBytes) throw new Qcow2Error('ERR_FORMAT', 'bitmap directory: it is too large')
     const directory = await context.read(extension.directoryOffset, extension.directorySize)
     records = decodeBitmapDirectory(directory, extension, context.geometry.clusterSize)
+    refuseMissingTables(records)
   } catch (error) {
     if (!Qcow2Error.is(error, 'ERR_FORMAT')) throw error
     context.report.corruption({ structure: 'bitmap directory', offset: extension.directoryOffset, message: error.message })

@@ -5,6 +5,7 @@
  *   | header | refcount table | refcount blocks | L1 table | L2 tables, data (if preallocated) |
  */
 import { zeroContent } from '../block/zero-content.ts'
+import { encodeName } from '../bytes/file-name.ts'
 import type { EngineState } from './engine.ts'
 import { encodeExtensions, extensionType, type Extension } from './extensions.ts'
 import { autoclear, compatible, encodeFeatureNames, featureNames, incompatible } from './features.ts'
@@ -130,7 +131,9 @@ function checkedGeometry(options: LayoutOptions): Geometry {
 }
 
 function checkOptions(options: LayoutOptions, preallocation: Preallocation): void {
-  const { version = 3, refcountBits = 16, backing } = options
+  const { version = 3, refcountBits = 16, backing, dataFile } = options
+  if (backing !== undefined) checkNewBacking(backing)
+  if (dataFile !== undefined) checkDataFileName(dataFile)
   const needsV3 = refcountBits !== 16 || options.extendedL2 === true || options.lazyRefcounts === true
   if (version === 2 && (needsV3 || options.compressionType === 'zstd' || options.dataFile !== undefined)) {
     throw new TypeError('version 2 has 16-bit refcounts, standard L2 entries, zlib compression and no data file; use version 3')
@@ -144,8 +147,24 @@ function checkOptions(options: LayoutOptions, preallocation: Preallocation): voi
   if (preallocation !== 'off' && backing !== undefined && options.extendedL2 !== true) {
     throw new TypeError('preallocation would hide the backing file; with extendedL2 it does not')
   }
-  if (backing !== undefined && new TextEncoder().encode(backing.format).length > maxBackingFormatName) {
-    throw new RangeError(`backing format names have at most ${maxBackingFormatName} bytes: ${backing.format}`)
+}
+
+/** @throws TypeError for what cannot be the name of a data file */
+export function checkDataFileName(name: string): void {
+  if (typeof name !== 'string' || name === '' || name.includes('\0')) throw new TypeError('dataFile must be a name: a string that is not empty and has no NUL')
+}
+
+/**
+ * Refuses what cannot be the backing file of an image.
+ * @throws TypeError, RangeError
+ */
+export function checkNewBacking(backing: { readonly file: string; readonly format: string }): void {
+  const { file, format } = backing as { readonly file?: unknown; readonly format?: unknown }
+  if (typeof file !== 'string' || file === '') throw new TypeError("backing must be { file: 'name', format: 'qcow2' or 'raw' }; file is missing")
+  if (typeof format !== 'string' || format === '') throw new TypeError(`backing must name the format of ${file}: { file, format: 'qcow2' or 'raw' }; it is never guessed`)
+  if (file.includes('\0') || format.includes('\0')) throw new TypeError('a NUL ends a name: neither the backing file nor its format may contain one')
+  if (encodeName(format).length > maxBackingFormatName) {
+    throw new RangeError(`backing format names have at most ${maxBackingFormatName} bytes: ${format}`)
   }
 }
 
@@ -174,15 +193,14 @@ function newHeader(options: LayoutOptions, geometry: Geometry, placement: Placem
 }
 
 function newContent(options: LayoutOptions, header: Header): HeaderCluster {
-  const text = new TextEncoder()
   const extensions: Extension[] = []
   const { backing, dataFile } = options
-  if (backing !== undefined) extensions.push({ type: extensionType.backingFormat, data: text.encode(backing.format) })
-  if (dataFile !== undefined) extensions.push({ type: extensionType.dataFile, data: text.encode(dataFile) })
+  if (backing !== undefined) extensions.push({ type: extensionType.backingFormat, data: encodeName(backing.format) })
+  if (dataFile !== undefined) extensions.push({ type: extensionType.dataFile, data: encodeName(dataFile) })
   if (header.version === 3 && header.clusterBits > 12) {
     extensions.push({ type: extensionType.featureNames, data: encodeFeatureNames(featureNames) })
   }
-  const backingFile = backing === undefined ? undefined : text.encode(backing.file)
+  const backingFile = backing === undefined ? undefined : encodeName(backing.file)
   const content = { header, extensions, backingFile, unknownFields: new Uint8Array(0) }
   encodeExtensions(extensions)
   encodeHeaderCluster(content) // refuses what does not fit, before anything is written

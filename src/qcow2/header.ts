@@ -19,10 +19,10 @@
 import { FormatError, type FormatLocation, UnsupportedError } from '../core/errors.ts'
 import { readU64, writeU64 } from '../bytes/u64.ts'
 import { viewOf } from '../bytes/view.ts'
-import { decodeExtensions, encodeExtensions, extensionType, findExtension, type Extension } from './extensions.ts'
-import { decodeFeatureNames, incompatible, refuseUnknownFeatures } from './features.ts'
+import { decodeBitmapsExtension, decodeExtensions, encodeExtensions, extensionType, findExtension, type Extension } from './extensions.ts'
+import { autoclear, decodeFeatureNames, incompatible, refuseUnknownFeatures } from './features.ts'
 import { checkShape } from './geometry.ts'
-import { maxBackingFileName, maxL1Bytes, maxRefcountTableBytes, maxSnapshots } from './limits.ts'
+import { maxBackingFileName, maxBitmapDirectoryBytes, maxBitmaps, maxL1Bytes, maxRefcountTableBytes, maxSnapshots } from './limits.ts'
 
 /** Bytes of the part of the header this library knows. */
 const knownHeaderLength = 112
@@ -205,6 +205,8 @@ function decodeBackingName(bytes: Uint8Array, clusterSize: number): { offset: nu
 function checkFeatures(header: Header, extensions: readonly Extension[]): void {
   const names = findExtension(extensions, extensionType.featureNames)
   refuseUnknownFeatures(header.incompatibleFeatures, names === undefined ? [] : decodeFeatureNames(names))
+  checkCryptoPointer(header, extensions)
+  checkBitmaps(header, extensions)
   const typed = (header.incompatibleFeatures & incompatible.compressionType) !== 0n
   if (typed !== (header.compressionType !== 'zlib')) {
     throw new FormatError(
@@ -217,6 +219,35 @@ function checkFeatures(header: Header, extensions: readonly Extension[]): void {
     extendedL2: (header.incompatibleFeatures & incompatible.extendedL2) !== 0n,
     refcountOrder: header.refcountOrder,
   })
+}
+
+function checkCryptoPointer({ cryptMethod }: Header, extensions: readonly Extension[]): void {
+  if (cryptMethod === 'luks' || findExtension(extensions, extensionType.encryptionHeader) === undefined) return
+  throw new FormatError(`there is an encryption header pointer, but crypt_method is ${cryptMethod}`, at('crypt_method', 32))
+}
+
+/** What no QEMU opens. While the autoclear bit is clear the content of the extension is stale, and nobody looks at it. */
+function checkBitmaps({ autoclearFeatures, clusterBits }: Header, extensions: readonly Extension[]): void {
+  const data = findExtension(extensions, extensionType.bitmaps)
+  if (data === undefined) return
+  const { count, directorySize, directoryOffset } = decodeBitmapsExtension(data)
+  const reserved = viewOf(data).getUint32(4)
+  if ((autoclearFeatures & autoclear.bitmaps) === 0n) return
+  const fail = (field: string, value: number, allowed: string): FormatError =>
+    new FormatError(`${field} is ${value}, ${allowed}`, { structure: 'bitmaps extension', field })
+  if (count === 0 || count > maxBitmaps) throw fail('nb_bitmaps', count, `allowed 1 to ${maxBitmaps}`)
+  if (reserved !== 0) throw fail('reserved32', reserved, 'must be 0')
+  if (directorySize === 0 || directorySize > maxBitmapDirectoryBytes) throw fail('bitmap_directory_size', directorySize, `allowed 1 to ${maxBitmapDirectoryBytes}`)
+  if (directoryOffset === 0 || directoryOffset % 2 ** clusterBits !== 0) throw fail('bitmap_directory_offset', directoryOffset, 'must be the offset of a cluster')
+}
+
+/**
+ * A raw data file without a data file is a contradiction. The facts of such an image can be read; its data cannot.
+ * @throws FormatError
+ */
+export function refuseRawWithoutDataFile({ autoclearFeatures, incompatibleFeatures }: Header): void {
+  if ((autoclearFeatures & autoclear.rawDataFile) === 0n || (incompatibleFeatures & incompatible.dataFile) !== 0n) return
+  throw new FormatError('the raw data file bit is set, but the image has no data file', at('autoclear_features', 88))
 }
 
 function checkTables(header: Header, lenient: boolean): void {

@@ -110,16 +110,17 @@ export class Qcow2Image extends BaseDevice {
     signal?.throwIfAborted()
     const readOnly = options.readOnly === true || isReadOnly(source)
     const device = await openSource(source, { readOnly, direct, syncLimit, forceShare, signal })
-    let release: (() => void) | undefined
+    const held: (() => void)[] = []
+    const release = (): void => held.forEach((free) => free())
     try {
-      if (!device.readOnly) release = await holdImageFile(device)
-      const context = rootContext(pathOf(source), options, openNested)
+      const context = { ...rootContext({ path: pathOf(source), identity: device.identity }, options, openNested), held }
+      if (!device.readOnly) context.held.push(await holdImageFile(device))
       return new Qcow2Image(
         await openEngine(device, { readOnly: device.readOnly, cacheSize, context, openCipher: cipherFrom(options), onRepair }),
         release,
       )
     } catch (error) {
-      release?.()
+      release()
       if (device !== source) await device.close()
       throw error
     }
@@ -264,5 +265,5 @@ function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'si
 }
 
 async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {
-  return Qcow2Image.over(await openEngine(device, { readOnly: true, cacheSize: context.options.cacheSize, context }))
+  return Qcow2Image.over(await openEngine(device, { readOnly: true, cacheSize: context.options.cacheSize, context: { ...context, backing: undefined } }))
 }

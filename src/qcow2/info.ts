@@ -6,11 +6,12 @@ import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
 import { decodeLuksHeader, maxLuksArea, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import { FormatError } from '../core/errors.ts'
-import { decodeBitmapDirectory, bitmapLimits, type BitmapRecord } from './bitmaps-directory.ts'
+import { decodeBitmapDirectory, refuseMissingTables, bitmapLimits, type BitmapRecord } from './bitmaps-directory.ts'
 import { decodeBitmapsExtension, encryptionPointerOf, extensionType, findExtension } from './extensions.ts'
 import { autoclear, compatible, incompatible } from './features.ts'
 import type { CompressionType, CryptMethod, HeaderCluster } from './header.ts'
 import type { HostFile } from './host-file.ts'
+import { namesOf } from './names.ts'
 import { hostFile, readHeaderCluster } from './open.ts'
 import { infoOf, type SnapshotInfo } from './snapshot-info.ts'
 import { readSnapshotTable } from './snapshot-list.ts'
@@ -48,7 +49,7 @@ export interface ImageInfo {
   readonly encryption: CryptMethod
   /** The LUKS header, where `encryption` is `luks`. */
   readonly luks: LuksHeader | undefined
-  /** Name as stored. */
+  /** Name as stored; bytes that are no UTF-8 are lone surrogates, U+DC80 to U+DCFF. */
   readonly backingFile: string | undefined
   /** As stored. */
   readonly backingFormat: string | undefined
@@ -74,12 +75,8 @@ export function readImageInfo(source: Source, options: CallOptions & { readonly 
 async function infoOfHost(host: BlockDevice): Promise<ImageInfo> {
   const file = hostFile(host)
   const content = await readHeaderCluster(file)
-  const { header, extensions, backingFile } = content
+  const { header } = content
   const has = (bit: bigint): boolean => (header.incompatibleFeatures & bit) !== 0n
-  const text = (type: number): string | undefined => {
-    const data = findExtension(extensions, type)
-    return data === undefined ? undefined : new TextDecoder().decode(data)
-  }
   const { records } = await readSnapshotTable(file, header)
   return {
     version: header.version,
@@ -93,10 +90,8 @@ async function infoOfHost(host: BlockDevice): Promise<ImageInfo> {
     lazyRefcounts: (header.compatibleFeatures & compatible.lazyRefcounts) !== 0n,
     encryption: header.cryptMethod,
     luks: header.cryptMethod === 'luks' ? await readLuksHeader(file, content) : undefined,
-    backingFile: backingFile === undefined ? undefined : new TextDecoder().decode(backingFile),
-    backingFormat: text(extensionType.backingFormat),
+    ...namesOf(content),
     externalData: has(incompatible.dataFile),
-    dataFile: text(extensionType.dataFile),
     dataFileRaw: has(incompatible.dataFile) && (header.autoclearFeatures & autoclear.rawDataFile) !== 0n,
     snapshots: records.map(infoOf),
     bitmaps: (await readBitmapRecords(file, content)).map(bitmapInfo),
@@ -127,7 +122,9 @@ export async function readBitmapRecords(file: HostFile, content: HeaderCluster):
   }
   const directory = new Uint8Array(directorySize)
   await file.readInto(directoryOffset, directory)
-  return decodeBitmapDirectory(directory, extension, 2 ** content.header.clusterBits)
+  const records = decodeBitmapDirectory(directory, extension, 2 ** content.header.clusterBits)
+  refuseMissingTables(records)
+  return records
 }
 
 /** The LUKS header and key material, and where they are. */

@@ -25,3 +25,9 @@ export const maxBackingFileName = 1023
 export const maxBackingFormatName = 15
 /** Host offsets stay below this; the format allows 2^56, JavaScript's safe integers end here. */
 export const maxHostOffset: number = 2 ** 53
+/** Files of a backing chain that are opened together, the top one counted: a limit of this library, each costs a descriptor, memory and depth of the stack. */
+export const maxBackingChain = 200
+/** Bitmaps in one image. */
+export const maxBitmaps = 65535
+/** Bytes of the bitmap directory. */
+export const maxBitmapDirectoryBytes: number = maxBitmaps * 1024

@@ -2,14 +2,15 @@
  * A new image as far as the engine over it: the layout in its file, the data file and the encryption. Owns that a
  * failure leaves nothing open.
  */
-import type { CallOptions } from '../block/device.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { holdImageFile } from '../block/file-claim.ts'
+import { fileKey } from '../block/file-tree.ts'
 import { pad } from '../block/pad.ts'
-import { openTarget, pathOf, type Source, type Target } from '../block/source.ts'
+import { isBlockDevice, openTarget, pathOf, type Source, type Target } from '../block/source.ts'
 import { zeroContent } from '../block/zero-content.ts'
 import { IoError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
-import { freshState, layoutEnd, makeBlank, planLayout, writeLayout, type Layout, type LayoutOptions } from './create.ts'
+import { checkNewBacking, freshState, layoutEnd, makeBlank, planLayout, writeLayout, type Layout, type LayoutOptions } from './create.ts'
 import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
 import type { HostFile } from './host-file.ts'
@@ -67,22 +68,30 @@ export interface NewEngine {
   readonly release: () => void
 }
 
-/** Makes an image; `openImage` opens those of its backing chain. */
-export async function createEngine(target: Source, options: CreateOptions, openImage: ReferenceContext['openImage']): Promise<NewEngine> {
+/** Makes an image; `openImage` opens those of its backing chain. The backing file is opened before anything is written. */
+export async function createEngine(target: Source, given: CreateOptions | undefined, openImage: ReferenceContext['openImage']): Promise<NewEngine> {
+  const options = given ?? {}
   refuseUnknownOptions('Qcow2Image.create', options, createOptions)
   options.signal?.throwIfAborted()
-  const { references, probeBackingFormat, cacheSize } = options
-  const context = rootContext(pathOf(target), { references, probeBackingFormat, cacheSize }, openImage)
-  if (options.size !== undefined) return createSized(target, { ...options, size: options.size }, context)
-  const { backing } = options
-  if (backing === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')
+  const { references, probeBackingFormat, cacheSize, backing } = options
+  if (backing !== undefined) checkNewBacking(backing)
+  else if (options.size === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')
+  const context = { ...rootContext(await targetFile(target), { references, probeBackingFormat, cacheSize }, openImage), isNew: true }
+  if (backing === undefined) return createSized(target, { ...options, size: options.size! }, context)
   const device = await openBacking(backing.file, backing.format, context)
   try {
-    return await createSized(target, { ...options, size: device.size }, { ...context, sizedBy: device })
+    return await createSized(target, { ...options, size: options.size ?? device.size }, { ...context, backing: device })
   } catch (error) {
     await device.close()
     throw error
   }
+}
+
+/** The file that the image will be, also where it does not exist yet. */
+async function targetFile(target: Source): Promise<Pick<BlockDevice, 'path' | 'identity'>> {
+  const path = pathOf(target)
+  if (isBlockDevice(target)) return { path, identity: target.identity }
+  return path === undefined ? {} : { path, identity: await fileKey(path) }
 }
 
 async function createSized(given: Source, options: CreateOptions & LayoutOptions, context: ReferenceContext): Promise<NewEngine> {
@@ -91,16 +100,16 @@ async function createSized(given: Source, options: CreateOptions & LayoutOptions
   const target = await openTarget(given, options)
   const host = hostFile(target.device)
   let dataFile: Target | undefined
-  let release: (() => void) | undefined
+  const release = (): void => context.held.forEach((free) => free())
   try {
     refuseTooSmall(host, layout)
-    release = await holdImageFile(target.device)
+    context.held.push(await holdImageFile(target.device))
     if (options.dataFile !== undefined) dataFile = await newDataFile(options, layout, context)
     const engine = await writeEngine(host, layout, target.shows === 'when kept' ? 'any' : 'flushed', options, dataFile === undefined ? context : withDataFile(context, dataFile))
     await keepEngine(engine, target, dataFile)
     return { engine, release }
   } catch (error) {
-    release?.()
+    release()
     await dataFile?.discard()
     await target.discard()
     throw error

@@ -9,13 +9,13 @@ import { allocateAligned } from '../block/slab.ts'
 import { FormatError, UnsupportedError } from '../core/errors.ts'
 import type { CheckReport } from './check-report.ts'
 import { Engine, type DataCipher, type EngineState } from './engine.ts'
-import { extensionType, findExtension } from './extensions.ts'
 import { incompatible } from './features.ts'
 import { prepareFirstWrite } from './first-write.ts'
-import { decodeHeaderCluster, type HeaderCluster } from './header.ts'
+import { decodeHeaderCluster, refuseRawWithoutDataFile, type HeaderCluster } from './header.ts'
 import { HostFile } from './host-file.ts'
 import { PointerTable } from './pointer-table.ts'
-import { openBacking, openDataFile, rootContext, type ReferenceContext } from './references.ts'
+import { namesOf } from './names.ts'
+import { openBacking, openDataFile, openGivenDataFile, rootContext, type ReferenceContext } from './references.ts'
 import { repairImage } from './repair.ts'
 import { readSnapshotTable } from './snapshot-list.ts'
 
@@ -58,6 +58,7 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
   const host = hostFile(device)
   const content = await readHeaderCluster(host)
   const { header } = content
+  refuseRawWithoutDataFile(header)
   refuseState(content, options)
   if (!readOnly && (header.incompatibleFeatures & incompatible.dirty) !== 0n) {
     await repairDirty(host, options)
@@ -69,7 +70,8 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
 
 /** Opens an engine for its tables and counters alone: it has neither a backing file nor a key, and may not be asked for guest data. */
 export function openMetadata(device: BlockDevice): Promise<Engine> {
-  const context = rootContext(undefined, { backing: new MemoryDevice(0, { readOnly: true }) }, () => Promise.resolve(device))
+  const none = new MemoryDevice(0)
+  const context = rootContext({}, { backing: none, dataFile: none }, () => Promise.resolve(device))
   return openEngine(device, { readOnly: false, context, openCipher: () => Promise.resolve(undefined) })
 }
 
@@ -85,14 +87,14 @@ export async function assembleEngine(
   try {
     const dataDevice = await openData(state.content, readOnly, context)
     if (dataDevice !== undefined) opened.push(dataDevice)
-    const backing = context.sizedBy ?? (await openBackingOf(state.content, context))
+    const backing = context.backing ?? (await openBackingOf(state.content, context))
     if (backing !== undefined) opened.push(backing)
     return new Engine({
       host,
       dataFile: dataDevice === undefined ? undefined : hostFile(dataDevice),
       ...state,
       backing,
-      reopenBacking: context.options.backing === undefined ? () => openBackingOf(state.content, context) : undefined,
+      reopenBacking: context.options.backing === undefined ? () => openBackingOf(state.content, { ...context, opened: [] }) : undefined,
       readOnly,
       cacheSize: options.cacheSize ?? defaultCacheSize,
       cipher,
@@ -146,22 +148,22 @@ function refuseState(content: HeaderCluster, options: OpenEngineOptions): void {
 
 async function openData(content: HeaderCluster, readOnly: boolean, context: ReferenceContext): Promise<BlockDevice | undefined> {
   if ((content.header.incompatibleFeatures & incompatible.dataFile) === 0n) return undefined
-  if (context.options.dataFile !== undefined) return context.options.dataFile
-  const name = findExtension(content.extensions, extensionType.dataFile)
-  if (name === undefined) {
+  const access = readOnly ? 'read' : 'write'
+  if (context.options.dataFile !== undefined) return openGivenDataFile(context.options.dataFile, access, context)
+  const { dataFile } = namesOf(content)
+  if (dataFile === undefined || dataFile === '') {
     throw new UnsupportedError('the image has an external data file and does not name it; give it as `dataFile`', ['external data file'])
   }
-  return openDataFile(new TextDecoder().decode(name), { readOnly }, context)
+  return openDataFile(dataFile, access, context)
 }
 
 async function openBackingOf(content: HeaderCluster, context: ReferenceContext): Promise<BlockDevice | undefined> {
   if (context.options.backing !== undefined) return context.options.backing
-  if (content.backingFile === undefined) return undefined
-  const text = new TextDecoder()
-  const format = findExtension(content.extensions, extensionType.backingFormat)
-  return openBacking(text.decode(content.backingFile), format === undefined ? undefined : text.decode(format), {
+  const { backingFile, backingFormat } = namesOf(content)
+  if (backingFile === undefined) return undefined
+  return openBacking(backingFile, backingFormat, {
     ...context,
-    sizedBy: undefined,
+    backing: undefined,
     options: { ...context.options, backing: undefined, dataFile: undefined },
   })
 }

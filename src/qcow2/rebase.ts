@@ -5,11 +5,17 @@
 import type { BlockDevice, CallOptions, Extent } from '../block/device.ts'
 import { equalBytes } from '../bytes/equal.ts'
 import { isZero } from '../bytes/zero.ts'
+import { encodeName } from '../bytes/file-name.ts'
 import { UnsupportedError } from '../core/errors.ts'
+import { withSource, type Source } from '../block/source.ts'
+import { refuseLoop } from './loops.ts'
 import { assertCompressible } from './compressed.ts'
+import { checkNewBacking } from './create.ts'
+import type { Engine } from './engine.ts'
 import { extensionType, withExtension } from './extensions.ts'
 import type { Qcow2Image } from './image.ts'
-import { maxBackingFormatName } from './limits.ts'
+import { openMetadata } from './open.ts'
+import { settle } from './shutdown.ts'
 import { zeroActive } from './zero.ts'
 
 /** The backing file an image is to have. */
@@ -47,6 +53,7 @@ export async function rebaseImage(
 ): Promise<void> {
   const { compressed = false, signal, onProgress } = options
   const { clusterSize } = image.engine.geometry
+  await refuseNewBacking(image.engine, backing)
   if (compressed) assertCompressible(image.engine)
   const pieceBytes = Math.max(leastPieceBytes, clusterSize)
   const [old, next] = [new Uint8Array(pieceBytes), new Uint8Array(pieceBytes)]
@@ -75,22 +82,42 @@ export async function rebaseImage(
 
 /**
  * Changes only the name and format of the backing file, `qemu-img rebase -u`. The image reads
- * differently afterwards unless the file named has the same content.
- * @throws RangeError if the name does not fit into the header.
+ * differently afterwards unless the file named has the same content; it need not exist.
+ * @param target an open image, or where one is: it is then opened and closed again, and its old backing file need not exist
+ * @throws FormatError for a name that leads back to the image; RangeError if the name does not fit into the header;
+ *   UnsupportedError with a raw data file.
  */
-export async function setBackingFile(image: Qcow2Image, backing: NewBacking | undefined): Promise<void> {
-  const { engine } = image
-  if (engine.rawDataFile && backing !== undefined) throw new UnsupportedError('a raw data file and a backing file exclude each other', ['backing file'])
-  const text = new TextEncoder()
-  const format = backing === undefined ? undefined : text.encode(backing.format)
-  if (format !== undefined && format.length > maxBackingFormatName) {
-    throw new RangeError(`backing format names have at most ${maxBackingFormatName} bytes: ${backing!.format}`)
-  }
+export async function setBackingFile(target: Qcow2Image | Source, backing: NewBacking | undefined): Promise<void> {
+  if (isImage(target)) return setBackingName(target.engine, backing)
+  await withSource(target, {}, async (device) => {
+    const engine = await openMetadata(device)
+    await setBackingName(engine, backing)
+    await settle(engine)
+  })
+}
+
+/** By what it has: images of the ESM and of the CommonJS build have different classes. */
+function isImage(target: Qcow2Image | Source): target is Qcow2Image {
+  return typeof target === 'object' && 'engine' in target
+}
+
+async function setBackingName(engine: Engine, backing: NewBacking | undefined): Promise<void> {
+  await refuseNewBacking(engine, backing)
+  const format = backing === undefined ? undefined : encodeName(backing.format)
   const extensions = withExtension(engine.content.extensions, extensionType.backingFormat, format)
   await engine.requests.exclusive(async () => {
     if (engine.unchanged) await engine.change()
-    await engine.writeHeader({}, { extensions, backingFile: backing === undefined ? undefined : text.encode(backing.file) })
+    await engine.writeHeader({}, { extensions, backingFile: backing === undefined ? undefined : encodeName(backing.file) })
   })
+}
+
+/** What cannot be the backing file is refused before anything is copied or written. */
+async function refuseNewBacking(engine: Engine, backing: NewBacking | undefined): Promise<void> {
+  if (backing === undefined) return
+  checkNewBacking(backing)
+  if (engine.rawDataFile) throw new UnsupportedError('a raw data file and a backing file exclude each other', ['backing file'])
+  const { path } = engine.host.device
+  if (path !== undefined) await refuseLoop(path, { backing })
 }
 
 async function readPadded(device: BlockDevice | undefined, at: number, target: Uint8Array, signal: AbortSignal | undefined): Promise<void> {

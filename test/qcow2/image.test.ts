@@ -1,5 +1,5 @@
 /** Rules of the engine that an operation sequence does not show: policies, states, damage, concurrency. */
-import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
 import { open, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
@@ -116,15 +116,6 @@ describe('references', () => {
       await expect(Qcow2Image.create(join(folder, name), { backing: { file: 'middle', format: 'qcow2' } })).rejects.toThrow('loops')
     }
     expect(readFileSync(base).equals(before)).toBe(true)
-  })
-
-  test('a data file is not made where a link leads out of the tree', async () => {
-    const folder = tempFolder()
-    const inside = join(folder, 'images')
-    mkdirSync(inside)
-    symlinkSync(join(folder, 'made.raw'), join(inside, 'data.raw'))
-    expect(await codeOf(Qcow2Image.create(join(inside, 'disk.qcow2'), { size: MiB, dataFile: join(inside, 'data.raw') }))).toBe('ERR_NOT_FOUND')
-    expect(existsSync(join(folder, 'made.raw'))).toBe(false)
   })
 
   test('the format of a backing file is never guessed unless asked', async () => {

@@ -19,3 +19,8 @@ function linkTarget(link: string): string | undefined {
     return undefined // the descriptor that listed the folder is closed by now
   }
 }
+
+/** What the descriptors of this process are open on. */
+export function openDescriptors(): string[] {
+  return readdirSync('/proc/self/fd').flatMap((name) => linkTarget(`/proc/self/fd/${name}`) ?? [])
+}
