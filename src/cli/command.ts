@@ -74,7 +74,7 @@ export interface Context<O extends OptionDefinitions = OptionDefinitions> {
   /** The option keys in the order the user gave them, one for each time. */
   readonly order: readonly { readonly option: keyof O & string; readonly value: string | undefined }[]
   readonly terminal: Terminal
-  /** Aborted by SIGINT and SIGTERM. */
+  /** Aborted by SIGINT, SIGTERM and SIGHUP. */
   readonly signal: AbortSignal
   /** Writes a line to stdout; to stderr while stdout takes the command's {@link CommandDefinition.payload}. */
   readonly print: (line: string) => Promise<void>

@@ -6,19 +6,23 @@ import { WriteError } from './errors.ts'
 import { onQuery } from './query.ts'
 import type { Sink, Terminal } from './terminal.ts'
 
+/** Signals that ask for an end, and the exit codes of shells for them: 128 and the signal's number. */
+const endings = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 } as const
+const endingNames = Object.keys(endings) as (keyof typeof endings)[]
+
 /** `timeout` and some shells send a signal to the process and to its group: two, at once, are one. */
 const sameSignal = 200
 
-/** The terminal of this process. SIGINT and SIGTERM abort its signal once; a later one ends the process. */
+/** The terminal of this process. SIGINT, SIGTERM and SIGHUP abort its signal once; a later one ends the process. */
 export function processTerminal(): Terminal {
   const interrupt = new AbortController()
   let first = 0
-  for (const name of ['SIGINT', 'SIGTERM'] as const) {
+  for (const name of endingNames) {
     process.on(name, () => {
       if (!interrupt.signal.aborted) {
         first = performance.now()
         interrupt.abort(new Interrupted(name))
-      } else if (performance.now() - first > sameSignal) leave(name === 'SIGINT' ? 130 : 143)
+      } else if (performance.now() - first > sameSignal) leave(endings[name])
     })
   }
   const called = basename(process.argv[1] ?? '')
@@ -45,7 +49,7 @@ export function processTerminal(): Terminal {
 
 /** Ends the process. What still waits has no part in it, and if that keeps the process from ending, the next signal does not. */
 export function leave(code: number): never {
-  for (const name of ['SIGINT', 'SIGTERM'] as const) process.removeAllListeners(name)
+  for (const name of endingNames) process.removeAllListeners(name)
   process.exit(code)
 }
 
@@ -56,9 +60,9 @@ export class Interrupted extends Error {
   /** A reader that has gone knows why. */
   readonly isSilent: boolean
 
-  constructor(name: 'SIGINT' | 'SIGTERM' | 'SIGPIPE') {
+  constructor(name: keyof typeof endings | 'SIGPIPE') {
     super('interrupted')
-    this.exitCode = { SIGINT: 130, SIGTERM: 143, SIGPIPE: 141 }[name]
+    this.exitCode = { ...endings, SIGPIPE: 141 }[name]
     this.isSilent = name === 'SIGPIPE'
   }
 }

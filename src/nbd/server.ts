@@ -12,7 +12,10 @@ import { ByteReader, type NbdTransport } from './transport.ts'
 
 /** Options of {@link NbdServer}. */
 export interface NbdServerOptions extends TransmissionLimits {
-  /** Connections at once; further ones are closed at once. Default 16. */
+  /**
+   * Connections at once; a further one is closed at once, unless a client has been negotiating for more than a second:
+   * then that one is. Default 16.
+   */
   readonly maxConnections?: number | undefined
   /** Milliseconds a client may take to negotiate. Default 30 000. */
   readonly handshakeTimeout?: number | undefined
@@ -20,6 +23,15 @@ export interface NbdServerOptions extends TransmissionLimits {
   readonly onConnectionError?: ((error: unknown) => void) | undefined
   /** Told the number of open connections whenever it changes. */
   readonly onConnections?: ((open: number) => void) | undefined
+}
+
+/** Milliseconds of negotiation for which a client keeps its place where others wait. */
+const patience = 1000
+
+interface Connection {
+  readonly transport: NbdTransport
+  readonly since: number
+  negotiated: boolean
 }
 
 /**
@@ -31,7 +43,9 @@ export interface NbdServerOptions extends TransmissionLimits {
 export class NbdServer extends Resource {
   readonly exports: readonly NbdExport[]
   readonly #options: NbdServerOptions
-  readonly #connections = new Map<NbdTransport, Promise<void>>()
+  readonly #connections = new Set<Connection>()
+  /** All that have not ended, also those that were closed. */
+  readonly #served = new Set<Promise<void>>()
 
   /**
    * @throws TypeError if two exports share a name, a name is longer than 4096 bytes, or a device
@@ -60,7 +74,7 @@ export class NbdServer extends Resource {
    * `onConnectionError`, and the client is disconnected.
    */
   serve(transport: NbdTransport): Promise<void> {
-    if (this.closed || this.#connections.size >= (this.#options.maxConnections ?? 16)) {
+    if (this.closed || !this.#hasRoom()) {
       transport.close()
       const error = this.closed
         ? new Qcow2Error('ERR_CLOSED', 'the NBD server is closed')
@@ -68,31 +82,47 @@ export class NbdServer extends Resource {
       this.#options.onConnectionError?.(error)
       return Promise.resolve()
     }
-    const served = this.#converse(transport)
+    const connection = { transport, since: performance.now(), negotiated: false }
+    this.#connections.add(connection)
+    const served = this.#converse(connection)
       .catch((error: unknown) => {
         if (!this.closed) this.#options.onConnectionError?.(error)
       })
       .finally(() => {
-        transport.close()
-        this.#connections.delete(transport)
-        this.#options.onConnections?.(this.#connections.size)
+        this.#served.delete(served)
+        this.#leave(connection)
       })
-    this.#connections.set(transport, served)
+    this.#served.add(served)
     this.#options.onConnections?.(this.#connections.size)
     return served
   }
 
+  /** True if one more client has a place; one that has been negotiating for long loses its own. */
+  #hasRoom(): boolean {
+    if (this.#connections.size < (this.#options.maxConnections ?? 16)) return true
+    const long = performance.now() - patience
+    const silent = [...this.#connections].find(({ negotiated, since }) => !negotiated && since < long)
+    if (silent !== undefined) this.#leave(silent)
+    return silent !== undefined
+  }
+
+  #leave(connection: Connection): void {
+    connection.transport.close()
+    if (this.#connections.delete(connection)) this.#options.onConnections?.(this.#connections.size)
+  }
+
   protected override async onClose(): Promise<void> {
-    const served = [...this.#connections.values()]
-    for (const transport of this.#connections.keys()) transport.close()
-    await Promise.all(served)
+    for (const { transport } of this.#connections) transport.close()
+    await Promise.all(this.#served)
     for (const { device } of this.exports) if (!device.readOnly) await device.flush()
   }
 
-  async #converse(transport: NbdTransport): Promise<void> {
+  async #converse(connection: Connection): Promise<void> {
+    const { transport } = connection
     const reader = new ByteReader(transport.incoming)
     const timer = setTimeout(() => transport.close(), this.#options.handshakeTimeout ?? 30_000)
     const agreement = await negotiate(transport, reader, this.exports).finally(() => clearTimeout(timer))
+    connection.negotiated = true
     if (agreement !== undefined) await transmit(transport, reader, agreement, this.#options)
   }
 }

@@ -2,9 +2,12 @@
  * NBD over real sockets: a unix socket or TCP. Owns listening, connecting and the socket's
  * back-pressure; the only file of this layer that imports `node:` modules.
  */
-import { connect, createServer, type AddressInfo, type Server, type Socket } from 'node:net'
-import { IoError } from '../core/errors.ts'
+import { lstat, stat, unlink } from 'node:fs/promises'
+import { connect, createServer, type AddressInfo, type ListenOptions, type Server, type Socket } from 'node:net'
+import { dirname } from 'node:path'
+import { IoError, Qcow2Error } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
+import { socketPathProblem } from '../core/socket-path.ts'
 import { defaultTimeout, NbdClient, type NbdClientOptions } from './client.ts'
 import type { NbdServer } from './server.ts'
 import type { NbdTransport } from './transport.ts'
@@ -43,21 +46,69 @@ export class NbdListener extends Resource {
 }
 
 /**
- * Listens and serves every connection with `server`, which the listener owns from now on.
- * @throws IoError if the address cannot be listened on.
+ * Listens and serves every connection with `server`, which the listener owns from now on. A unix socket whose server has
+ * died is replaced; one that a server listens on, and a file that is no socket, never.
+ * @throws IoError if the address cannot be listened on; Qcow2Error `ERR_BUSY` if a server listens there.
  */
 export async function listen(server: NbdServer, address: NbdAddress): Promise<NbdListener> {
+  const listener = 'path' in address ? await listenAt(server, address.path) : await begin(server, { port: address.port, host: address.host ?? '127.0.0.1' }, describe(address))
+  const real = 'path' in address ? address : { host: address.host, port: (listener.address() as AddressInfo).port }
+  return new NbdListener(server, real, listener)
+}
+
+/**
+ * As {@link listen}, on a socket that listens already and that this process inherited, as in socket activation.
+ * A unix socket's file stays: it belongs to whoever made it.
+ * @param fd the socket's file descriptor
+ */
+export async function listenInherited(server: NbdServer, fd: number): Promise<NbdListener> {
+  const listener = await begin(server, { fd }, `file descriptor ${fd}`)
+  const address = listener.address()
+  return new NbdListener(server, typeof address === 'object' && address !== null ? { host: address.address, port: address.port } : { path: address ?? '' }, listener)
+}
+
+async function listenAt(server: NbdServer, path: string): Promise<Server> {
+  const problem = socketPathProblem(path)
+  if (problem !== undefined) throw new IoError('open', problem, { name: path })
+  try {
+    return await begin(server, { path }, path)
+  } catch (error) {
+    const { code } = (error as IoError).cause as NodeJS.ErrnoException
+    if (code === 'EADDRINUSE') await removeDead(path)
+    // libuv calls a missing folder a lack of permission
+    else if (code === 'EACCES' && (await isMissing(dirname(path)))) throw new IoError('open', Object.assign(new Error(`there is no folder ${dirname(path)}`), { code: 'ENOENT' }), { name: path })
+    else throw error
+  }
+  return begin(server, { path }, path)
+}
+
+function begin(server: NbdServer, where: ListenOptions & { readonly fd?: number }, name: string): Promise<Server> {
   const listener = createServer({ pauseOnConnect: false, noDelay: true }, (socket) => {
     void server.serve(socketTransport(socket))
   })
-  await new Promise<void>((resolve, reject) => {
-    listener.once('error', (error) => reject(new IoError('open', error, { name: describe(address) })))
-    if ('path' in address) listener.listen(address.path, resolve)
-    else listener.listen(address.port, address.host ?? '127.0.0.1', resolve)
+  return new Promise((resolve, reject) => {
+    listener.once('error', (error) => reject(new IoError('open', error, { name })))
+    listener.listen(where, () => {
+      listener.on('error', () => undefined) // a failed accept ends that connection only
+      resolve(listener)
+    })
   })
-  listener.on('error', () => undefined) // a failed accept ends that connection only
-  const real = 'path' in address ? address : { host: address.host, port: (listener.address() as AddressInfo).port }
-  return new NbdListener(server, real, listener)
+}
+
+/** Removes a socket that nobody listens on. */
+async function removeDead(path: string): Promise<void> {
+  const before = await lstat(path)
+  if (!before.isSocket()) throw new IoError('open', 'there is a file of this name, which is no socket and is not replaced', { name: path })
+  const listens = await new Promise<boolean>((resolve) => {
+    const probe = connect(path, () => resolve(true))
+    probe.on('error', ({ code }: NodeJS.ErrnoException) => resolve(code !== 'ECONNREFUSED')).on('connect', () => probe.destroy())
+  })
+  if (listens) throw new Qcow2Error('ERR_BUSY', `${path}: another server listens on this socket`)
+  if ((await lstat(path)).ino === before.ino) await unlink(path)
+}
+
+async function isMissing(folder: string): Promise<boolean> {
+  return stat(folder).then(() => false, (error: unknown) => (error as NodeJS.ErrnoException).code === 'ENOENT')
 }
 
 /**
@@ -67,6 +118,8 @@ export async function listen(server: NbdServer, address: NbdAddress): Promise<Nb
 export async function connectNbd(address: NbdAddress, options: NbdClientOptions = {}): Promise<NbdClient> {
   const { signal, timeout = defaultTimeout } = options
   signal?.throwIfAborted()
+  const problem = 'path' in address ? socketPathProblem(address.path) : undefined
+  if (problem !== undefined) throw new IoError('open', problem, { name: describe(address) })
   const socket = 'path' in address ? connect(address.path) : connect(address.port, address.host ?? '127.0.0.1')
   const connected = new Promise<void>((resolve, reject) => {
     socket.once('connect', resolve)

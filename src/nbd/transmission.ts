@@ -3,7 +3,7 @@
  * that memory stays bounded however fast a client sends or slow it reads; the work itself is the
  * device's.
  */
-import { Qcow2Error } from '../core/errors.ts'
+import { IoError, Qcow2Error } from '../core/errors.ts'
 import { Budget } from './budget.ts'
 import { isReadOnly } from './export.ts'
 import type { Agreement } from './handshake.ts'
@@ -19,6 +19,8 @@ export interface TransmissionLimits {
   readonly maxRequests?: number | undefined
   /** Bytes of payload, of reads and writes together; at least 32 MiB, the default. */
   readonly maxBytes?: number | undefined
+  /** Milliseconds after which a client is disconnected that asks nothing, or takes no answer; default 0, never. */
+  readonly idleTimeout?: number | undefined
 }
 
 /** The flags each command may carry. */
@@ -59,28 +61,67 @@ export async function transmit(
   const underWay = new Set<Promise<void>>()
   const stop = new AbortController()
   const transmission = new Transmission(transport, agreement, stop.signal)
+  const idle = new IdleWatch(limits.idleTimeout ?? 0, () => transmission.working === 0, () => transport.close())
   try {
     while (!stop.signal.aborted) {
       const head = await reader.tryRead(protocol.sizes.request)
       if (head === undefined) break
       const request = protocol.decodeRequest(head)
       if (request.command === commands.disconnect) break
+      idle.heard()
       const payload = payloadBytes(request)
       await requests.take(1)
       await bytes.take(payload)
       const data = await readPayload(reader, request)
       const task = transmission.serve(request, data).catch((error: unknown) => stop.abort(error))
       const ended = task.finally(() => {
+        idle.heard()
         requests.give(1)
         bytes.give(payload)
         underWay.delete(ended)
       })
       underWay.add(ended)
     }
+  } catch (error) {
+    idle.check()
+    throw error
   } finally {
     await Promise.all(underWay)
+    idle.end()
   }
   stop.signal.throwIfAborted()
+  idle.check()
+}
+
+/** Disconnects a client that makes no use of its connection. */
+class IdleWatch {
+  readonly #timeout: number
+  readonly #timer: ReturnType<typeof setInterval> | undefined
+  #last = performance.now()
+  #over = false
+
+  constructor(timeout: number, isIdle: () => boolean, close: () => void) {
+    this.#timeout = timeout
+    if (timeout <= 0) return
+    this.#timer = setInterval(() => {
+      if (this.#over || !isIdle() || performance.now() - this.#last < timeout) return
+      this.#over = true
+      close()
+    }, Math.max(5, timeout / 8))
+  }
+
+  heard(): void {
+    this.#last = performance.now()
+  }
+
+  end(): void {
+    clearInterval(this.#timer)
+  }
+
+  /** @throws IoError if the connection ended for this reason */
+  check(): void {
+    if (this.#over) throw new IoError('read', `the client made no use of its connection for ${this.#timeout} ms`, { name: 'NBD' })
+  }
 }
 
 /** Bytes of memory that a request needs for its payload, in either direction. */
@@ -101,6 +142,8 @@ class Transmission {
   readonly #transport: NbdTransport
   readonly #agreement: Agreement
   readonly #signal: AbortSignal
+  /** Requests that the device works on. */
+  working = 0
 
   constructor(transport: NbdTransport, agreement: Agreement, signal: AbortSignal) {
     this.#transport = transport
@@ -111,11 +154,14 @@ class Transmission {
   /** Does one request and sends its reply. Rejects only if the reply cannot be sent. */
   async serve(request: Request, data: Uint8Array | undefined): Promise<void> {
     let reply: readonly Uint8Array[]
+    this.working++
     try {
       this.#check(request)
       reply = await this.#do(request, data)
     } catch (error) {
       reply = this.#errorReply(request, error)
+    } finally {
+      this.working--
     }
     await this.#transport.send(reply)
   }

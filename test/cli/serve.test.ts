@@ -1,14 +1,16 @@
 /** Real qemu-io drives the engine through `serve`; real qemu-img judges what it leaves. */
-import { execFile } from 'node:child_process'
+import { execFile, spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { copyFileSync, existsSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { gunzipSync } from 'node:zlib'
 import fc from 'fast-check'
 import { describe, expect, onTestFinished, test } from 'vitest'
+import { main } from '../../src/cli/main.ts'
 import { Guest } from '../support/guest.ts'
 import { qemus } from '../support/qemu.ts'
 import { tempFolder } from '../support/temp.ts'
-import { run } from './run.ts'
+import { run, terminal } from './run.ts'
 
 const qemu = qemus.at(-1)
 const KiB = 1024
@@ -243,6 +245,8 @@ describe('serve', () => {
     ['serve x --socket a --port 1', 'one of --socket and --port is needed'],
     ['serve x --port 99999', '--port expects a number'],
     ['serve x --port 0 --max-connections 0', '--max-connections expects'],
+    ['serve x --port 0 --idle-timeout -5', '--idle-timeout'],
+    ['serve x --port 0 --idle-timeout x', '--idle-timeout expects seconds'],
     ['serve /nonexistent --port 0', "Could not open '/nonexistent': No such file or directory"],
   ])('%s is refused', async (line, message) => {
     const { code, stderr } = await run(line)
@@ -270,5 +274,69 @@ describe('serve', () => {
     expect(code).toBe(0)
     expect(JSON.parse(stdout)).toMatchObject([{ start: 0, length: MiB, data: false, zero: true }])
     expect(await stop()).toBe(0)
+  })
+
+  test('what --bind ::1 prints can be opened, and a name with an @ can be written', async () => {
+    const image = join(tempFolder(), 'disk@home.qcow2')
+    await run(['create', '-q', '-f', 'qcow2', image, '1M'])
+    const sink = terminal()
+    const interrupt = new AbortController()
+    const ended = main(['serve', '--port', '0', '--bind', '::1', '--name', 'x@y', image], { ...sink, signal: interrupt.signal })
+    await expect.poll(() => sink.stdout.bytes.toString(), { timeout: 10_000 }).toMatch(/^nbd:\/\/\[::1\]:\d+\/x%40y\n$/)
+    const uri = sink.stdout.bytes.toString().trim()
+    expect(await run(['info', uri])).toMatchObject({ code: 0 })
+    const source = join(tempFolder(), 'source')
+    writeFileSync(source, new Uint8Array(MiB).fill(7))
+    expect(await run(['convert', '-n', '-f', 'raw', '-O', 'raw', source, uri])).toMatchObject({ code: 0, stderr: '' })
+    interrupt.abort()
+    expect(await ended).toBe(0)
+    expect(await run(['compare', '-f', 'raw', source, image])).toMatchObject({ code: 0 })
+  })
+
+  test('a dead socket is replaced; a live one and a missing folder are told', async () => {
+    const folder = tempFolder()
+    const image = join(folder, 'image')
+    await run(['create', '-q', '-f', 'qcow2', image, '1M'])
+    const { uri } = await serve(image)
+    const path = uri.slice(uri.indexOf('=') + 1)
+    const again = await run(['serve', '--read-only', '--force-share', '--socket', path, image])
+    expect(again).toMatchObject({ code: 1 })
+    expect(again.stderr).toContain('another server listens')
+    expect((await run(['serve', '--read-only', '--socket', join(folder, 'no/nbd'), image])).stderr).toContain('there is no folder')
+    expect((await run(['serve', '--read-only', '--socket', join(folder, 'x'.repeat(120)), image])).stderr).toContain('at most 107 bytes')
+  })
+
+  const program = ['--import', 'tsx', join(import.meta.dirname, '../../src/cli.ts')]
+
+  test.skipIf(!existsSync('/usr/bin/nbdcopy'))('a socket that is handed over is served (LISTEN_FDS)', async () => {
+    const folder = tempFolder()
+    const [image, source, copy] = ['image', 'source', 'copy'].map((name) => join(folder, name)) as [string, string, string]
+    writeFileSync(source, new Uint8Array(MiB).fill(9))
+    await run(['convert', '-f', 'raw', '-O', 'qcow2', source, image])
+    const failure = await new Promise((resolve) => {
+      execFile('nbdcopy', ['--', '[', process.execPath, ...program, 'serve', image, ']', copy], { timeout: 60_000 }, (error, stdout, stderr) => resolve(error === null ? stdout : stderr))
+    })
+    expect(failure).toBe('')
+    expect(Buffer.compare(readFileSync(copy), readFileSync(source))).toBe(0)
+  })
+
+  test('several sockets, and an address besides, are refused', async () => {
+    const handed = (count: string): Record<string, string> => ({ LISTEN_PID: String(process.pid), LISTEN_FDS: count })
+    expect((await run('serve x', { env: handed('2') })).stderr).toContain('LISTEN_FDS=2')
+    expect((await run('serve x --port 0', { env: handed('1') })).stderr).toContain('handed over')
+    expect((await run('serve x', { env: { ...handed('1'), LISTEN_PID: '1' } })).stderr).toContain('one of --socket and --port')
+  })
+
+  test('SIGHUP ends it as SIGTERM does: flushed, and its socket removed', async () => {
+    const folder = tempFolder()
+    const [image, socket] = [join(folder, 'image'), join(folder, 'nbd')]
+    await run(['create', '-q', '-f', 'qcow2', image, '1M'])
+    const child = spawn(process.execPath, [...program, 'serve', '--socket', socket, image], { stdio: ['ignore', 'pipe', 'inherit'] })
+    onTestFinished(() => void child.kill('SIGKILL'))
+    await once(child.stdout, 'data')
+    child.kill('SIGHUP')
+    const [code] = (await once(child, 'exit')) as [number]
+    expect(code).toBe(0)
+    expect(existsSync(socket)).toBe(false)
   })
 })

@@ -3,10 +3,11 @@ import type { BlockDevice } from '../../block/device.ts'
 import { VmState } from '../../migration/vm-state.ts'
 import { dirtyBitmapContext, type NbdExport, type NbdMetaContext } from '../../nbd/export.ts'
 import { NbdServer } from '../../nbd/server.ts'
-import { listen, type NbdAddress } from '../../nbd/socket.ts'
+import { listen, listenInherited, type NbdAddress, type NbdListener } from '../../nbd/socket.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import type { OpenedImage } from '../image/open.ts'
+import { splitSnapshot } from '../image/names.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, quietOption } from '../image/options.ts'
 
 export const serveCommand = command({
@@ -14,6 +15,7 @@ export const serveCommand = command({
   summary: 'Serve an image, a snapshot, VM state or guest RAM over NBD',
   description: [
     'Any NBD client can use it: QEMU itself, qemu-io, nbdcopy, the Linux kernel. The address is printed when clients can connect. It goes on until it is interrupted; then everything is flushed.',
+    'A unix socket that a dead server left is replaced. Without an address, a socket that was handed over is used, as systemd and libnbd do it (LISTEN_FDS).',
     'Clients may ask where the data is (base:allocation, qemu:allocation-depth).',
   ],
   options: {
@@ -27,6 +29,7 @@ export const serveCommand = command({
     vmstate: { help: 'serve the VM state of IMAGE@SNAPSHOT instead of its disk' },
     ram: { value: 'BLOCK', help: 'serve this RAM block of IMAGE@SNAPSHOT, for example pc.ram' },
     'max-connections': { value: 'COUNT', help: 'connections at once; default 16' },
+    'idle-timeout': { value: 'SECONDS', help: 'disconnect clients that ask nothing for so long; default never. A client that does not finish negotiating loses its connection after 30 seconds, or to the next client' },
     once: { help: 'end when the last client leaves' },
     ...formatOption,
     ...imageOptsOption,
@@ -43,10 +46,12 @@ export const serveCommand = command({
   ],
   async run(context) {
     const { options, args, print, warn, signal } = context
-    const address = addressOf(options)
+    const inherited = inheritedSocket(context.terminal.env)
+    const address = addressOf(options, inherited !== undefined)
     const maxConnections = countOf(options['max-connections'])
+    const idleTimeout = secondsOf(options['idle-timeout'])
     const stateOnly = options.vmstate || options.ram !== undefined
-    const readOnly = options['read-only'] || stateOnly || args[0]!.includes('@')
+    const readOnly = options['read-only'] || stateOnly || isReadOnly(args[0]!)
     const opened = await openArgument(context, { readOnly })
     const closers: (() => Promise<void>)[] = [() => opened.close()]
     try {
@@ -56,14 +61,15 @@ export const serveCommand = command({
       const gone = new AbortController()
       const server = new NbdServer([entry], {
         maxConnections,
+        idleTimeout,
         onConnectionError: (error) => warn(error instanceof Error ? error.message : String(error)),
         onConnections: (open) => {
           if (open === 0 && options.once) gone.abort()
         },
       })
-      const listener = await listen(server, address)
+      const listener: NbdListener = address === undefined ? await listenInherited(server, inherited!) : await listen(server, address)
       closers.push(() => listener.close())
-      if (!options.quiet) await print(listener.uri(entry.name))
+      if (!options.quiet && address !== undefined) await print(listener.uri(entry.name))
       await until(AbortSignal.any([signal, gone.signal]))
       return 0
     } finally {
@@ -93,8 +99,29 @@ function within(ranges: readonly { readonly start: number; readonly length: numb
   return ranges.slice(low, end)
 }
 
-function addressOf(options: { socket: string | undefined; port: string | undefined; bind: string | undefined }): NbdAddress {
+/** A snapshot, and what a web server has, can only be read. */
+function isReadOnly(name: string): boolean {
+  return splitSnapshot(name) !== undefined || /^https?:/.test(name)
+}
+
+/**
+ * The file descriptor of the socket that whoever started this program listens on for it.
+ * @throws UsageError if there are several
+ */
+function inheritedSocket(env: Readonly<Record<string, string | undefined>>): number | undefined {
+  const { LISTEN_PID: pid, LISTEN_FDS: count } = env
+  if (count === undefined || pid !== String(process.pid)) return undefined
+  if (count !== '1') throw new UsageError(`one socket can be handed over, not LISTEN_FDS=${count}`)
+  return 3
+}
+
+/** `undefined`: that of the socket handed over. */
+function addressOf(options: { socket: string | undefined; port: string | undefined; bind: string | undefined }, inherited: boolean): NbdAddress | undefined {
   const { socket, port, bind } = options
+  if (inherited) {
+    if (socket !== undefined || port !== undefined) throw new UsageError('--socket and --port cannot be used with a socket that is handed over (LISTEN_FDS)')
+    return undefined
+  }
   if ((socket === undefined) === (port === undefined)) throw new UsageError('one of --socket and --port is needed')
   if (socket !== undefined) return { path: socket }
   const number = Number(port)
@@ -106,6 +133,14 @@ function countOf(text: string | undefined): number | undefined {
   if (text === undefined) return undefined
   if (!/^[1-9]\d{0,5}$/.test(text)) throw new UsageError(`--max-connections expects a positive number, not '${text}'`)
   return Number(text)
+}
+
+/** In milliseconds. */
+function secondsOf(text: string | undefined): number | undefined {
+  if (text === undefined) return undefined
+  const seconds = Number(text)
+  if (!/^\d+(?:\.\d+)?$/.test(text) || seconds * 1000 >= 2 ** 31) throw new UsageError(`--idle-timeout expects seconds, not '${text}'`)
+  return seconds * 1000
 }
 
 /** The VM state behind a snapshot, or a stream file itself; or one RAM block in it. */
