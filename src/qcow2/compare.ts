@@ -1,5 +1,6 @@
 /** Comparing the content of two disks: `qemu-img compare`. */
 import type { BlockDevice, CallOptions, Extent } from '../block/device.ts'
+import { AbortPoints } from '../core/abort-points.ts'
 
 /** Options of {@link compareDevices}. */
 export interface CompareOptions extends CallOptions {
@@ -25,11 +26,15 @@ export async function compareDevices(a: BlockDevice, b: BlockDevice, options: Co
   const total = Math.max(a.size, b.size)
   if (strict && a.size !== b.size) return { equal: false, offset: Math.min(a.size, b.size), reason: 'size' }
   const [maps, bytes] = [[new Cursor(a, signal), new Cursor(b, signal)] as const, [new Uint8Array(pieceBytes), new Uint8Array(pieceBytes)] as const]
+  const abortPoints = new AbortPoints(signal)
   for (let at = 0; at < total; ) {
+    const turn = abortPoints.pass()
+    if (turn !== undefined) await turn
     const [inA, inB] = [await maps[0].at(at), await maps[1].at(at)]
-    const length = Math.min(total - at, inA.end - at, inB.end - at, pieceBytes)
+    const zero = inA.zero && inB.zero
+    const length = Math.min(total - at, inA.end - at, inB.end - at, zero ? Infinity : pieceBytes)
     if (strict && inA.present !== inB.present && at < a.size) return { equal: false, offset: at, reason: 'allocation' }
-    if (!inA.zero || !inB.zero) {
+    if (!zero) {
       const pieces = [bytes[0].subarray(0, length), bytes[1].subarray(0, length)] as const
       await Promise.all([read(a, at, pieces[0], inA.zero, signal), read(b, at, pieces[1], inB.zero, signal)])
       const difference = firstDifference(pieces[0], pieces[1])
