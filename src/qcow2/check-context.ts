@@ -3,6 +3,7 @@
  * that treat bytes past the end of the file as zeroes. Independent of the engine and its caches.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { AbortPoints } from '../core/abort-points.ts'
 import { ClusterCounters } from './check-counters.ts'
 import { offsetText, type CheckCollector } from './check-report.ts'
 import { incompatible } from './features.ts'
@@ -121,6 +122,7 @@ export class CheckContext {
   async readClusters(clusters: Iterable<number>, visit: (bytes: Uint8Array, cluster: number) => void): Promise<void> {
     const { clusterSize } = this.geometry
     const runs = runsOf(clusters, Math.max(1, Math.floor(readSize / clusterSize)))
+    const abortPoints = new AbortPoints(this.call.signal)
     const lane = async (): Promise<void> => {
       let buffer = new Uint8Array(0)
       for (let next = runs.next(); next.done !== true; next = runs.next()) {
@@ -128,6 +130,8 @@ export class CheckContext {
         if (buffer.length < count * clusterSize) buffer = new Uint8Array(count * clusterSize)
         await this.readInto(first * clusterSize, buffer.subarray(0, count * clusterSize))
         for (let i = 0; i < count; i++) visit(buffer.subarray(i * clusterSize, (i + 1) * clusterSize), first + i)
+        const turn = abortPoints.pass()
+        if (turn !== undefined) await turn
       }
     }
     await Promise.all(Array.from({ length: readDepth }, lane))
