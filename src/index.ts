@@ -27,6 +27,7 @@ export { addPassphrase, erasePassphrase, type AddPassphraseOptions, type ErasePa
 export { readImageInfo, type BitmapInfo, type ImageInfo } from './qcow2/info.ts'
 export type { CreateOptions } from './qcow2/new-image.ts'
 export { measureConversion, measureQcow2, type Measurement, type MeasureOptions } from './qcow2/measure.ts'
+export type { ResizeOptions } from './qcow2/resize.ts'
 export { rebaseImage, setBackingFile, type NewBacking, type RebaseOptions } from './qcow2/rebase.ts'
 export type { Reference, ReferenceOptions, ReferencePolicy } from './qcow2/references.ts'
 export { repairImage, type RepairOptions } from './qcow2/repair.ts'

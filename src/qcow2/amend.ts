@@ -72,7 +72,7 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   if (version === 3 && header.version === 2) await upgrade(host, state, options)
   if (refcountOrder !== header.refcountOrder) {
     const { context } = await runCheck(host, { signal: options.signal, omitRefcounts: true, refcountOrder })
-    await rebuildRefcounts(context, { refcountOrder })
+    await rebuildRefcounts(context, { refcountOrder, start: isSound ? await clustersInUse(host, options) : undefined })
     if (!isSound) {
       // flags that agreed with a counter which was wrong, and counts that the narrow counters cut off
       await repairImage(host, { repair: 'all', signal: options.signal })
@@ -82,6 +82,12 @@ async function amendHost(host: BlockDevice, options: AmendOptions): Promise<void
   await changeFields(host, options)
   // what was counted is still true: neither new refcounts nor a new header move data or its tables
   if (isDowngrade) await downgrade(host, state, options)
+}
+
+/** Clusters up to the last one in use. */
+async function clustersInUse(host: BlockDevice, { signal }: CallOptions): Promise<number> {
+  const { context, report } = await runCheck(host, { signal })
+  return Math.ceil(report.imageEndOffset / context.geometry.clusterSize)
 }
 
 function isUndamaged({ report: { corruptions, checkErrors } }: CheckState): boolean {

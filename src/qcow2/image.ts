@@ -26,7 +26,7 @@ import { createEngine, type CreateOptions } from './new-image.ts'
 import { openEngine, type OpenEngineOptions } from './open.ts'
 import { readLayer } from './read.ts'
 import { rootContext, type ReferenceContext, type ReferenceOptions } from './references.ts'
-import { resizeDisk } from './resize.ts'
+import { resizeDisk, type ResizeOptions } from './resize.ts'
 import { closeEngine } from './shutdown.ts'
 import { Snapshots } from './snapshots.ts'
 import { writeActive } from './write.ts'
@@ -183,8 +183,12 @@ export class Qcow2Image extends BaseDevice {
   }
 
   /** Grows or shrinks the disk, to a multiple of 512 bytes. New bytes read as zeroes. */
-  protected override onResize(size: number, options?: CallOptions): Promise<void> {
-    return this.#engine.requests.exclusive(() => resizeDisk(this.#engine, size, options?.signal))
+  override resize(size: number, options?: ResizeOptions): Promise<void> {
+    return super.resize(size, options)
+  }
+
+  protected override onResize(size: number, options?: ResizeOptions): Promise<void> {
+    return this.#engine.requests.exclusive(() => resizeDisk(this.#engine, size, options))
   }
 
   /**

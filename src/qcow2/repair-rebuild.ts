@@ -22,6 +22,8 @@ export interface RebuildOptions {
    * Without it they go behind the end.
    */
   readonly keep?: ClusterCounters
+  /** Of a sound image: the cluster after the last one in use, where the new structures go; a device may be much longer. */
+  readonly start?: number | undefined
 }
 
 interface Plan {
@@ -70,7 +72,7 @@ function planRebuild(context: CheckContext, order: number, options: RebuildOptio
       if (plan.end <= gap.end) return plan
     }
   }
-  return planAt(end, context, perBlock, counted, options)
+  return planAt(options.start ?? end, context, perBlock, counted, options)
 }
 
 /** The new structures count themselves, so their size is a fixed point. */

@@ -4,6 +4,7 @@
  * flight. The size in the header changes last when growing and when shrinking: a crash leaves the old
  * size; while shrinking, with a tail that may be gone already. So does aborting.
  */
+import type { CallOptions } from '../block/device.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
 import { prepareResize } from './first-write.ts'
@@ -11,18 +12,28 @@ import { maxDiskSize, requiredL1Size } from './geometry.ts'
 import { growL1 } from './l2-tables.ts'
 import { PointerTable, tableBytes } from './pointer-table.ts'
 import { lookupLoading, newRun } from './mapping.ts'
-import { preallocateMapping } from './preallocate.ts'
+import { preallocateClusters, preallocateMapping } from './preallocate.ts'
 import { settle } from './shutdown.ts'
 import { adjustTree } from './tree.ts'
 import { writeLocked } from './write.ts'
 import { zeroLocked } from './zero.ts'
+
+/** How the size of a disk changes. */
+export interface ResizeOptions extends CallOptions {
+  /**
+   * `metadata`: every cluster that a growing disk gets has its place, and is a hole in the file, as in an image created
+   * so. Default `off`.
+   */
+  readonly preallocation?: 'off' | 'metadata' | undefined
+}
 
 /**
  * Makes the disk `size` bytes, a multiple of 512.
  * @throws RangeError for a size that is not, or is past what the cluster size allows; UnsupportedError
  * for a version 2 image with snapshots.
  */
-export async function resizeDisk(engine: Engine, size: number, signal?: AbortSignal): Promise<void> {
+export async function resizeDisk(engine: Engine, size: number, options: ResizeOptions = {}): Promise<void> {
+  const { signal } = options
   signal?.throwIfAborted()
   engine.assertSound()
   if (size % 512 !== 0) throw new RangeError(`size must be a multiple of 512, not ${size}`)
@@ -36,11 +47,11 @@ export async function resizeDisk(engine: Engine, size: number, signal?: AbortSig
   if (engine.untouched) await engine.touch()
   await prepareResize(engine)
   await settle(engine)
-  if (size > engine.header.size) await grow(engine, size, signal)
+  if (size > engine.header.size) await grow(engine, size, options)
   else await shrink(engine, size, signal)
 }
 
-async function grow(engine: Engine, size: number, signal: AbortSignal | undefined): Promise<void> {
+async function grow(engine: Engine, size: number, { signal, preallocation }: ResizeOptions): Promise<void> {
   const { geometry } = engine
   const old = engine.header.size
   await cutL1(engine, requiredL1Size(geometry, old))
@@ -51,7 +62,9 @@ async function grow(engine: Engine, size: number, signal: AbortSignal | undefine
   const below = Math.min(size, engine.backing?.size ?? 0)
   const end = Math.ceil(old / geometry.clusterSize) * geometry.clusterSize
   if (below > end) await zeroLocked(engine, end, below - end, 'keep', signal)
-  if (engine.rawDataFile) await preallocateMapping(engine, old, size, signal)
+  const isMetadata = preallocation === 'metadata'
+  if (engine.rawDataFile || (isMetadata && engine.hasDataFile)) await preallocateMapping(engine, old, size, signal)
+  else if (isMetadata) await preallocateClusters(engine, old, size, signal)
   await settle(engine)
   await engine.writeHeader({ size })
 }

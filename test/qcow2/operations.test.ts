@@ -226,6 +226,18 @@ describe('amend', () => {
     }
   })
 
+  test.each([1, 3])('new refcounts lie after the last cluster in use, however long the device is (%d MiB more)', async (length) => {
+    const [host, model] = await makeImage({ version: 2 })
+    const { imageEndOffset } = await checkImage(host)
+    const device = new MemoryDevice(host.bytes.slice(), { growable: true })
+    // old content of the device
+    await device.write(host.size, new Uint8Array(length << 20).fill(0xee))
+    await amendImage(device, { version: 3, refcountBits: 64 })
+    expect(await checkImage(device)).toMatchObject(sound)
+    expect((await checkImage(device)).imageEndOffset).toBeLessThan(imageEndOffset + 16 * 4096)
+    expect(Buffer.compare(await contentOf(device), model)).toBe(0)
+  })
+
   test('a width that cannot hold a count changes nothing', async () => {
     const [host, model] = await makeImage({})
     await expect(amendImage(host, { refcountBits: 1 })).rejects.toMatchObject({ code: 'ERR_RANGE' })

@@ -14,7 +14,7 @@ export const resizeCommand = command({
   description: ['SIZE is the new size, or a difference with + or -. The guest does not know of the change by itself: shrink its filesystems first, grow them afterwards.'],
   options: {
     shrink: { help: 'allow the disk to become smaller: what lies behind the new end is lost' },
-    preallocation: { value: 'MODE', help: 'of the new part: off (default), or metadata, falloc, full, which all write zeroes' },
+    preallocation: { value: 'MODE', help: 'of the new part: off (default); metadata gives it its place in the file; falloc and full write zeroes' },
     ...formatOption,
     ...imageOptsOption,
     ...objectOption,
@@ -63,8 +63,9 @@ async function changeSize(opened: OpenedImage, size: number, old: number, preall
   }
   if (opened.image === undefined && preallocation === 'metadata') throw new ExitError(1, 'Unsupported preallocation mode: metadata')
   try {
-    await opened.device.resize(size, { signal })
-    if (preallocation !== 'off') await preallocate(opened, old, size, signal)
+    if (opened.image !== undefined && preallocation === 'metadata') await opened.image.resize(size, { signal, preallocation })
+    else await opened.device.resize(size, { signal })
+    if (preallocation === 'falloc' || preallocation === 'full') await preallocate(opened, old, size, signal)
     await opened.device.flush()
   } catch (error) {
     signal.throwIfAborted()
@@ -82,7 +83,7 @@ async function preallocate({ device, image, host }: OpenedImage, old: number, si
   if (rest > 0) await host.write(host.size, new Uint8Array(rest), { signal })
 }
 
-/** Zeroes as data: Node cannot reserve space without writing it, so all modes of preallocation come to this. */
+/** Zeroes as data: Node cannot reserve space without writing it. */
 async function writeZeroBytes(device: BlockDevice, from: number, to: number, signal: AbortSignal): Promise<void> {
   const zeroes = new Uint8Array(1 << 20)
   for (let at = from; at < to; at += zeroes.length) {
