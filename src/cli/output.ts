@@ -1,17 +1,21 @@
 /** Where a command puts bytes: a file, or what takes them from front to back only. */
-import { unlink } from 'node:fs/promises'
 import type { BlockDevice } from '../block/device.ts'
-import { openFile } from '../block/file.ts'
+import { newFile } from '../block/file-new.ts'
 import { zeroRun } from '../bytes/zero-run.ts'
 import { AlignedWriteQueue } from '../block/write-queue.ts'
 import type { Context, OptionDefinitions } from './command.ts'
+import { InOrderDevice } from './image/in-order.ts'
 import { syncLimit } from './image/open.ts'
 import { isPipe, withPayload } from './payload.ts'
 import type { Progress } from './progress.ts'
 
+/** A file with the memory of a VM is for its owner only. */
+export const secretMode = 0o600
+
 /**
  * Writes a stream of bytes. A file that could not be written whole is removed.
  * @param total how many there will be, where it is known
+ * @param mode permissions of a new file
  */
 export async function writeStream<O extends OptionDefinitions>(
   context: Context<O>,
@@ -19,6 +23,7 @@ export async function writeStream<O extends OptionDefinitions>(
   chunks: AsyncIterable<Uint8Array>,
   total: number | undefined,
   progress: Progress,
+  mode?: number,
 ): Promise<number> {
   let done = 0
   const count = (chunk: Uint8Array): void => {
@@ -42,7 +47,7 @@ export async function writeStream<O extends OptionDefinitions>(
       }
       await queue.close()
       await file.resize(done)
-    })
+    }, mode)
   }
   progress.finish()
   return done
@@ -70,7 +75,7 @@ export async function writeSparse<O extends OptionDefinitions>(context: Context<
   })
 }
 
-/** Copies a device's bytes, leaving holes in a file where it is known to be zero. */
+/** Copies the bytes of a RAM block, leaving holes in a file where it is known to be zero. */
 export async function writeDevice<O extends OptionDefinitions>(context: Context<O>, path: string, device: BlockDevice, progress: Progress): Promise<void> {
   const { signal } = context
   if (isPipe(path)) {
@@ -86,8 +91,14 @@ export async function writeDevice<O extends OptionDefinitions>(context: Context<
         progress.update(at, device.size)
       }
     }
-  })
+  }, secretMode)
   progress.finish()
+}
+
+/** Lets `task` write a file of which it knows the layout, from front to back. A file that could not be written whole is removed. */
+export async function writeLaidOut<O extends OptionDefinitions>(context: Context<O>, path: string, task: (target: BlockDevice) => Promise<void>): Promise<void> {
+  if (isPipe(path)) await withPayload(path, context.terminal, (send) => task(new InOrderDevice(send)))
+  else await intoFile(path, task, secretMode)
 }
 
 const piece = 1 << 20
@@ -97,15 +108,14 @@ export async function* contentOf(device: BlockDevice, signal: AbortSignal): Asyn
   for (let at = 0; at < device.size; at += piece) yield await device.read(at, Math.min(piece, device.size - at), { signal })
 }
 
-async function intoFile(path: string, task: (file: BlockDevice) => Promise<void>): Promise<void> {
-  const file = await openFile(path, { create: 'w', syncLimit })
+async function intoFile(path: string, task: (file: BlockDevice) => Promise<void>, mode?: number): Promise<void> {
+  const file = await newFile(path, { syncLimit, mode })
   try {
-    await task(file)
-    await file.flush()
-    await file.close()
+    await task(file.device)
+    await file.keep()
+    await file.device.close()
   } catch (error) {
-    await file.close()
-    await unlink(path).catch(() => undefined)
+    await file.discard()
     throw error
   }
 }

@@ -4,6 +4,7 @@
  * order of things; the pages come from the index.
  */
 import type { CallOptions } from '../block/device.ts'
+import { streamError } from './format.ts'
 import { RamPart, isZero, ramPartCapacity } from './ram-part.ts'
 import type { RamBlock } from './records.ts'
 import type { VmState } from './vm-state.ts'
@@ -15,6 +16,8 @@ export interface PlainStreamOptions extends CallOptions {
    * VM only (`-incoming`), as `loadvm` does not clear memory first. Default `keep`.
    */
   readonly zeroPages?: 'keep' | 'drop' | undefined
+  /** What is done with a stream that is {@link VmState.cut} short: no QEMU loads what comes of it. Default `refuse`. */
+  readonly cut?: 'refuse' | 'take' | undefined
 }
 
 /** Pages in one PART section. */
@@ -23,8 +26,10 @@ const partPages = 256
 /**
  * The VM as a plain migration stream that any QEMU loads: the rest byte for byte, every page once and
  * raw, in the order of the blocks. Pages that the source lacks are left out. The chunks belong to the caller.
+ * @throws FormatError (`ERR_STREAM`) for a stream that is cut short
  */
 export async function* plainStream(vm: VmState, options: PlainStreamOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
+  refuseCut(vm, options.cut)
   yield* vm.rest('before', options)
   for (const block of vm.ram.blocks) yield* blockParts(vm, block, options)
   yield* vm.rest('after', options)
@@ -33,8 +38,10 @@ export async function* plainStream(vm: VmState, options: PlainStreamOptions = {}
 /**
  * The VM's stream without any page: machine, RAM block list, devices, VM description. An empty section
  * marks the place of the pages. The chunks belong to the caller.
+ * @throws FormatError (`ERR_STREAM`) for a stream that is cut short
  */
-export async function* strippedStream(vm: VmState, options: CallOptions = {}): AsyncGenerator<Uint8Array, void, undefined> {
+export async function* strippedStream(vm: VmState, options: Pick<PlainStreamOptions, 'signal' | 'cut'> = {}): AsyncGenerator<Uint8Array, void, undefined> {
+  refuseCut(vm, options.cut)
   yield* vm.rest('before', options)
   yield emptyPart(vm)
   yield* vm.rest('after', options)
@@ -45,6 +52,11 @@ export function emptyPart(vm: VmState): Uint8Array {
   const { sectionId, footers } = vm.ramSection
   const { pageSize } = vm.ram
   return new RamPart(new Uint8Array(ramPartCapacity(0, pageSize)), { sectionId, pageSize, footers }).begin('ram').finish()
+}
+
+function refuseCut({ cut, streamOffset, streamLength }: VmState, wanted: PlainStreamOptions['cut']): void {
+  if (cut === undefined || wanted === 'take') return
+  throw streamError('stream', 'length', `the stream is cut short: ${cut}`, streamOffset + streamLength)
 }
 
 async function* blockParts(vm: VmState, block: RamBlock, options: PlainStreamOptions): AsyncGenerator<Uint8Array, void, undefined> {

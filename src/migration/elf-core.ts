@@ -7,12 +7,12 @@
  *  … zeroes to a multiple of 4096 | segments, each page aligned
  * ```
  */
-import type { BlockDevice, CallOptions } from '../block/device.ts'
+import type { BlockDevice } from '../block/device.ts'
 import { UnsupportedError } from '../core/errors.ts'
 import { viewOf } from '../bytes/view.ts'
 import { elfMachine, elfNotes } from './elf-notes.ts'
-import { copyBlock } from './export-raw.ts'
-import { physicalRanges, type PhysicalMapOptions, type PhysicalRange } from './physical-ranges.ts'
+import { copyRanges, type ExportPhysicalOptions } from './physical-export.ts'
+import { physicalRanges, type PhysicalRange } from './physical-ranges.ts'
 import type { VmState } from './vm-state.ts'
 
 const headerLength = 64
@@ -30,15 +30,13 @@ const manySegments = 0xffff
  * @throws UnsupportedError for a processor other than x86, AArch64 and RISC-V, which a stream may not tell
  * @throws what {@link physicalRanges} throws
  */
-export async function exportElfCore(vm: VmState, target: BlockDevice, options: CallOptions & PhysicalMapOptions = {}): Promise<void> {
+export async function exportElfCore(vm: VmState, target: BlockDevice, options: ExportPhysicalOptions = {}): Promise<void> {
   const ranges = physicalRanges(vm, options)
   const { notes, machine } = await elfNotes(vm, machineOf(vm), { ...options, map: ranges })
   const layout = layoutOf(ranges, notes.length)
   if (target.growable && target.size < layout.end) await target.resize(layout.end, options)
   await target.write(0, encodeHeaders(machine, ranges, notes, layout), options)
-  for (const [i, { block, offset: from, length }] of ranges.entries()) {
-    await copyBlock(vm.ram.device(block), from, length, target, layout.positions[i]!, options)
-  }
+  await copyRanges(vm, ranges, layout.positions, target, options)
   await target.flush(options)
 }
 

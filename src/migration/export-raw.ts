@@ -32,7 +32,7 @@ export async function copyBlock(
   options: ExportRawOptions = {},
 ): Promise<void> {
   const { signal, zeroes } = options
-  const buffers = [new Uint8Array(copySize), new Uint8Array(copySize)]
+  const buffers: Uint8Array[] = []
   let turn = 0
   let writing: Promise<void> = Promise.resolve()
   for await (const { start, length: run, zero } of source.map({ offset: from, length, signal })) {
@@ -41,7 +41,7 @@ export async function copyBlock(
       continue
     }
     for (let at = start; at < start + run; at += copySize) {
-      const piece = buffers[turn++ % 2]!.subarray(0, Math.min(copySize, start + run - at))
+      const piece = (buffers[turn++ % 2] ??= new Uint8Array(Math.min(copySize, length))).subarray(0, Math.min(copySize, start + run - at))
       await source.readInto(at, piece, { signal })
       await writing
       writing = target.write(to + at - from, piece, { signal })

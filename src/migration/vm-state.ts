@@ -19,6 +19,7 @@ import { readPlacement, type MemoryPlacement } from './memory-placement.ts'
 import type { PageRange } from './ram-index.ts'
 import { RamState } from './ram-state.ts'
 import type { ConfigurationRecord } from './records.ts'
+import { cutOf } from './stream-end.ts'
 import type { DeviceDescription, VmDescription } from './vm-description.ts'
 import { indexStream, type IndexedDevice, type IndexOptions, type StreamIndex } from './vm-state-index.ts'
 
@@ -83,6 +84,8 @@ export class VmState extends Resource {
   readonly streamLength: number
   /** File offset of device state that no VM description explains; undefined in a complete stream. */
   readonly tailOffset: number | undefined
+  /** Why the stream is cut short; undefined for one that ends as it should, as far as can be told without a VM description. */
+  readonly cut: string | undefined
   /** The pages are not in the stream but lie beside it, as those of a RAM image do: only `plainStream` gives a stream that QEMU loads. */
   readonly pagesBeside: boolean
   /** What the devices tell about where guest memory is. */
@@ -96,7 +99,7 @@ export class VmState extends Resource {
     storage: BlockDevice,
     owned: readonly BlockDevice[],
     index: StreamIndex,
-    how: { readonly libvirt?: LibvirtSaveHeader | undefined; readonly streamOffset: number; readonly pagesBeside: boolean; readonly placement: MemoryPlacement },
+    how: { readonly libvirt?: LibvirtSaveHeader | undefined; readonly streamOffset: number; readonly pagesBeside: boolean; readonly placement: MemoryPlacement; readonly cut?: string | undefined },
   ) {
     super()
     this.storage = storage
@@ -106,6 +109,7 @@ export class VmState extends Resource {
     this.pagesBeside = how.pagesBeside
     this.configuration = index.configuration
     this.placement = how.placement
+    this.cut = how.cut
     this.ram = new RamState(storage, index.blocks, index.ram, { machine: index.configuration?.machine, placement: how.placement })
     this.ramSection = index.ramSection
     this.devices = index.devices.map((device, i) => deviceState(device, index.description?.devices[i]))
@@ -138,7 +142,9 @@ export class VmState extends Resource {
       const streamOffset = compression === undefined ? offset : 0
       const index = await indexStream(storage, streamOffset, options)
       const placement = await placementOf(storage, index, options)
-      return new VmState(storage, owned, index, { libvirt, streamOffset, pagesBeside: false, placement })
+      const { tailOffset: from, end, ramSection: { footers } } = index
+      const cut = from === undefined ? undefined : await cutOf(storage, { from, end, footers }, options)
+      return new VmState(storage, owned, index, { libvirt, streamOffset, pagesBeside: false, placement, cut })
     } catch (error) {
       for (const each of owned) await each.close()
       throw error
@@ -248,7 +254,7 @@ async function compressionOf(
   const format = libvirt?.format ?? 'raw'
   if (format === 'gzip' || format === 'zstd') return format
   if (format === 'bzip2' || format === 'xz' || format === 'lzop') {
-    throw new UnsupportedError(`libvirt save header: the stream is compressed with ${format}, which Node cannot read; decompress it with the tool of that name`, [format])
+    throw new UnsupportedError(`libvirt save header: the stream is compressed with ${format}, which Node cannot read; decompress it first: tail -c +${offset + 1} FILE | ${format} -d > STREAM`, [format])
   }
   const magic = await device.read(offset, Math.min(4, device.size - offset), options)
   if (magic[0] === 0x1f && magic[1] === 0x8b) return 'gzip'

@@ -1,12 +1,15 @@
 /** `vmstate` on real saved VMs: inside images, as streams, of libvirt's kind. */
-import { readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { gunzipSync, gzipSync } from 'node:zlib'
 import { describe, expect, test } from 'vitest'
+import { plainStream } from '../../src/migration/convert.ts'
 import { VmState } from '../../src/migration/vm-state.ts'
+import { locateVmDescription } from '../../src/migration/vm-description.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { capture as storeStream } from '../../src/snapshot/capture.ts'
 import { RamImageWriter } from '../../src/snapshot/ram-image-writer.ts'
+import { libvirtImage } from '../migration/libvirt.ts'
 import { checkGuestMemory } from '../support/guest.ts'
 import { tempFolder } from '../support/temp.ts'
 import { run } from './run.ts'
@@ -150,6 +153,81 @@ describe('vmstate export', () => {
     const { code, stdout } = await run(['vmstate', 'diff', source, output])
     expect(stdout).toBe('The VMs are equal.\n')
     expect(code).toBe(0)
+  })
+})
+
+describe('vmstate export by address', () => {
+  const source = (): string => file('vm.mig', capture('qemu100-bgsnap.mig'))
+
+  test.each(['elf', 'lime', 'raw'])('%s: to a file of its own, and the same to stdout', async (form) => {
+    const output = join(tempFolder(), 'memory')
+    // without the firmware below 4 GiB, which would make raw memory long
+    const map = form === 'raw' ? ['--map', 'pc.ram:0-1M@0,pc.ram:1M-@3M'] : []
+    expect(await run(['vmstate', 'export', `--form=${form}`, ...map, source(), output])).toMatchObject({ code: 0, stderr: '' })
+    const bytes = readFileSync(output)
+    expect(statSync(output).mode & 0o777).toBe(0o600)
+    expect(bytes.subarray(0, 4).toString('latin1')).toBe({ elf: '\u007fELF', lime: 'EMiL', raw: bytes.subarray(0, 4).toString('latin1') }[form])
+    expect(Buffer.compare((await run(['vmstate', 'export', `--form=${form}`, ...map, source(), '-'])).bytes, bytes)).toBe(0)
+    if (form !== 'raw') return
+    const { bytes: ram } = await run(['vmstate', 'extract', source(), 'pc.ram', '-'])
+    expect(bytes).toHaveLength(6 << 20)
+    expect(Buffer.compare(bytes.subarray(3 << 20), ram.subarray(1 << 20))).toBe(0)
+    expect(Buffer.compare(bytes.subarray(0, 1 << 20), ram.subarray(0, 1 << 20))).toBe(0)
+  })
+
+  test.each([
+    ['pc.ram', 'no range'],
+    ['pc.ram:0-1M', 'no range'],
+    ['nothing@0', "no RAM block 'nothing'"],
+    ['pc.ram:2M-1M@0', 'the block has 4194304 bytes'],
+    ['pc.ram:0-5M@0', 'the block has 4194304 bytes'],
+    ['pc.ram:x-5M@0', 'not a size'],
+    ['pc.ram@0,pc.rom@1M', "'pc.ram' and 'pc.rom' overlap at address 0x100000"],
+  ])('--map %s is refused', async (map, message) => {
+    const { code, stderr } = await run(['vmstate', 'export', '--form=elf', '--map', map, source(), join(tempFolder(), 'core')])
+    expect(code).not.toBe(0)
+    expect(stderr).toContain(message)
+  })
+
+  test('--map goes with addresses only', async () => {
+    expect((await run(['vmstate', 'export', '--map', 'pc.ram@0', source(), '-'])).stderr).toContain('--map goes with --form=elf, raw, lime')
+  })
+})
+
+test("vmstate show --xml: libvirt's definition of the domain", async () => {
+  const source = file('domain.save', libvirtImage(gzipSync(state), 1))
+  expect(await run(['vmstate', 'show', '--xml', source])).toMatchObject({ code: 0, stdout: '<domain/>\n' })
+  expect((await run(['vmstate', 'show', '--xml', file('vm.mig', state)])).stderr).toContain('is not a save image of libvirt')
+  const other = await run(['vmstate', 'show', file('xz.save', libvirtImage(state, 3))])
+  expect(other.stderr).toMatch(/decompress it first: tail -c \+177 FILE \| xz -d > STREAM/)
+})
+
+describe('a stream that is cut short', () => {
+  const whole = capture('qemu100-bgsnap.mig')
+  const description = locateVmDescription(whole)!.eof
+  const cuts: [string, number][] = [['in its devices', description - 1000], ['before its EOF byte', description], ['in the head of its description', description + 3], ['in its description', description + 100], ['by one byte', whole.length - 1]]
+
+  test.each(cuts)('%s: exported on demand only', async (_, length) => {
+    const source = file('cut.mig', whole.subarray(0, length))
+    for (const form of ['stored', 'plain', 'without-ram', 'elf']) {
+      const output = join(tempFolder(), 'out')
+      const { code, stderr } = await run(['vmstate', 'export', `--form=${form}`, source, output])
+      expect([code, existsSync(output)]).toEqual([1, false])
+      expect(stderr).toMatch(/cut\.mig is cut short: .*; --cut takes what there is/)
+    }
+    expect((await run(['vmstate', 'show', source])).stdout).toContain('cut short: ')
+    const output = join(tempFolder(), 'out')
+    expect(await run(['vmstate', 'export', '--cut', source, output])).toMatchObject({ code: 0 })
+    expect(Buffer.compare(readFileSync(output), whole.subarray(0, length))).toBe(0)
+    await using vm = await VmState.index(new MemoryDevice(Uint8Array.from(whole.subarray(0, length))))
+    await expect(plainStream(vm).next()).rejects.toMatchObject({ code: 'ERR_STREAM' })
+  })
+
+  test('one without a description that ends as it should is whole, with padding too', async () => {
+    for (const padding of [0, 5000]) {
+      const source = file('bare.mig', Buffer.concat([whole.subarray(0, description + 1), Buffer.alloc(padding)]))
+      expect(await run(['vmstate', 'export', '--form=plain', source, join(tempFolder(), 'out')])).toMatchObject({ code: 0, stderr: '' })
+    }
   })
 })
 

@@ -2,7 +2,7 @@ import { command } from '../command.ts'
 import { UsageError } from '../errors.ts'
 import { forceShareOption, objectOption, progressOption, quietOption } from '../image/options.ts'
 import { openVmState } from '../image/vm-state.ts'
-import { writeDevice, writeStream } from '../output.ts'
+import { secretMode, writeDevice, writeStream } from '../output.ts'
 import { optionSize } from '../size.ts'
 import { slice } from '../../block/slice.ts'
 
@@ -38,7 +38,7 @@ export const vmstateExtract = command({
       const { vm } = opened
       if (options.device) {
         const bytes = await vm.readDevice(vm.device(part, Number(options.instance ?? 0)), { signal })
-        await writeStream(context, output, only(bytes), bytes.length, context.progress())
+        await writeStream(context, output, only(bytes), bytes.length, context.progress(), secretMode)
         return 0
       }
       const ram = vm.ram.device(part)

@@ -1,6 +1,7 @@
 import type { RamBlock } from '../../migration/records.ts'
 import type { VmState } from '../../migration/vm-state.ts'
 import { command } from '../command.ts'
+import { ExitError } from '../errors.ts'
 import { forceShareOption, objectOption, outputOption } from '../image/options.ts'
 import { openVmState } from '../image/vm-state.ts'
 import { prettyJson } from '../print/shapes.ts'
@@ -12,6 +13,7 @@ export const vmstateShow = command({
   options: {
     device: { short: 'd', value: 'NAME', help: 'show the fields of this device instead' },
     instance: { value: 'NUMBER', help: 'with --device: which of several; default 0' },
+    xml: { help: "print libvirt's definition of the domain, of a save image of libvirt" },
     ...outputOption,
     ...forceShareOption,
     ...objectOption,
@@ -20,6 +22,7 @@ export const vmstateShow = command({
   examples: [
     { line: 'qcow2 vmstate show vm.qcow2@running', shows: 'what is saved' },
     { line: 'qcow2 vmstate show vm.qcow2@running --device cpu --output=json', shows: 'the registers of the CPU' },
+    { line: 'qcow2 vmstate show domain.save --xml', shows: "what libvirt's domain was" },
   ],
   async run(context) {
     const { options, args, print, signal } = context
@@ -28,6 +31,11 @@ export const vmstateShow = command({
       if (options.device !== undefined) {
         const device = vm.device(options.device, Number(options.instance ?? 0))
         await print(prettyJson(await vm.decodeDevice(device, { signal })))
+        return 0
+      }
+      if (options.xml) {
+        if (vm.libvirt === undefined) throw new ExitError(1, `${name} is not a save image of libvirt: it has no domain XML`)
+        await print(vm.libvirt.domainXml.trimEnd())
         return 0
       }
       const summary = summarise(name, vm)
@@ -59,6 +67,8 @@ interface Summary {
   readonly devices: readonly { name: string; instance: number; version: number; length: number }[]
   /** Bytes of device state that no VM description explains. */
   readonly unexplained: number
+  /** Why the stream is cut short, if it is. */
+  readonly cut: string | undefined
 }
 
 function summarise(name: string, vm: VmState): Summary {
@@ -71,6 +81,7 @@ function summarise(name: string, vm: VmState): Summary {
     pageSize: vm.ram.pageSize,
     ram: vm.ram.blocks.map((block) => summariseBlock(vm, block)),
     devices: vm.devices.map(({ name, instanceId, versionId, length }) => ({ name, instance: instanceId, version: versionId, length })),
+    cut: vm.cut,
     unexplained: vm.tailOffset === undefined ? 0 : vm.streamOffset + vm.streamLength - vm.tailOffset,
   }
 }
@@ -82,7 +93,7 @@ function summariseBlock(vm: VmState, block: RamBlock): BlockSummary {
 }
 
 function summaryLines(summary: Summary): string[] {
-  const { name, machine, uuid, capabilities, streamLength, pageSize, ram, devices, unexplained } = summary
+  const { name, machine, uuid, capabilities, streamLength, pageSize, ram, devices, unexplained, cut } = summary
   const lines = [`VM state: ${name}`, `machine: ${machine ?? 'not recorded'}`]
   if (uuid !== undefined) lines.push(`uuid: ${uuid}`)
   if (capabilities.length > 0) lines.push(`capabilities: ${capabilities.join(', ')}`)
@@ -96,7 +107,8 @@ function summaryLines(summary: Summary): string[] {
   for (const device of devices) {
     lines.push(`    ${device.name}${device.instance === 0 ? '' : ` (${device.instance})`}, version ${device.version}, ${device.length} bytes`)
   }
-  if (unexplained > 0) lines.push(`device state without a description: ${unexplained} bytes; the stream may be cut short`)
+  if (unexplained > 0) lines.push(`device state without a description: ${unexplained} bytes${cut === undefined ? '' : '; the stream may be cut short'}`)
+  if (cut !== undefined) lines.push(`cut short: ${cut}`)
   return lines
 }
 
