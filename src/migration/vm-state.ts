@@ -270,6 +270,13 @@ async function opened(spool: Spool | undefined, owned: BlockDevice[]): Promise<B
   return device
 }
 
+/** Saved VMs in images are read from any place of the file, which no compressed one allows. */
+function refuseImage(start: Uint8Array, compression: FileCompression): void {
+  if (![0x51, 0x46, 0x49, 0xfb].every((byte, index) => start[index] === byte)) return
+  const tool = compression === 'gzip' ? 'gzip -d' : 'zstd -d'
+  throw new UnsupportedError(`a qcow2 image compressed with ${compression}: decompress the file first (${tool})`, [compression])
+}
+
 /** Into the spool, if there is one. */
 async function decompress(
   device: BlockDevice,
@@ -282,6 +289,7 @@ async function decompress(
   let at = 0
   for await (const chunk of decoded(compression, offset, decompressStream(compression, deviceChunks(device, offset, { signal })))) {
     signal?.throwIfAborted()
+    if (at === 0) refuseImage(chunk, compression)
     if (options.spool === undefined && at + chunk.length > memorySpoolLimit) {
       throw new UnsupportedError(`the ${compression} stream holds more than ${memorySpoolLimit} bytes: give a device as spool`, ['spool'])
     }

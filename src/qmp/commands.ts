@@ -76,8 +76,6 @@ export interface PciDevice {
   readonly slot: number
   readonly function: number
   readonly id: { readonly vendor: number; readonly device: number }
-  /** Of a bridge: the bus behind it. */
-  readonly pci_bridge?: { readonly bus: { readonly number: number }; readonly devices?: readonly PciDevice[] }
 }
 
 /** A drive as `query-block` tells of it. */

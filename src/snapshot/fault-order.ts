@@ -4,6 +4,11 @@
  */
 import { FormatError } from '../core/errors.ts'
 
+/** Bytes of the smallest and the largest cluster: a page of any target, and what is still read for one fault. */
+const clusterSizes = { least: 512, most: 2 << 20 }
+/** Faults in one order: more than a guest of a terabyte could have, and few enough to be read in a moment. */
+const mostFaults = 16 << 20
+
 /** Clusters of RAM blocks in the order of their first faults; plain data, to be kept as JSON. */
 export interface FaultOrder {
   readonly version: 1
@@ -55,27 +60,52 @@ export function* faultsOf(order: FaultOrder): Generator<{ block: string; offset:
   }
 }
 
+/**
+ * The part of an order that fits a saved VM; undefined if none does. An order only hints: one of another VM, or one that
+ * somebody edited, must not get in the way.
+ */
+export function fittingOrder(order: FaultOrder, pageSize: number, blocks: Iterable<{ readonly name: string; readonly length: number }>): FaultOrder | undefined {
+  if (problemOf(order) !== undefined || order.clusterSize < pageSize) return undefined
+  const lengths = new Map(Array.from(blocks, ({ name, length }) => [name, length]))
+  const faults: number[] = []
+  for (let at = 0; at + 1 < order.faults.length; at += 2) {
+    const [block, cluster] = [order.faults[at]!, order.faults[at + 1]!]
+    const length = lengths.get(order.blocks[block] ?? '') ?? 0
+    if (cluster * order.clusterSize < length) faults.push(block, cluster)
+  }
+  return faults.length === 0 ? undefined : { ...order, faults }
+}
+
 /** Reads an order from JSON. @throws FormatError (`ERR_FORMAT`) for anything else. */
 export function parseFaultOrder(json: string): FaultOrder {
   const fail = (detail: string, cause?: unknown): FormatError =>
     new FormatError(detail, { structure: 'fault order' }, 'ERR_FORMAT', cause === undefined ? undefined : { cause })
-  let value: Partial<FaultOrder> | null
+  let value: unknown
   try {
-    value = JSON.parse(json) as Partial<FaultOrder> | null
+    value = JSON.parse(json)
   } catch (cause) {
     throw fail('not valid JSON', cause)
   }
-  if (typeof value !== 'object' || value === null) throw fail('not an object')
-  const { version, clusterSize, blocks, faults } = value
-  if (version !== 1) throw fail(`version is ${String(version)}, expected 1`)
-  if (!isPositive(clusterSize) || Math.log2(clusterSize) % 1 !== 0) throw fail(`clusterSize is ${String(clusterSize)}, expected a power of two`)
-  if (!Array.isArray(blocks) || !blocks.every((block) => typeof block === 'string')) throw fail('blocks is not an array of names')
-  if (!Array.isArray(faults) || faults.length % 2 !== 0 || !faults.every((fault) => isPositive(fault) || fault === 0)) {
-    throw fail('faults is not an array of pairs of numbers')
-  }
+  const problem = problemOf(value)
+  if (problem !== undefined) throw fail(problem)
+  const { version, clusterSize, blocks, faults } = value as FaultOrder
   return { version, clusterSize, blocks, faults }
 }
 
-function isPositive(value: unknown): value is number {
-  return typeof value === 'number' && Number.isSafeInteger(value) && value > 0
+function problemOf(value: unknown): string | undefined {
+  if (typeof value !== 'object' || value === null) return 'not an object'
+  const { version, clusterSize, blocks, faults } = value as Partial<Record<keyof FaultOrder, unknown>>
+  if (version !== 1) return `version is ${String(version)}, expected 1`
+  const { least, most } = clusterSizes
+  if (!isCount(clusterSize) || Math.log2(clusterSize) % 1 !== 0 || clusterSize < least || clusterSize > most) {
+    return `clusterSize is ${String(clusterSize)}, expected a power of two from ${least} to ${most}`
+  }
+  if (!Array.isArray(blocks) || !blocks.every((block) => typeof block === 'string')) return 'blocks is not an array of names'
+  if (!Array.isArray(faults) || faults.length % 2 !== 0 || !faults.every(isCount)) return 'faults is not an array of pairs of numbers'
+  if (faults.length > 2 * mostFaults) return `${faults.length / 2} faults, allowed ${mostFaults}`
+  return undefined
+}
+
+function isCount(value: unknown): value is number {
+  return typeof value === 'number' && Number.isSafeInteger(value) && value >= 0
 }

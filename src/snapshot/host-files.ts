@@ -1,6 +1,6 @@
 /** Files of a saved VM as wholes: small ones are written and read, any is removed. */
 import { lstat, readFile, realpath, stat, unlink } from 'node:fs/promises'
-import { basename, dirname, extname, isAbsolute, join, resolve } from 'node:path'
+import { basename, dirname, extname, isAbsolute, join, relative, resolve } from 'node:path'
 import { newFile } from '../block/file-new.ts'
 
 /** Permissions of all files of a saved VM: they hold, or lead to, all secrets of the guest. */
@@ -64,6 +64,17 @@ async function isTaken(path: string): Promise<boolean> {
     if (isMissing(error)) return false
     throw error
   }
+}
+
+/**
+ * Paths at which a file may be that was at `file` when the memory beside it was at `savedMemory` and is now at `memory`: where
+ * it was, as it lay to the memory, and right beside it.
+ */
+export function namesOfMoved(file: string, savedMemory: string | undefined, memory: string | undefined): string[] {
+  if (memory === undefined || file.includes('://')) return [file]
+  const folder = dirname(resolve(memory))
+  const along = savedMemory === undefined || !isAbsolute(savedMemory) ? [] : [resolve(folder, relative(dirname(savedMemory), file))]
+  return [file, ...along, resolve(folder, basename(file))]
 }
 
 /** When the content of a file changed last, ISO 8601; undefined for what is not there or not a regular file. */

@@ -31,8 +31,8 @@ export function settingsOf(mode: 'background' | 'stop' | 'precopy', more: readon
  * How a QEMU has to wait for a saved VM: the same, so that what it expects is what is sent. What concerns only itself
  * (`late-block-activate`: disks are opened when it is told to `cont`) stays.
  */
-export function destinationSettings(on: readonly string[]): MigrationSettings {
-  return { on: ['events', ...on], untouched: ['late-block-activate'], parameters: { 'tls-creds': '' } }
+export function destinationSettings(on: readonly string[], untouched: readonly string[] = []): MigrationSettings {
+  return { on: ['events', ...on], untouched: ['late-block-activate', ...untouched], parameters: { 'tls-creds': '' } }
 }
 
 /**
@@ -41,34 +41,7 @@ export function destinationSettings(on: readonly string[]): MigrationSettings {
  * @throws QmpError (`ERR_QMP`) if QEMU refuses a setting; nothing is changed then.
  */
 export async function withMigrationSettings<T>(qmp: Qmp, settings: MigrationSettings, task: () => Promise<T>): Promise<T> {
-  const { on, untouched = [] } = settings
-  const before = await qmp.execute('query-migrate-capabilities')
-  const changes = before.filter(({ capability, state }) => !untouched.includes(capability) && on.includes(capability) !== state)
-  const wanted = changes.map(({ capability, state }) => ({ capability, state: !state }))
-  // QEMU says itself that it does not know one
-  const missing = on.filter((name) => !before.some(({ capability }) => capability === name)).map((capability) => ({ capability, state: true }))
-  const restore = (): Promise<void> => setCapabilities(qmp, changes)
-  return finallyRestore(async () => {
-    await setCapabilities(qmp, [...wanted, ...missing])
-    return withParameters(qmp, settings.parameters, task)
-  }, restore)
-}
-
-async function withParameters<T>(
-  qmp: Qmp,
-  parameters: MigrationSettings['parameters'],
-  task: () => Promise<T>,
-): Promise<T> {
-  if (parameters === undefined) return task()
-  const before = await qmp.execute('query-migrate-parameters')
-  const changes = Object.entries(parameters).filter(([name, value]) => name in before && before[name] !== value)
-  if (changes.length === 0) return task()
-  const restore = Object.fromEntries(changes.map(([name]) => [name, before[name]]))
-  await qmp.execute('migrate-set-parameters', Object.fromEntries(changes))
-  return finallyRestore(task, () => qmp.execute('migrate-set-parameters', restore))
-}
-
-async function finallyRestore<T>(task: () => Promise<T>, restore: () => Promise<unknown>): Promise<T> {
+  const restore = await changeMigrationSettings(qmp, settings)
   let result: T
   try {
     result = await task()
@@ -78,6 +51,38 @@ async function finallyRestore<T>(task: () => Promise<T>, restore: () => Promise<
   }
   await restore()
   return result
+}
+
+/**
+ * Makes the settings, and gives what sets back what was there before.
+ * @throws QmpError (`ERR_QMP`) if QEMU refuses a setting; nothing is changed then.
+ */
+export async function changeMigrationSettings(qmp: Qmp, settings: MigrationSettings): Promise<() => Promise<void>> {
+  const { on, untouched = [] } = settings
+  const before = await qmp.execute('query-migrate-capabilities')
+  const changes = before.filter(({ capability, state }) => !untouched.includes(capability) && on.includes(capability) !== state)
+  const wanted = changes.map(({ capability, state }) => ({ capability, state: !state }))
+  // QEMU says itself that it does not know one
+  const missing = on.filter((name) => !before.some(({ capability }) => capability === name)).map((capability) => ({ capability, state: true }))
+  let restoreParameters = (): Promise<unknown> => Promise.resolve()
+  try {
+    await setCapabilities(qmp, [...wanted, ...missing])
+    restoreParameters = await changeParameters(qmp, settings.parameters ?? {})
+  } catch (error) {
+    await setCapabilities(qmp, changes).catch(() => undefined)
+    throw error
+  }
+  return async () => {
+    await restoreParameters().finally(() => setCapabilities(qmp, changes))
+  }
+}
+
+async function changeParameters(qmp: Qmp, parameters: NonNullable<MigrationSettings['parameters']>): Promise<() => Promise<unknown>> {
+  const before = await qmp.execute('query-migrate-parameters')
+  const changes = Object.entries(parameters).filter(([name, value]) => name in before && before[name] !== value)
+  if (changes.length === 0) return () => Promise.resolve()
+  await qmp.execute('migrate-set-parameters', Object.fromEntries(changes))
+  return () => qmp.execute('migrate-set-parameters', Object.fromEntries(changes.map(([name]) => [name, before[name]])))
 }
 
 /** Off before on: what is switched on may not go together with what is switched off. */

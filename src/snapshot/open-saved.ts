@@ -72,28 +72,28 @@ export function savedSnapshot(snapshots: Iterable<SnapshotInfo>, idOrName?: stri
 
 /** The saved VM of an image that is open with all that belongs to it, and stays open. */
 async function openWhole(image: Qcow2Image, options: OpenSavedOptions): Promise<PageSource> {
-  const { id } = savedSnapshot(image.snapshots, options.snapshot)
-  const disk = await image.snapshots.open(id, options)
-  return openAt(disk, disk, options)
+  const info = savedSnapshot(image.snapshots, options.snapshot)
+  const disk = await image.snapshots.open(info.id, options)
+  return openAt(disk, disk, info, options)
 }
 
 /** Of an image file: its backing file is opened for a RAM image only, whose pages are the disk. */
 async function openFromFile(device: BlockDevice, options: OpenSavedOptions): Promise<PageSource> {
   const { references, passphrase, signal } = options
   const owned = new Owned([device])
-  const open = async (how: OpenOptions): Promise<[Qcow2Image, SnapshotDevice]> => {
+  const open = async (how: OpenOptions): Promise<[Qcow2Image, SnapshotInfo, SnapshotDevice]> => {
     const file = slice(device, 0, device.size, { readOnly: true, keepOpen: true })
     const image = owned.add(await Qcow2Image.open(file, { ...how, readOnly: true, passphrase, signal }))
-    const { id } = savedSnapshot(image.snapshots, options.snapshot)
-    return [image, owned.add(await image.snapshots.open(id, options))]
+    const info = savedSnapshot(image.snapshots, options.snapshot)
+    return [image, info, owned.add(await image.snapshots.open(info.id, options))]
   }
   try {
-    let [image, disk] = await open({ backing: new MemoryDevice(0, { readOnly: true }) })
+    let [image, info, disk] = await open({ backing: new MemoryDevice(0, { readOnly: true }) })
     const isRamImage = await RamImage.isAt(disk, options)
-    if (isRamImage && image.engine.content.backingFile !== undefined) [image, disk] = await open({ references })
+    if (isRamImage && image.engine.content.backingFile !== undefined) [image, info, disk] = await open({ references })
     // the pages of a stream are read twice, first to find them: the second time from the page cache
     if (isRamImage && device instanceof UncachedReads) device.start()
-    return await openAt(disk, owned, options)
+    return await openAt(disk, owned, info, options)
   } catch (error) {
     await owned[Symbol.asyncDispose]()
     throw error
@@ -101,13 +101,13 @@ async function openFromFile(device: BlockDevice, options: OpenSavedOptions): Pro
 }
 
 /** `owner` is closed with what is opened; if it fails, too. */
-async function openAt(disk: SnapshotDevice, owner: AsyncDisposable, options: OpenSavedOptions): Promise<PageSource> {
+async function openAt(disk: SnapshotDevice, owner: AsyncDisposable, { id, name }: SnapshotInfo, options: OpenSavedOptions): Promise<PageSource> {
   const { signal } = options
   const ram = await RamImage.at(disk, { signal, owner }).catch(async (error: unknown) => {
     await owner[Symbol.asyncDispose]()
     throw error
   })
-  return ram ?? StreamSource.open(disk.vmState, { signal, owner })
+  return ram ?? StreamSource.open(disk.vmState, { signal, owner, snapshot: name === '' ? id : name })
 }
 
 /** What was opened on the way, closed in the opposite order; once. */

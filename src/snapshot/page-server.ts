@@ -9,7 +9,7 @@ import { RamPart, ramPartCapacity } from '../migration/ram-part.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
 import { BlockProgress, type Claim } from './block-progress.ts'
 import { dataRanges, type DataRange } from './data-ranges.ts'
-import { FaultRecorder, faultsOf, type FaultOrder } from './fault-order.ts'
+import { FaultRecorder, faultsOf, fittingOrder, type FaultOrder } from './fault-order.ts'
 import { FaultQueue, type Fault } from './fault-queue.ts'
 import type { PageSource } from './page-source.ts'
 import { SendWindow } from './send-window.ts'
@@ -50,9 +50,10 @@ export interface PageServerReport {
 export class PageServer {
   readonly #source: PageSource
   readonly #stream: DuplexStream
-  readonly #options: PageServerOptions
   readonly #blocks = new Map<string, BlockProgress>()
   readonly #window: SendWindow
+  /** What of the order given is of use. */
+  readonly #order: FaultOrder | undefined
   readonly #faults: FaultRecorder
   readonly #onError: (error: unknown) => void
   readonly #queue: FaultQueue
@@ -66,9 +67,9 @@ export class PageServer {
   constructor(source: PageSource, stream: DuplexStream, options: PageServerOptions, onError: (error: unknown) => void) {
     this.#source = source
     this.#stream = stream
-    this.#options = options
     this.#onError = onError
-    const clusterSize = options.clusterSize ?? options.faultOrder?.clusterSize ?? 65_536
+    this.#order = options.faultOrder === undefined ? undefined : fittingOrder(options.faultOrder, source.pageSize, source.blocks)
+    const clusterSize = options.clusterSize ?? this.#order?.clusterSize ?? Math.max(65_536, source.pageSize)
     if (Math.log2(clusterSize) % 1 !== 0 || clusterSize < source.pageSize) {
       throw new RangeError(`clusterSize must be a power of two of at least ${source.pageSize}, not ${clusterSize}`)
     }
@@ -79,7 +80,7 @@ export class PageServer {
       }
       this.#blocks.set(block.name, new BlockProgress(block, source.pageSize, hostPageSize, clusterSize))
     }
-    this.#faults = new FaultRecorder(clusterSize, options.faultOrder)
+    this.#faults = new FaultRecorder(clusterSize, this.#order)
     this.#window = new SendWindow(options.window ?? 131_072)
     this.#queue = new FaultQueue((fault) => this.#serve(fault), onError)
   }
@@ -127,8 +128,7 @@ export class PageServer {
    * Resolves when every such page has been handed to the connection. `onProgress` gets the bytes passed.
    */
   async fill(onProgress?: (filled: number) => void): Promise<void> {
-    const { faultOrder } = this.#options
-    if (faultOrder !== undefined) await this.#fillFaults(faultOrder)
+    if (this.#order !== undefined) await this.#fillFaults(this.#order)
     let filled = 0
     for (const progress of this.#blocks.values()) {
       await this.#fillBlock(progress, (within) => onProgress?.(filled + within))
@@ -170,7 +170,7 @@ export class PageServer {
     }
     for (const { block, offset } of faultsOf(order)) {
       const progress = this.#blocks.get(block)
-      if (progress === undefined || offset >= progress.block.length) continue
+      if (progress === undefined) continue
       const claim = progress.claimCluster(offset)
       if (claim === undefined) continue
       const spare = this.#take(claim.length)

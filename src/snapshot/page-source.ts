@@ -32,6 +32,10 @@ export interface PageSource extends AsyncDisposable {
   readonly head: Uint8Array
   /** The id of the `ram` section. */
   readonly ramSectionId: number
+  /** Name of the internal snapshot in which it was found; undefined for a RAM image and for what is no image. */
+  readonly snapshot?: string | undefined
+  /** The VM's run state when it was saved, where something around the stream tells it (libvirt's header); else the stream does. */
+  readonly runState?: string | undefined
   /** Names of dirty bitmaps that were saved with the VM and are not among these parts. Default none. */
   readonly dirtyBitmaps?: readonly string[]
   /** True if sections end with footers; machine types up to 2.3 write none. */

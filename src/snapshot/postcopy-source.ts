@@ -46,6 +46,11 @@ export interface PostcopyOptions extends PageServerOptions {
   readonly timeout?: number | undefined
   /** Told the phase and how much memory is filled, whenever it changes. */
   readonly onProgress?: ((progress: RevertProgress) => void) | undefined
+  /**
+   * Called once, when the guest runs: long before all of its memory is there. With `-S` it could run now. Not called for a
+   * guest that is to wait.
+   */
+  readonly onRunning?: (() => void) | undefined
 }
 
 /** Where a revert is. */
@@ -64,8 +69,8 @@ export interface RevertProgress {
 /** The phases of a revert. */
 export type RevertPhase = 'connecting' | 'loading' | 'recovering' | 'running' | 'completing' | 'complete'
 
-/** What a revert did. Times are in milliseconds from its start. */
-export interface RevertReport extends PageServerReport {
+/** What a postcopy did. Times are in milliseconds from its start. */
+export interface PostcopyReport extends PageServerReport {
   /** Device state was loaded and the guest about to run; of a recovery: it went on. */
   readonly runningAfter: number
   /** QEMU had everything and needs the source no more. */
@@ -133,7 +138,7 @@ export class PostcopySource {
   }
 
   /** Starts the guest, sends its memory, and resolves when QEMU has all of it. The stream is closed then. */
-  start(): Promise<RevertReport> {
+  start(): Promise<PostcopyReport> {
     return this.#conversation(async () => {
       const opened = this.#expectPong(firstPing, bothDirections, 'the destination does not use the return path')
       const running = this.#expectPong(runPing, this.#timeout, 'the destination does not finish loading device state')
@@ -147,7 +152,7 @@ export class PostcopySource {
   }
 
   /** Goes on where a lost connection stopped, knowing only the saved VM. */
-  recover(): Promise<RevertReport> {
+  recover(): Promise<PostcopyReport> {
     return this.#conversation(async () => {
       this.#enter('recovering')
       for (const { name } of this.#source.blocks) {
@@ -165,7 +170,7 @@ export class PostcopySource {
     })
   }
 
-  async #conversation(talk: () => Promise<void>): Promise<RevertReport> {
+  async #conversation(talk: () => Promise<void>): Promise<PostcopyReport> {
     const { signal } = this.#options
     const onAbort = (): void => this.#fail(signal?.reason)
     signal?.addEventListener('abort', onAbort, { once: true })
@@ -242,6 +247,7 @@ export class PostcopySource {
     this.#phase = phase
     if (phase === 'running') this.#runningAfter = performance.now() - this.#started
     this.#report()
+    if (phase === 'running') this.#options.onRunning?.()
   }
 
   #report(): void {

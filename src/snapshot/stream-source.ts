@@ -22,6 +22,8 @@ export interface StreamSourceOptions extends CallOptions {
   readonly keepOpen?: boolean | undefined
   /** Closed after the device. */
   readonly owner?: AsyncDisposable | undefined
+  /** Name of the internal snapshot that the stream is in. */
+  readonly snapshot?: string | undefined
   /** See {@link openSaved}; closed with the source. */
   readonly spool?: Spool | undefined
 }
@@ -35,6 +37,8 @@ const endLimit = 256 << 20
 
 /** A saved VM in a stored stream. */
 export class StreamSource extends SavedVm<SavedRamBlock> {
+  readonly snapshot: string | undefined
+  readonly runState: string | undefined
   readonly #device: BlockDevice
   readonly #options: StreamSourceOptions
   readonly #abort: AbortController
@@ -43,11 +47,13 @@ export class StreamSource extends SavedVm<SavedRamBlock> {
   private constructor(
     device: BlockDevice,
     options: StreamSourceOptions,
-    parts: StreamParts & { readonly pageSize: number },
+    parts: StreamParts & { readonly pageSize: number; readonly runState?: string | undefined },
     indexing: Promise<VmState>,
     abort: AbortController,
   ) {
     super(parts, parts.pageSize, parts.blocks.map(({ name, length }) => ({ name, length, content: new BlockContent(indexing, name, length) })))
+    this.snapshot = options.snapshot
+    this.runState = parts.runState
     this.#device = device
     this.#options = options
     this.#indexing = indexing
@@ -71,7 +77,9 @@ export class StreamSource extends SavedVm<SavedRamBlock> {
       }
       const vm = await index()
       const parts = splitStream(await gather(vm.rest('before', options)), await gather(vm.rest('after', options)))
-      return new StreamSource(device, options, { ...parts, pageSize: vm.ram.pageSize }, Promise.resolve(vm), abort)
+      // libvirt stops a VM to save it, and remembers here that it ran
+      const runState = vm.libvirt?.wasRunning === true ? 'running' : undefined
+      return new StreamSource(device, options, { ...parts, pageSize: vm.ram.pageSize, runState }, Promise.resolve(vm), abort)
     } catch (error) {
       if (options.keepOpen !== true) await device.close()
       await options.owner?.[Symbol.asyncDispose]()

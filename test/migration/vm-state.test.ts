@@ -194,6 +194,22 @@ describe('libvirt save images', () => {
     }
     expect(spool.closed).toBe(true)
   })
+
+  test('a function is asked for a spool for a compressed stream only', async () => {
+    let asked: MemoryDevice | undefined
+    const spool = (): MemoryDevice => (asked = new MemoryDevice(0, { growable: true }))
+    await (await index(stream, { spool })).close()
+    expect(asked).toBeUndefined()
+    await (await index(gzipSync(stream), { spool })).close()
+    expect(asked).toMatchObject({ closed: true })
+    await expect(index(gzipSync(stream.subarray(0, 1000)), { spool })).rejects.toMatchObject({ code: 'ERR_STREAM' })
+    expect(asked).toMatchObject({ closed: true })
+  })
+
+  test('of an image, compressed, it is said what to do', async () => {
+    const image = gzipSync(Buffer.from('514649fb00000003', 'hex'))
+    await expect(index(image)).rejects.toThrow('a qcow2 image compressed with gzip: decompress the file first (gzip -d)')
+  })
 })
 
 test('the VM state owns its device, also when indexing fails', async () => {

@@ -98,6 +98,8 @@ export interface OpenHow {
   readonly direct?: boolean | undefined
   /** Leave the backing file alone: what it would give reads as zeroes. */
   readonly withoutBacking?: boolean | undefined
+  /** Largest synchronous request to a file, in bytes; default {@link syncLimit}. */
+  readonly syncLimit?: number | undefined
 }
 
 /** Opens images by name. */
@@ -204,7 +206,7 @@ export class Opener {
     if (place.kind === 'null') return new NullDevice(place.size)
     const locking = place.kind === 'file' ? place.locking : undefined
     const source = place.kind === 'file' ? place.path : place.url
-    const device = await openSource(source, { readOnly, signal, locking, forceShare, ...(direct === true ? { direct } : { syncLimit }) })
+    const device = await openSource(source, { readOnly, signal, locking, forceShare, ...(direct === true ? { direct } : { syncLimit: how.syncLimit ?? syncLimit }) })
     return wrap === undefined ? device : wrap(device, place.kind === 'file' ? place.path : redacted(place.url.href))
   }
 
