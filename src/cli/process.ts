@@ -1,7 +1,8 @@
 /** The real terminal: this process's streams and signals. */
-import { fstatSync, statSync } from 'node:fs'
+import { fstatSync, readFileSync, statSync } from 'node:fs'
 import { basename } from 'node:path'
 import process from 'node:process'
+import { decodeName, encodeName, hasEscapedBytes } from '../bytes/file-name.ts'
 import { WriteError } from './errors.ts'
 import { onQuery } from './query.ts'
 import type { Sink, Terminal } from './terminal.ts'
@@ -99,7 +100,7 @@ function sinkOf(stream: NodeJS.WriteStream, { mayLoseText, onBroken }: SinkOptio
   return {
     write: (data) =>
       new Promise((resolve, reject) => {
-        stream.write(data, (error?: NodeJS.ErrnoException | null) => {
+        stream.write(typeof data === 'string' && hasEscapedBytes(data) ? encodeName(data) : data, (error?: NodeJS.ErrnoException | null) => {
           if (error === undefined || error === null || (mayLoseText && typeof data === 'string')) {
             resolve()
             return
@@ -119,4 +120,26 @@ function sinkOf(stream: NodeJS.WriteStream, { mayLoseText, onBroken }: SinkOptio
       return stream.isTTY ? stream.columns : undefined
     },
   }
+}
+
+/** The words of the command line. Node shows bytes that are no UTF-8 as U+FFFD; Linux tells what they were. */
+export function commandLine(): string[] {
+  const words = process.argv.slice(2)
+  if (!words.some((word) => word.includes('\ufffd'))) return words
+  try {
+    const all = decodeEach(readFileSync('/proc/self/cmdline'))
+    return words.length === 0 ? [] : all.slice(-words.length)
+  } catch {
+    return words
+  }
+}
+
+function decodeEach(list: Buffer): string[] {
+  const words: string[] = []
+  for (let at = 0; at < list.length; ) {
+    const end = list.indexOf(0, at)
+    words.push(decodeName(list.subarray(at, end < 0 ? list.length : end)))
+    at = end < 0 ? list.length : end + 1
+  }
+  return words
 }

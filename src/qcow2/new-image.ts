@@ -179,9 +179,11 @@ function withDataFile(context: ReferenceContext, { device }: Target): ReferenceC
   return { ...context, options: { ...context.options, dataFile: device } }
 }
 
-/** Version 2 knows only legacy AES, and cannot say that a cluster with space reads as zeroes: it would read as decrypted ones. */
-function checkEncryption({ encryption, preallocation = 'off', version, dataFile }: CreateOptions): void {
-  if (dataFile !== undefined) throw new TypeError('encryption and a data file exclude each other')
+/**
+ * Version 2 cannot say that a cluster with space reads as zeroes: it would read as decrypted ones. And a data file that is encrypted
+ * does not read like the disk.
+ */
+function checkEncryption({ preallocation = 'off', version, dataFileRaw }: CreateOptions): void {
+  if (dataFileRaw === true) throw new TypeError('encryption and a raw data file exclude each other: it would not read like the disk')
   if (version === 2 && preallocation !== 'off') throw new TypeError('encryption goes with preallocation only in version 3')
-  if (version === 2 && encryption?.format === 'luks') throw new TypeError('version 2 has only the legacy encryption aes; use version 3')
 }

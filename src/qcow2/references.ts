@@ -105,11 +105,14 @@ export interface Advice {
   readonly any: string
   /** To write to the data file. */
   readonly write: string
+  /** For a name with a protocol. */
+  readonly protocol: string
 }
 
 const advice: Advice = {
   any: "give the device itself, or references: 'any' for an image that you trust",
   write: "name it yourself with dataFile, or set references: 'any' for an image that you trust",
+  protocol: 'give the device itself',
 }
 
 /** How {@link follow} opens a file. */
@@ -127,7 +130,7 @@ export interface Following {
 export async function follow(rule: ReferenceRule, reference: Reference, { root, open, advice }: Following): Promise<BlockDevice> {
   const { path, access } = reference
   if (rule === 'none') throw refused(reference, 'is not opened: no other file is', advice.any)
-  if (path === undefined) throw refused(reference, 'is not a path', 'give the device itself')
+  if (path === undefined) throw refused(reference, 'is not a path', advice.protocol)
   if (rule === 'any') return open(path)
   if (access === 'write') throw refused(reference, 'would be written to', advice.write)
   if (root === undefined) throw refused(reference, 'is in no directory tree: the image was not opened by a path', advice.any)

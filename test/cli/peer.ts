@@ -31,7 +31,9 @@ export async function ours(folder: string, args: readonly string[]): Promise<Out
   const before = process.cwd()
   process.chdir(folder)
   try {
-    const { code, stdout, stderr } = await run(args)
+    const [command = '', ...rest] = args
+    // qemu-img follows any name in an image
+    const { code, stdout, stderr } = await run([command, '--references=any', ...rest])
     return { code, stdout, stderr }
   } finally {
     process.chdir(before)

@@ -513,3 +513,32 @@ describeWithQemu('names and headers, as QEMU takes them', (qemu) => {
   })
 })
 
+
+describeWithQemu('encrypted images that QEMU makes', (qemu) => {
+  test('version 2 with LUKS, and LUKS or AES over a data file', async () => {
+    const folder = tempFolder()
+    const dataFile = join(folder, 'data')
+    const cases: CreateOptions[] = [
+      { size: 1 << 20, version: 2, encryption: { format: 'luks', passphrase: 'abc', iterations: 1000 } },
+      { size: 1 << 20, dataFile, encryption: { format: 'luks', passphrase: 'abc', iterations: 1000 } },
+      { size: 1 << 20, dataFile, preallocation: 'metadata', encryption: { format: 'luks', passphrase: 'abc', iterations: 1000 } },
+      { size: 1 << 20, dataFile, encryption: { format: 'aes', passphrase: 'abc' } },
+    ]
+    for (const [index, options] of cases.entries()) {
+      const path = join(folder, `${index}.qcow2`)
+      const image = await Qcow2Image.create(path, options)
+      await image.write(128 * KiB, bytesOf(7))
+      await image.close()
+      const raw = join(folder, `${index}.raw`)
+      const { format } = options.encryption!
+      const named = `driver=qcow2,file.filename=${path},encrypt.format=${format},encrypt.key-secret=s`
+      await qemu.imgOk('convert', '--object', 'secret,id=s,data=abc', '--image-opts', '-O', 'raw', named, raw)
+      const expected = Buffer.alloc(1 << 20)
+      expected.fill(7, 128 * KiB, 192 * KiB)
+      expect(readFileSync(raw).equals(expected)).toBe(true)
+      if (options.dataFile !== undefined) expect(readFileSync(dataFile).includes(Buffer.alloc(64, 7))).toBe(false)
+      expect((await qemu.img('check', '--object', 'secret,id=s,data=abc', '--image-opts', named)).code).toBe(0)
+    }
+    await expect(Qcow2Image.create(join(folder, 'no'), { size: 1 << 20, dataFile, dataFileRaw: true, encryption: cases[1]!.encryption })).rejects.toThrow(TypeError)
+  })
+})

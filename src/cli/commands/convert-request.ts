@@ -6,6 +6,7 @@ import { ExitError, UsageError } from '../errors.ts'
 import { layoutOf, parseCreateOptions, preallocationOf, switchOf, type CreateValues } from '../image/create-options.ts'
 import { isImageFormat, type ImageFormat } from '../image/formats.ts'
 import { emptyFile } from '../image/new-image.ts'
+import { refuseLoops } from '../image/loops.ts'
 import { resolveBacking } from '../image/names.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { couldNotOpen, reasonOf } from '../image/reasons.ts'
@@ -125,6 +126,7 @@ export function shapeOf(layout: ReturnType<typeof layoutOf>): Pick<ConvertToQcow
 /** Bytes of the disk in the backing file, if there is one; one that cannot be opened is found before anything is written. */
 export async function backingSize(context: ConvertContext, target: string, values: CreateValues): Promise<number | undefined> {
   const name = values.get('backing_file')
+  if (name !== undefined || values.has('data_file')) await refuseLoops(target, values)
   if (name === undefined) return undefined
   const resolved = resolveBacking(parsePlace(target), name)
   try {

@@ -2,6 +2,7 @@ import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { asksForHelp, createHelp, formattingLine, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
 import { imageFormats, isImageFormat, type ImageFormat } from '../image/formats.ts'
+import { refuseLoops } from '../image/loops.ts'
 import { makeImage } from '../image/new-image.ts'
 import { resolveBacking } from '../image/names.ts'
 import { objectOption, openerFor, quietOption } from '../image/options.ts'
@@ -91,6 +92,7 @@ async function gatherValues<O extends OptionDefinitions>(
   if (size !== undefined && values.has('size')) throw new ExitError(1, 'The image size must be specified only once')
   if (size !== undefined) values.set('size', size)
   const backing = values.get('backing_file')
+  await refuseLoops(filename, values)
   if (backing !== undefined && !options['backing-unsafe']) await lookAtBacking(context, filename, backing, values)
   if (!values.has('size')) throw new ExitError(1, 'Image creation needs a size parameter')
   return values

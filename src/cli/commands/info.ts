@@ -1,3 +1,4 @@
+import type { BlockDevice } from '../../block/device.ts'
 import type { LuksHeader } from '../../codec/crypto/luks-header.ts'
 import { luksDiskSize, readLuksHeader } from '../../luks/luks-image.ts'
 import { readImageInfo, type ImageInfo } from '../../qcow2/info.ts'
@@ -49,19 +50,23 @@ export const infoCommand = command({
 async function chainEntries(opener: Opener, top: ImageSpec, chain: boolean): Promise<ImageEntry[]> {
   const entries: ImageEntry[] = []
   const seen = new Set<string>()
+  const root = top.place.kind === 'file' ? top.place.path : undefined
+  let bytes: BlockDevice | undefined
   for (let spec: ImageSpec | undefined = top; spec !== undefined; ) {
     if (seen.has(spec.shown)) throw new ExitError(1, `Backing file '${spec.shown}' creates an infinite loop.`)
     seen.add(spec.shown)
-    const entry = await readEntry(opener, spec)
+    const from = spec
+    const entry = await readEntry(opener, from, bytes)
     entries.push(entry)
     const below: string | undefined = chain ? entry['full-backing-filename'] : undefined
     spec = below === undefined ? undefined : parseName(below, entry['backing-filename-format'])
+    bytes = spec && (await opener.referenced(spec, { name: entry['backing-filename'] ?? spec.shown, from: from.shown }, root, { readOnly: true }))
   }
   return entries
 }
 
-async function readEntry(opener: Opener, spec: ImageSpec): Promise<ImageEntry> {
-  const file = await opener.file(spec, { readOnly: true })
+async function readEntry(opener: Opener, spec: ImageSpec, bytes: BlockDevice | undefined): Promise<ImageEntry> {
+  const file = await opener.file(spec, { readOnly: true }, bytes)
   try {
     if (file.format === 'raw') return await rawEntry(file)
     if (file.format === 'luks') return await luksEntry(file, spec)

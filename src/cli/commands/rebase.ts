@@ -1,3 +1,4 @@
+import { FormatError } from '../../core/errors.ts'
 import { rebaseImage, setBackingFile } from '../../qcow2/rebase.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
@@ -53,7 +54,9 @@ export const rebaseCommand = command({
       const format = options['backing-format']
       if (unsafe) {
         if (format === undefined) throw new ExitError(1, `Could not change the backing file to '${name}': backing format must be specified`)
-        await setBackingFile(image, { file: name, format })
+        await setBackingFile(image, { file: name, format }).catch((error: unknown) => {
+          throw error instanceof FormatError ? new ExitError(1, `Could not change the backing file to '${name}': ${error.message}`, { cause: error }) : error
+        })
         progress.finish()
         return 0
       }

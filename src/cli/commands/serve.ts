@@ -44,7 +44,9 @@ export const serveCommand = command({
     { line: 'qcow2 serve disk.qcow2@before-update --port 10809', shows: 'an old state of the disk, read-only, on TCP' },
     { line: 'qcow2 serve vm.qcow2@running --ram pc.ram --socket /tmp/ram.nbd', shows: 'the memory of a saved VM' },
   ],
-  async run(context) {
+  async run(given) {
+    // clients choose what is read: by whatever name the program is called, images reach no further unless that is asked for
+    const context = { ...given, options: { ...given.options, references: given.options.references ?? 'tree' } as typeof given.options }
     const { options, args, print, warn, signal } = context
     const inherited = inheritedSocket(context.terminal.env)
     const address = addressOf(options, inherited !== undefined)

@@ -47,17 +47,27 @@ export function injectedError(options: OptionTree): InjectedError {
   return { guest, kind, errno: Number(errno), sector: sector === undefined || sector === '-1' ? undefined : Number(sector), once: once === 'on' || once === 'true' }
 }
 
-/** The rules of a configuration file: sections of `key = "value"`. @throws UsageError for other sections and rules than {@link injectedError} knows */
+/**
+ * The rules of a configuration file: sections of `key = "value"`. What is wrong is told by its line, never by its words: a name in an
+ * image may have led to the file.
+ * @throws UsageError for other sections and rules than {@link injectedError} knows
+ */
 export function rulesOf(configuration: string): InjectedError[] {
-  const sections: OptionTree[] = []
-  for (const line of configuration.split('\n').map((text) => text.trim())) {
+  const sections: { readonly line: number; readonly options: OptionTree }[] = []
+  for (const [index, line] of configuration.split('\n').map((text) => text.trim()).entries()) {
     if (line === '' || line.startsWith('#')) continue
     const pair = /^(\S+)\s*=\s*"(.*)"$/.exec(line)
-    if (line === '[inject-error]') sections.push({})
-    else if (pair !== null && sections.length > 0) sections.at(-1)![pair[1]!] = pair[2]!
-    else throw new UsageError(`blkdebug: '${line}' is not supported in a configuration file`)
+    if (line === '[inject-error]') sections.push({ line: index + 1, options: {} })
+    else if (pair !== null && sections.length > 0) sections.at(-1)!.options[pair[1]!] = pair[2]!
+    else throw new UsageError(`blkdebug: line ${index + 1} of the configuration file is not supported`)
   }
-  return sections.map(injectedError)
+  return sections.map(({ line, options }) => {
+    try {
+      return injectedError(options)
+    } catch {
+      throw new UsageError(`blkdebug: the rule at line ${line} of the configuration file is not supported`)
+    }
+  })
 }
 
 /** Passes all requests but those that the rules for a file, or for the guest, let fail. The device owns the inner one. */

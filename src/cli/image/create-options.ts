@@ -8,6 +8,7 @@ import { didYouMean } from '../nearest.ts'
 import type { ImageFormat } from './formats.ts'
 import { optionSize } from '../size.ts'
 import { keyValues } from './key-values.ts'
+import { parsePlace } from './spec.ts'
 
 /** The options of a new image as text, by name: what the user gave and the defaults that always show. */
 export type CreateValues = Map<string, string>
@@ -184,7 +185,7 @@ export function layoutOf(values: CreateValues): CreateOptions & { size: number }
   const refcountBits = Number(values.get('refcount_bits') ?? 16)
   const compressionType = compressionOf(values.get('compression_type') ?? 'zlib')
   const backingFile = values.get('backing_file')
-  const dataFile = values.get('data_file')
+  const dataFile = dataFilePath(values)
   check(clusterSize >= 512 && clusterSize <= 2 << 20 && Number.isInteger(Math.log2(clusterSize)), 'Cluster size must be a power of two between 512 and 2048k')
   check(version === 3 || !flag('extended_l2'), needsV3('Extended L2 entries are only supported'))
   check(!flag('extended_l2') || clusterSize >= 16384, 'Extended L2 entries are only supported with cluster sizes of at least 16384 bytes')
@@ -210,6 +211,14 @@ export function layoutOf(values: CreateValues): CreateOptions & { size: number }
     ...(backingFile === undefined ? {} : { backing: { file: backingFile, format: values.get('backing_fmt') ?? 'raw' } }),
     ...(dataFile === undefined ? {} : { dataFile, dataFileRaw: flag('data_file_raw') }),
   }
+}
+
+/** The data file is a file: `file:` before its path is not stored, as in QEMU. */
+function dataFilePath(values: CreateValues): string | undefined {
+  const name = values.get('data_file')
+  if (name === undefined || !name.startsWith('file:')) return name
+  const place = parsePlace(name)
+  return place.kind === 'file' ? place.path : name
 }
 
 /** `compat` as the header's version. @throws ExitError */

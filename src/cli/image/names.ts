@@ -1,6 +1,7 @@
 /** Names that depend on others: a backing file's on the image above it, a snapshot's on which files there are. */
 import { existsSync } from 'node:fs'
 import { isAbsolute } from 'node:path'
+import { systemPath } from '../../block/file-path.ts'
 import { parsePlace, protocolOf, type Place } from './spec.ts'
 
 /**
@@ -25,10 +26,10 @@ export interface SnapshotName {
 /** `FILE@SNAPSHOT`, where there is no file of the whole name but one of the first part. Addresses are not cut here. */
 export function splitSnapshot(name: string): SnapshotName | undefined {
   const whole = localPath(name)
-  if (whole === undefined || existsSync(whole)) return undefined
+  if (whole === undefined || existsSync(systemPath(whole))) return undefined
   return cuts(name).find(({ file }) => {
     const path = localPath(file)
-    return path !== undefined && existsSync(path)
+    return path !== undefined && existsSync(systemPath(path))
   })
 }
 

@@ -11,13 +11,16 @@ import { NullDevice } from '../../block/null.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
-import { IoError, Qcow2Error } from '../../core/errors.ts'
+import { fileKey } from '../../block/file-tree.ts'
+import { IoError, Qcow2Error, UnsupportedError } from '../../core/errors.ts'
 import { redacted } from '../../core/redact.ts'
 import { LuksImage } from '../../luks/luks-image.ts'
 import type { CheckReport } from '../../qcow2/check-report.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import { readImageInfo } from '../../qcow2/info.ts'
-import type { Reference } from '../../qcow2/references.ts'
+import { maxBackingChain } from '../../qcow2/limits.ts'
+import { foreignFormat } from '../../qcow2/probe.ts'
+import { follow, type Advice, type Reference, type ReferenceRule } from '../../qcow2/references.ts'
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { findingLines } from '../print/findings.ts'
@@ -29,7 +32,7 @@ import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
 import { secretOf, type Secrets } from './secrets.ts'
 import { snapshotTableReason } from './snapshot-table-reason.ts'
-import { parseName, parsePlace, type ImageSpec, type Place } from './spec.ts'
+import { parseName, type ImageSpec, type Place } from './spec.ts'
 
 /** An open image and what lies below it. Closing it closes all. */
 export interface OpenedImage {
@@ -75,6 +78,8 @@ export interface OpenerSettings {
   readonly secrets?: Secrets | undefined
   /** Read images that a running QEMU writes to. */
   readonly forceShare?: boolean | undefined
+  /** How far names in images are followed; default `tree`. With `any` backing files may be anything that can be named here. */
+  readonly references?: ReferenceRule | undefined
   /** Told what the user should know but need not stop for. */
   readonly warn: (message: string) => void
   /** Told what was repaired, a line each, when an image had to be before it could be written. */
@@ -90,6 +95,18 @@ export interface OpenerSettings {
  * else waits for this program's event loop.
  */
 export const syncLimit: number = 128 << 10
+
+/** A file of a chain that is being opened. */
+interface Link {
+  readonly shown: string
+  /** What it is known by, whatever path leads to it. */
+  readonly key: string
+  /** Path of the image, where it is a file. */
+  readonly path: string | undefined
+}
+
+/** What refusals of {@link follow} say there is to do. */
+const advice: Advice = { any: '--references=any follows it', write: '--references=any allows it', protocol: '--references=any follows it' }
 
 /** How one image is opened. */
 export interface OpenHow {
@@ -176,17 +193,17 @@ export class Opener {
    * The bytes of an image file without its format opened: for what must work on damaged images.
    * @throws ExitError `Could not open 'NAME': ...`
    */
-  async file(spec: ImageSpec, how: OpenHow): Promise<ImageFile> {
+  async file(spec: ImageSpec, how: OpenHow, bytes?: BlockDevice): Promise<ImageFile> {
     try {
       refuseUnknownFormat(spec.format)
-      const host = await this.bytes(spec.place, how)
-      const found = await probe(host)
+      const host = bytes ?? (await this.bytes(spec.place, how))
+      const found = spec.format === 'raw' ? 'raw' : await probeOrClose(host)
       if (spec.format !== undefined && spec.format !== 'raw' && spec.format !== found) {
         await host.close()
         throw new Qcow2Error('ERR_FORMAT', spec.format === 'luks' ? 'Volume is not in LUKS format' : 'Image is not in qcow2 format')
       }
       const { size } = partOf(host, spec.part)
-      return { filename: spec.shown, place: spec.place, format: spec.format === 'raw' ? 'raw' : found, host, size }
+      return { filename: spec.shown, place: spec.place, format: found, host, size }
     } catch (error) {
       throw couldNotOpen(spec.given ?? spec.shown, error, { ...this.settings, file: spec.shown })
     }
@@ -226,36 +243,35 @@ export class Opener {
     }
   }
 
-  async #open(spec: ImageSpec, how: OpenHow, above: readonly string[]): Promise<OpenedImage> {
+  /** `bytes`: those of the image, where they are open already. */
+  async #open(spec: ImageSpec, how: OpenHow, above: readonly Link[], bytes?: BlockDevice): Promise<OpenedImage> {
     const readOnly = how.readOnly || spec.readOnly === true
-    const identity = spec.place.kind === 'file' ? resolve(spec.place.path) : spec.shown
-    if (above.includes(identity)) throw new Qcow2Error('ERR_FORMAT', `the backing chain loops: ${[...above, identity].join(' -> ')}`)
+    const chain = await lengthened(above, spec)
     refuseUnknownFormat(spec.format)
     if (spec.place.kind === 'blkdebug' && spec.place.inner.kind === 'image' && spec.format === undefined) {
       const below = await this.#open(spec.place.inner.spec, { ...how, readOnly }, above)
       return { ...below, spec, device: await failing(below.device, spec.place, 'file'), image: undefined }
     }
-    const host = await this.bytes(spec.place, { ...how, readOnly })
+    const host = bytes ?? (await this.bytes(spec.place, { ...how, readOnly }))
     try {
       const format = spec.format ?? (await probe(host))
       if (format === 'raw') return opened(spec, 'raw', host, rawImage(partOf(host, spec.part)))
       if (format === 'luks') return opened(spec, 'luks', host, pad(await this.#luks(spec, host, readOnly)))
-      return await this.#openQcow2(spec, host, { ...how, readOnly }, [...above, identity])
+      return await this.#openQcow2(spec, host, { ...how, readOnly }, chain)
     } catch (error) {
       await host.close()
       throw error
     }
   }
 
-  async #openQcow2(spec: ImageSpec, host: BlockDevice, how: OpenHow, chain: readonly string[]): Promise<OpenedImage> {
+  async #openQcow2(spec: ImageSpec, host: BlockDevice, how: OpenHow, chain: readonly Link[]): Promise<OpenedImage> {
     let backing: OpenedImage | undefined
     let dataFilename: string | undefined
     const { signal } = this.settings
     const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
       if (reference.kind === 'data file') {
-        const place = parsePlace(reference.name)
-        dataFilename = place.kind === 'file' ? place.path : reference.name
-        return this.bytes(place, how)
+        dataFilename = reference.name
+        return follow(this.#rule, reference, { root: chain[0]!.path, advice, open: (path) => this.bytes({ kind: 'file', path }, how) })
       }
       backing = await this.#backing(spec, reference, how, chain)
       // what nobody may look at reads as zeroes
@@ -281,18 +297,39 @@ export class Opener {
     return this.bytes(dataFile, how)
   }
 
-  async #backing(spec: ImageSpec, reference: Reference, how: OpenHow, chain: readonly string[]): Promise<OpenedImage | undefined> {
+  async #backing(spec: ImageSpec, reference: Reference, how: OpenHow, chain: readonly Link[]): Promise<OpenedImage | undefined> {
     if (how.withoutBacking === true || spec.backing === null) return undefined
-    const { warn } = this.settings
+    const belowHow = { readOnly: true, direct: how.direct }
     const below = spec.backing ?? parseName(resolveBacking(spec.place, reference.name), reference.format)
     try {
-      if (below.format === undefined && spec.backing === undefined) {
-        warn(`'${spec.shown}' does not record the format of its backing file '${reference.name}'; it was guessed`)
-      }
-      return await this.#open(below, { readOnly: true, direct: how.direct }, chain)
+      // what the user names himself is no reference of the image, and has its own tree
+      if (spec.backing !== undefined) return await this.#open(below, belowHow, chain.map((link) => ({ ...link, path: undefined })))
+      return await this.#open(below, belowHow, chain, await this.referenced(below, reference, chain[0]!.path, belowHow))
     } catch (error) {
       throw new Qcow2Error('ERR_IO', `Could not open backing file: ${couldNotOpen(below.shown, error).message}`, { cause: error })
     }
+  }
+
+  /**
+   * The bytes of a backing file that an image names, as far as the rule for references goes; undefined where it forbids nothing.
+   * @param root path of the image that was opened first
+   */
+  async referenced(below: ImageSpec, reference: Pick<Reference, 'name' | 'from'>, root: string | undefined, how: OpenHow): Promise<BlockDevice | undefined> {
+    const { name, from } = reference
+    if (this.#rule === 'any') {
+      if (below.format === undefined) this.settings.warn(`'${from ?? 'the image'}' does not record the format of its backing file '${name}'; it was guessed`)
+      return undefined
+    }
+    const { place, format } = below
+    const path = place.kind === 'file' && below.given === undefined ? place.path : undefined
+    if (format === undefined && path !== undefined && this.#rule === 'tree') {
+      throw new UnsupportedError(`its format is not recorded, and guessing lets whoever writes a raw disk choose files to open; record it (rebase -u -b NAME -F FMT), or ${advice.any}`, ['backing format'])
+    }
+    return follow(this.#rule, { kind: 'backing file', name, format, from, path, access: 'read' }, { root, advice, open: () => this.bytes(place, how) })
+  }
+
+  get #rule(): ReferenceRule {
+    return this.settings.references ?? 'tree'
   }
 
   #passphrase({ keySecret }: ImageSpec): { passphrase?: Uint8Array } {
@@ -315,8 +352,30 @@ function isAbsent(error: unknown): boolean {
   return Qcow2Error.is(cause, 'ERR_NOT_FOUND') || (cause instanceof IoError && cause.operation === 'open')
 }
 
+/** The chain with one more image. @throws Qcow2Error if it loops, or is too long */
+async function lengthened(above: readonly Link[], { place, shown }: ImageSpec): Promise<readonly Link[]> {
+  const path = place.kind === 'file' ? place.path : undefined
+  const link = { shown: path === undefined ? shown : resolve(path), key: path === undefined ? shown : await fileKey(path), path }
+  const chain = [...above, link]
+  if (above.some(({ key }) => key === link.key)) throw new Qcow2Error('ERR_FORMAT', `the backing chain loops: ${chain.map((each) => each.shown).join(' -> ')}`)
+  if (chain.length > maxBackingChain) throw new UnsupportedError(`the backing chain has more than ${maxBackingChain} files`, ['backing chain'])
+  // after images whose tree does not count the first one that has a tree is the root
+  return above.length > 0 && above[0]!.path === undefined && path !== undefined ? [link, ...chain.slice(1)] : chain
+}
+
 function refuseUnknownFormat(format: string | undefined): void {
+  const foreign = format === undefined ? undefined : foreignFormat(format)
+  if (foreign !== undefined) throw foreign
   if (format !== undefined && !isImageFormat(format)) throw new Qcow2Error('ERR_UNSUPPORTED', `Unknown driver '${format}'`)
+}
+
+async function probeOrClose(host: BlockDevice): Promise<ImageFormat> {
+  try {
+    return await probe(host)
+  } catch (error) {
+    await host.close()
+    throw error
+  }
 }
 
 /** What `offset` and `size` leave of the bytes. */

@@ -1,5 +1,6 @@
 /** The options that many commands share, and what they come to. */
 import type { Context, OptionDefinitions } from '../command.ts'
+import { referenceRules } from '../../qcow2/references.ts'
 import { UsageError } from '../errors.ts'
 import { didYouMean } from '../nearest.ts'
 import { say } from '../terminal.ts'
@@ -13,9 +14,14 @@ export const formatOption = { format: { short: 'f', value: 'FMT', help: 'the for
 export const imageOptsOption = { 'image-opts': { help: 'FILENAME is not a name but options: driver=qcow2,file.filename=...' } } as const
 /** `-U`. */
 export const forceShareOption = { 'force-share': { short: 'U', help: 'read the image even while a running QEMU writes to it' } } as const
-/** `--object`. */
+/** `--object` and `--references`: what every command takes that opens images. */
 export const objectOption = {
   object: { value: 'OBJDEF', many: true, help: "a secret for an encrypted image: 'secret,id=ID,file=PATH' (or data=TEXT)" },
+  references: {
+    value: 'RULE',
+    choices: ['none', 'tree', 'any'],
+    help: "which other files an image may name: 'none'; 'tree' (default): files in its directory or below, none that is hidden, read-only, no protocols, formats never guessed; 'any'. Called qemu-img the default is 'any'",
+  },
 } as const
 /** `--output`. */
 export const outputOption = { output: { value: 'FORMAT', choices: ['human', 'json'], help: "'human' (default) or 'json'" } } as const
@@ -40,6 +46,7 @@ export function isDirect(mode: string | undefined): boolean {
 interface CommonValues {
   readonly 'force-share'?: boolean
   readonly object?: readonly string[]
+  readonly references?: string | undefined
   readonly 'image-opts'?: boolean
   readonly format?: string | undefined
 }
@@ -52,6 +59,7 @@ export function openerFor<O extends OptionDefinitions>(context: Context<O>): Ope
     signal,
     warn,
     secrets: parseSecrets(options.object ?? []),
+    references: referenceRules.find((rule) => rule === options.references) ?? (terminal.program === 'qemu-img' ? 'any' : 'tree'),
     forceShare: options['force-share'],
     told: (lines) => lines.forEach((line) => void say(terminal, line)),
     wrap: context.wrapDevice,

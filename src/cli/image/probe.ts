@@ -2,13 +2,15 @@
 import type { BlockDevice } from '../../block/device.ts'
 import { luksDiskSize, readLuksHeader } from '../../luks/luks-image.ts'
 import { readImageInfo } from '../../qcow2/info.ts'
+import { probeFormat } from '../../qcow2/probe.ts'
 import type { ImageFormat } from './formats.ts'
 
-/** By the magic numbers, and the version of LUKS; else `raw`. */
-export async function probe(host: BlockDevice): Promise<ImageFormat> {
-  const start = Buffer.from(await host.read(0, Math.min(8, host.size))).toString('latin1')
-  if (start.startsWith('QFI\xfb')) return 'qcow2'
-  return start === 'LUKS\xba\xbe\0\x01' ? 'luks' : 'raw'
+/**
+ * By the magic numbers; else `raw`.
+ * @throws UnsupportedError for a format that is recognised and not read
+ */
+export function probe(host: BlockDevice): Promise<ImageFormat> {
+  return probeFormat(host)
 }
 
 /** Bytes of the disk in an encrypted image, without its key; undefined if it is not encrypted. */
