@@ -113,24 +113,27 @@ class ClientOptions {
       const reply = await this.#reader.read(head.length)
       if (head.type === optionReplies.ack) return replies
       if (head.type >= 0x8000_0000) {
-        this.#checkRefusal(type, head.type, reply)
-        return undefined
+        const failure = this.#failureOf(type, head.type, reply)
+        if (failure === undefined) return undefined
+        // told, a server does not take the end for an accident
+        await this.#transport.send([protocol.encodeOption(optionTypes.abort, nothing)]).catch(() => undefined)
+        throw failure
       }
       replies.push(reply)
     }
     throw new FormatError(`more than ${maxReplies} bytes of replies`, { structure: 'NBD option reply' })
   }
 
-  /** Throws unless the negotiation can go on without the option. */
-  #checkRefusal(option: number, error: number, reply: Uint8Array): void {
+  /** Why the negotiation cannot go on without the option; undefined if it can. */
+  #failureOf(option: number, error: number, reply: Uint8Array): Qcow2Error | undefined {
     const said = new TextDecoder().decode(reply.subarray(0, protocol.maxNameLength))
     const words = said === '' ? '' : `: ${said}`
-    if (error === optionReplies.unsupported) return
-    if (error === optionReplies.tlsRequired) throw new UnsupportedError(`the NBD server requires TLS, which this client does not speak${words}`, ['TLS'])
-    if (error === optionReplies.unknownExport) throw new Qcow2Error('ERR_NOT_FOUND', `the NBD server has no export named '${this.#name}'${words}`)
+    if (error === optionReplies.unsupported) return undefined
+    if (error === optionReplies.tlsRequired) return new UnsupportedError(`the NBD server requires TLS, which this client does not speak${words}`, ['TLS'])
+    if (error === optionReplies.unknownExport) return new Qcow2Error('ERR_NOT_FOUND', `the NBD server has no export named '${this.#name}'${words}`)
     // what only makes more possible can be done without
-    if (option !== optionTypes.go) return
-    throw new UnsupportedError(`the NBD server refused option ${option} (0x${error.toString(16)})${words}`)
+    if (option !== optionTypes.go) return undefined
+    return new UnsupportedError(`the NBD server refused option ${option} (0x${error.toString(16)})${words}`)
   }
 }
 

@@ -10,7 +10,8 @@ export interface WaitOptions {
 
 /** What to say of a server that does not answer. */
 export function silence(operation: IoOperation, timeout: number): IoError {
-  return new IoError(operation, `the server said nothing for ${timeout} ms`, { name: 'NBD' })
+  const hint = operation === 'open' ? '; one that serves a client at a time may have another' : ''
+  return new IoError(operation, `the server said nothing for ${timeout} ms${hint}`, { name: 'NBD' })
 }
 
 /**

@@ -1,6 +1,7 @@
 /** Web servers as they are: they redirect, expire, fail for a while, hide headers, change files, drip and stay silent. */
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
+import fc from 'fast-check'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { openHttp, openSource } from '../../src/block.ts'
 
@@ -324,6 +325,22 @@ describe('what is told', () => {
   ])('%s is an error', async (_name, status, headers) => {
     const base = await serving((_request, response) => void response.writeHead(status, headers).end(status === 206 ? 'x' : ''))
     await expect(openHttp(base)).rejects.toMatchObject({ code: 'ERR_IO' })
+  })
+
+  test('headers of any content give a size or a typed error', async () => {
+    const number = fc.oneof(fc.nat(5), fc.constantFrom(-1, 2 ** 31, 2 ** 32, 2 ** 53 - 1, 2 ** 53, 2 ** 64, Number.NaN, Infinity), fc.constantFrom('', '*', '0x1', '1e3', ' 1'))
+    const headers = fc.record({
+      'content-range': fc.oneof(fc.tuple(number, number, number).map(([a, b, c]) => `bytes ${a}-${b}/${c}`), fc.stringMatching(/^[ -~]{0,30}$/)),
+      'content-length': number.map(String),
+      'content-type': fc.constantFrom('text/plain', 'multipart/byteranges'),
+      'retry-after': number.map(String),
+    }, { requiredKeys: [] })
+    await fc.assert(fc.asyncProperty(fc.constantFrom(200, 204, 206, 301, 304, 401, 416, 503), headers, async (status, fields) => {
+      const fetch = (): Promise<Response> => Promise.resolve(new Response([204, 304].includes(status) ? null : 'x', { status, headers: fields }))
+      const outcome = await openHttp('http://x/', { fetch, retries: 0 }).then(({ size }) => size, (error: unknown) => error)
+      if (typeof outcome === 'number') expect(Number.isSafeInteger(outcome) && outcome >= 0).toBe(true)
+      else expect(outcome).toMatchObject({ code: expect.stringMatching(/^ERR_(IO|UNSUPPORTED|NOT_FOUND)$/) as string })
+    }), { numRuns: 1000 })
   })
 
   test('an empty file without ranges has no bytes', async () => {

@@ -55,6 +55,21 @@ describe('framing', () => {
   })
 })
 
+test('a conversation with bytes changed anywhere ends in an answer, a typed error or a time-out', async () => {
+  const valid = bytes(`${greeting}\r\n{"id":1,"return":{}}\r\n{"id":2,"return":[{"device":"d","inserted":{"drv":"qcow2","file":"f","image":{"filename":"f","virtual-size":1}}}]}\r\n`)
+  const change = fc.record({ at: fc.nat(valid.length - 1), bytes: fc.oneof(fc.uint8Array({ minLength: 1, maxLength: 6 }), fc.constantFrom(...['{', '}', '[', ']', '"', '\\\\', 'null', '1e999', ',,'].map(bytes))) })
+  await fc.assert(fc.asyncProperty(fc.array(change, { minLength: 1, maxLength: 3 }), async (changes) => {
+    const said = valid.slice()
+    for (const { at, bytes: other } of changes) said.set(other.subarray(0, said.length - at), at)
+    const monitor = new FakeMonitor(() => undefined, false)
+    const connecting = QmpClient.connect(monitor.client, { timeout: 20 })
+    setImmediate(() => monitor.raw(said.subarray(0, greeting.length + 2)))
+    setTimeout(() => monitor.raw(said.subarray(greeting.length + 2)), 2)
+    const outcome = await connecting.then(async (qmp) => qmp.execute('query-block').finally(() => qmp.close())).catch((error: unknown) => error)
+    if (outcome instanceof Error) expect(outcome).toMatchObject({ code: 'ERR_QMP' })
+  }), { numRuns: 200 })
+})
+
 test('a pretty monitor is served', async () => {
   const monitor = new FakeMonitor((command, self) => self.raw(`${JSON.stringify({ return: { running: true, status: 'running' }, id: command.id }, undefined, 4)}\r\n`), false)
   monitor.raw(`${JSON.stringify(JSON.parse(greeting), undefined, 4)}\r\n`)

@@ -29,7 +29,7 @@ export class Qemu {
     return Number.parseInt(this.version, 10)
   }
 
-  path(tool: 'qemu-img' | 'qemu-io' | 'qemu-system-x86_64'): string {
+  path(tool: 'qemu-img' | 'qemu-io' | 'qemu-nbd' | 'qemu-system-x86_64'): string {
     return `${this.#folder}/${tool}`
   }
 
