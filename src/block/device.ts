@@ -151,6 +151,11 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     return false
   }
 
+  /** @internal The devices that this one is made of. */
+  get below(): readonly BlockDevice[] {
+    return []
+  }
+
   readInto(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
     const problem = this.#problem(offset, target.length, target, false, options)
     if (problem !== undefined) return Promise.reject(problem)

@@ -140,7 +140,8 @@ function openFlags(options: FileOptions): number {
   return options.direct === true ? flags | (direct ?? 0) : flags
 }
 
-function measure(fd: number, path: string | undefined): { size: number; isBlockDevice: boolean; identity: string } {
+/** What the system says of an open file. */
+export function measure(fd: number, path: string | undefined): { size: number; isBlockDevice: boolean; identity: string } {
   const stat = fs.fstatSync(fd, { bigint: true })
   const identity = fileIdentity(stat)
   if (stat.isFile()) return { size: Number(stat.size), isBlockDevice: false, identity }

@@ -11,7 +11,7 @@ import { Qcow2Error, UnsupportedError, type IoOperation } from '../core/errors.t
 import { refuseUnknownOptions } from '../core/options.ts'
 import { BaseDevice, type BlockLimits, type WriteZeroesOptions } from './device.ts'
 import { fileError } from './file-error.ts'
-import { closeDescriptor, fileOptions, openDescriptor, type FileOptions, type OpenedFile } from './file-open.ts'
+import { closeDescriptor, fileOptions, measure, openDescriptor, type FileOptions, type OpenedFile } from './file-open.ts'
 import { realPathOf } from './file-path.ts'
 import { noteOpen } from './file-registry.ts'
 import { isInMemory } from './file-system.ts'
@@ -184,7 +184,10 @@ export class FileDevice extends BaseDevice {
 
   /** Shrinking waits for nothing: the caller ends its requests beyond the new size first. */
   protected override async onResize(size: number): Promise<void> {
-    if (!this.growable) throw new UnsupportedError('a host block device has a fixed size')
+    if (!this.growable) {
+      this.#measureAgain(size)
+      return
+    }
     if (size >= this.#submittedEnd) {
       this.#extend(size)
       return
@@ -192,6 +195,14 @@ export class FileDevice extends BaseDevice {
     this.#submittedEnd = size
     this.#size = size
     await this.#call('resize', (settle) => fs.ftruncate(this.#fd, size, settle))
+  }
+
+  /** A block device cannot be made larger from here, but may have been since it was opened. */
+  #measureAgain(wanted: number): void {
+    this.#assertHeld()
+    this.#size = this.#submittedEnd = measure(this.#fd, this.path).size
+    if (this.#size === wanted) return
+    throw new UnsupportedError(`${this.path ?? 'FileHandle'}: a host block device has a fixed size, of ${this.#size} bytes`)
   }
 
   protected async onClose(): Promise<void> {

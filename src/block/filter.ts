@@ -20,6 +20,10 @@ export abstract class FilterDevice extends BaseDevice {
     this.inner = inner
   }
 
+  override get below(): readonly BlockDevice[] {
+    return [this.inner]
+  }
+
   get size(): number {
     return this.inner.size
   }

@@ -17,6 +17,10 @@ class JoinedDevice extends ReadOnlyDevice {
     this.#second = second
   }
 
+  override get below(): readonly BlockDevice[] {
+    return [this.#first, this.#second]
+  }
+
   get size(): number {
     return this.#first.size + this.#second.size
   }

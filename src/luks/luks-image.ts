@@ -120,6 +120,10 @@ class Volume extends BaseDevice {
     this.#cipher = cipher
   }
 
+  override get below(): readonly BlockDevice[] {
+    return [this.#host]
+  }
+
   /** Of the disk, in bytes: whole sectors. */
   get size(): number {
     return luksDiskSize(this.#host, this.#header)

@@ -13,10 +13,11 @@ export interface ExportRawOptions extends CallOptions {
   readonly zeroes?: 'skip' | 'write' | undefined
 }
 
-/** Writes RAM block `which` to `target` from byte 0. Absent pages are zeroes. A growable target gets the block's size. */
+/** Writes RAM block `which` to `target` from byte 0. Absent pages are zeroes. A growable target becomes at least as large; a larger one
+ * keeps what lies behind. */
 export async function exportRaw(vm: VmState, which: string | number, target: BlockDevice, options: ExportRawOptions = {}): Promise<void> {
   const source = vm.ram.device(which)
-  if (target.growable && target.size !== source.size) await target.resize(source.size, options)
+  if (target.growable && target.size < source.size) await target.resize(source.size, options)
   checkRange(0, source.size, target.size)
   await copyBlock(source, 0, source.size, target, 0, options)
   await target.flush(options)

@@ -32,20 +32,22 @@ export async function filesOfChain(path: string): Promise<Map<string, string>> {
 }
 
 /**
- * Refuses to make a file at `path` that is to have the backing file `backing`, if it would be its own, at whatever depth and by
+ * Refuses to make a file at `path` if the image at `base`, on which something new is to stand, reads it: at whatever depth, and by
  * whatever name.
- * @param backing a path, or a name relative to the folder of `path`
  * @throws Qcow2Error `ERR_BUSY`
  */
-export async function assertNotBelow(path: string, backing: string): Promise<void> {
+export async function assertNotBelow(path: string, base: string): Promise<void> {
   const identity = await identityAt(path)
-  if (identity === undefined) return
-  const below = (await filesOfChain(resolveReference(path, plainName(backing)))).get(identity)
-  if (below === undefined) return
-  throw new Qcow2Error('ERR_BUSY', `${path}: the new image would replace a file that it is to stand on (backing file ${backing}); choose another name`)
+  if (identity === undefined || !(await filesOfChain(base)).has(identity)) return
+  throw new Qcow2Error('ERR_BUSY', `${path}: the backing chain loops: the new image would replace a file that it is to stand on (backing file ${base}); choose another name`)
 }
 
-/** QEMU's prefix of plain files. */
-function plainName(name: string): string {
+/** The path of a backing file as an image at `path` names it. */
+export function backingPath(path: string, name: string): string {
+  return resolveReference(path, plainName(name))
+}
+
+/** Without QEMU's prefix of plain files. */
+export function plainName(name: string): string {
   return name.startsWith('file:') && !name.startsWith('file://') ? name.slice(5) : name
 }

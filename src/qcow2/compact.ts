@@ -6,7 +6,7 @@ import { runCheck } from './check.ts'
 
 /**
  * Cuts an image file behind the last cluster that anything refers to or counts; the bytes given
- * back. The file is opened and closed again, a device given stays open; the image must not be open. Only what no
+ * back, none for a device of fixed size. The file is opened and closed again, a device given stays open; the image must not be open. Only what no
  * counter counts is cut, so a crash at any point leaves a sound image. Leaked clusters count: `repairImage` frees them first.
  *
  * Free clusters between used ones stay: converting the image leaves them behind.
@@ -22,9 +22,8 @@ async function compactHost(host: BlockDevice, options: CallOptions): Promise<num
     throw new Qcow2Error('ERR_CORRUPT', `compact: the image has ${report.corruptions} corruptions; repair it first`)
   }
   const excess = Math.max(0, host.size - report.imageEndOffset)
-  if (excess > 0) {
-    await host.resize(report.imageEndOffset, options)
-    await host.flush(options)
-  }
+  if (excess === 0 || !host.growable) return 0
+  await host.resize(report.imageEndOffset, options)
+  await host.flush(options)
   return excess
 }

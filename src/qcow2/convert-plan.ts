@@ -102,6 +102,7 @@ export async function* streamPieces(chunks: AsyncIterable<Uint8Array>, pieceSize
   let filled = 0
   let bytes = new Uint8Array(pieceSize)
   for await (const chunk of chunks) {
+    if (!ArrayBuffer.isView(chunk)) throw new TypeError(`a chunk of the stream must be a Uint8Array, not ${typeof chunk}: leave the stream without an encoding`)
     for (let from = 0; from < chunk.length; ) {
       const length = Math.min(chunk.length - from, pieceSize - filled)
       bytes.set(chunk.subarray(from, from + length), filled)

@@ -12,7 +12,7 @@ import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions } from '../core/options.ts'
 import { allocatorFor } from './convert-lanes.ts'
 import { streamPieces } from './convert-plan.ts'
-import { conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options } from './convert.ts'
+import { conversionOptions, deviceContent, writeImage, type ConvertToQcow2Options, type ImageContent } from './convert.ts'
 import { DataProgress } from './convert-progress.ts'
 
 /** Options of {@link convertStreamToQcow2}. */
@@ -23,23 +23,38 @@ export interface ConvertStreamOptions extends Omit<ConvertToQcow2Options, 'onPro
 
 /**
  * Writes a raw disk that arrives as a stream into `target` as a new qcow2 image, in one pass. The whole content of a
- * device is replaced; a path names a file that does not exist yet. The disk has the size of the stream, rounded up to 512 bytes.
- * @throws what `convertToQcow2` throws, and what the stream does. After an error the target is not a qcow2 image.
+ * device is replaced; a path names a file that does not exist yet, and is there only when all of the stream was stored. The disk has the size of the stream, rounded up to 512 bytes.
+ * @throws what `convertToQcow2` throws, and what the stream does; TypeError for chunks of text. The stream is ended in any case.
  */
 export async function convertStreamToQcow2(chunks: AsyncIterable<Uint8Array>, target: Source, options: ConvertStreamOptions = {}): Promise<void> {
-  refuseUnknownOptions('convertStreamToQcow2', options, conversionOptions)
   const { onProgress, ...shape } = options
   let end = 0
-  await withTarget(target, options, (host) => writeImage(host, { ...shape, size: 0 }, {
-    allocate: allocatorFor(host, host),
-    source: undefined,
-    pieces: (_, pieceSize) => streamPieces(chunks, pieceSize),
-    onPiece: ({ start, length }) => {
-      end = Math.max(end, start + length)
-      onProgress?.({ done: end })
-    },
-    finalSize: () => end,
-  }))
+  const reading = { begun: false }
+  const pieces: ImageContent['pieces'] = (_, pieceSize) => {
+    reading.begun = true
+    return streamPieces(chunks, pieceSize)
+  }
+  const onPiece: ImageContent['onPiece'] = ({ start, length }) => {
+    end = Math.max(end, start + length)
+    onProgress?.({ done: end })
+  }
+  try {
+    refuseUnknownOptions('convertStreamToQcow2', options, conversionOptions)
+    await withTarget(target, options, (host) =>
+      writeImage(host, { ...shape, size: 0 }, { allocate: allocatorFor(host, host), source: undefined, pieces, onPiece, finalSize: () => end }),
+    )
+  } catch (error) {
+    // a stream that nobody began to read would stay open
+    if (!reading.begun) await giveUp(chunks)
+    throw error
+  }
+}
+
+/** Ends a stream that was not read: the `return` of an iterator that was not begun does not end Node's. */
+async function giveUp(chunks: AsyncIterable<Uint8Array> & { destroy?: () => unknown; cancel?: () => Promise<void> }): Promise<void> {
+  if (typeof chunks.destroy === 'function') chunks.destroy()
+  else if (typeof chunks.cancel === 'function') await chunks.cancel().catch(() => undefined)
+  else await chunks[Symbol.asyncIterator]().return?.()
 }
 
 /**

@@ -5,15 +5,19 @@
 import { zeroRun } from '../bytes/zero-run.ts'
 import { batchBytes, CodecPool } from '../codec/worker-pool.ts'
 import type { BlockDevice, CallOptions } from '../block/device.ts'
-import { withTarget, type Source } from '../block/source.ts'
+import { isBlockDevice, pathOf, withSource, withTarget, type Source } from '../block/source.ts'
+import { assertApart } from '../block/stands-on.ts'
 import { pad } from '../block/pad.ts'
 import { allocatorFor, lanes, pieceSize, runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
 import { defaultSparseSize, type ConvertPiece } from './convert-plan.ts'
 import { countedPieces, DataProgress, type ConvertProgress } from './convert-progress.ts'
 import type { LayoutOptions } from './create.ts'
+import { assertNotBelow, backingPath } from './chain-files.ts'
+import { hasMagic } from './header.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
 import { InFlight } from '../core/in-flight.ts'
+import { UnsupportedError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { Qcow2Image } from './image.ts'
 import { hostFile } from './open.ts'
@@ -43,24 +47,46 @@ export interface ConvertToQcow2Options
 
 /**
  * Writes the content of `source` into `target` as a new qcow2 image. The whole content of a device is replaced, and it
- * stays open; a path names a file that does not exist yet, which is made and closed again. Memory stays below 32 MiB
- * whatever the size.
+ * stays open; a path names a file that does not exist yet, which is there only when the conversion has succeeded. Memory
+ * stays below 32 MiB whatever the size.
  *
- * `source` is a device, because a path does not tell what is meant: the disk in an image is
- * `await Qcow2Image.open(path)`, the bytes of a raw file are `await openFile(path)`.
+ * `source` is a device, or what holds a raw disk: a path, for example. The disk in an image is `await Qcow2Image.open(path)`;
+ * the path of a qcow2 image is refused, because its bytes are not what is meant.
  *
  * With `backing` the image becomes an overlay: only what `source` itself holds is copied, not what it
  * has from its own backing file, which must read like the backing file named.
  * @throws what reading the source or writing the target throws; RangeError or TypeError for options the
- * format does not allow, and unknown ones; `ERR_EXISTS` for the path of a file. After an error the target is not a qcow2 image.
+ * format does not allow, and unknown ones; `ERR_EXISTS` for the path of a file; `ERR_BUSY` for a device that the source is read from, or the backing
+ * file; `ERR_UNSUPPORTED` for the path of a qcow2 image. After an error there is no file at a path, and a device holds no image.
  */
-export async function convertToQcow2(source: BlockDevice, target: Source, options: ConvertToQcow2Options = {}): Promise<void> {
+export async function convertToQcow2(source: Source, target: Source, options: ConvertToQcow2Options = {}): Promise<void> {
   refuseUnknownOptions('convertToQcow2', options, conversionOptions)
   const progress = new DataProgress(options.onProgress)
-  await withTarget(target, options, (host) =>
-    writeImage(host, { ...options, size: source.size }, deviceContent(source, allocatorFor(source, host), options, progress)),
-  )
+  await withDisk(source, options, async (disk) => {
+    await refuseOwnSource(disk, target, options)
+    await withTarget(target, options, (host) =>
+      writeImage(host, { ...options, size: disk.size }, deviceContent(disk, allocatorFor(disk, host), options, progress)),
+    )
+  })
   progress.finish()
+}
+
+/** Runs a task on a disk: a device, or the bytes of anything else. */
+function withDisk<T>(source: Source, { signal }: CallOptions, task: (disk: BlockDevice) => Promise<T>): Promise<T> {
+  return withSource(source, { readOnly: true, signal }, async (disk) => {
+    if (disk !== source && hasMagic(await disk.read(0, Math.min(4, disk.size), { signal }))) {
+      const name = pathOf(source) ?? 'the source'
+      throw new UnsupportedError(`${name}: a qcow2 image, not a raw disk: give the disk in it, await Qcow2Image.open(...), or its bytes, await openFile(...)`, ['qcow2'])
+    }
+    return task(disk)
+  })
+}
+
+/** Before the first byte changes: the target may be no file that the new image's content or its backing file comes from. */
+async function refuseOwnSource(disk: BlockDevice, target: Source, { backing }: ConvertToQcow2Options): Promise<void> {
+  if (isBlockDevice(target)) assertApart(disk, target)
+  const path = pathOf(target)
+  if (backing !== undefined && path !== undefined) await assertNotBelow(path, backingPath(path, backing.file))
 }
 
 /** The options that all conversions to qcow2 take. */
@@ -106,8 +132,7 @@ export type WriteImageOptions = ConvertToQcow2Options & { readonly size: number;
 /** Writes a new image into `host`: what all conversions to qcow2 share. */
 export async function writeImage(host: BlockDevice, options: WriteImageOptions, content: ImageContent): Promise<void> {
   const file = hostFile(host)
-  // whatever was there is gone: an old header must not survive a conversion that fails
-  if (host.size > 0) await host.resize(0).catch(() => file.write(0, file.allocate(Math.min(host.size, 512))))
+  if (host.size > 0) await clear(file)
   const { compressed, workers, sparseSize = defaultSparseSize, signal, onProgress: _, backingSize: __, ...layout } = options
   const writer = new ImageWriter(file, layout)
   const { clusterSize } = writer.geometry
@@ -125,6 +150,12 @@ export async function writeImage(host: BlockDevice, options: WriteImageOptions, 
     await runLanes(pieces, lane, (job) => storePlain(conversion, job))
   }
   await writer.finish(content.finalSize?.())
+}
+
+/** Whatever was there is gone, durably: an old header must not survive a conversion that fails, and refer to what is overwritten. */
+async function clear(file: HostFile): Promise<void> {
+  await file.device.resize(0).catch(() => file.write(0, file.allocate(Math.min(file.size, 512)).fill(0)))
+  await file.flush()
 }
 
 interface Conversion {

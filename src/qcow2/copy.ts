@@ -4,6 +4,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { pad } from '../block/pad.ts'
+import { assertApart } from '../block/stands-on.ts'
 import { zeroRun } from '../bytes/zero-run.ts'
 import { InFlight } from '../core/in-flight.ts'
 import { allocatorFor, lanes, pieceSize, runLanes, type Job, type LaneOptions } from './convert-lanes.ts'
@@ -32,18 +33,20 @@ export interface CopyOptions extends CallOptions {
 }
 
 /**
- * Makes `target` read like `source`: any devices, images among them. A growable target gets the size of
- * the source; any other must be at least as large, and keeps what lies behind. Durable when it resolves. Both are
- * devices, because a path does not tell whether the bytes of a file or the disk in it are meant.
- * @throws RangeError if the target is too small; TypeError for `compressed` into anything but an image; what reading and writing throw.
+ * Makes `target` read like `source`: any devices, images among them. This is writing into a target, not replacing it: a growable
+ * target becomes at least as large as the source, any other must be; what a larger one has after the end of the source
+ * stays. Durable when it resolves. Both are devices, because a path does not tell whether the bytes of a file or the disk in it
+ * are meant.
+ * @throws Qcow2Error `ERR_BUSY` if the target is a file that the source is read from; RangeError if the target is too small; TypeError for `compressed` into anything but an image; what reading and writing throw.
  */
 export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {
   const { sparseSize = defaultSparseSize, skipBacking = false, compressed = false, signal } = options
   if (compressed && !(target instanceof Qcow2Image)) throw new TypeError('copyDevice: only a Qcow2Image takes compressed clusters')
+  assertApart(source, target)
   const progress = new DataProgress(options.onProgress)
   const fresh = target.growable && target.size === 0
   const blank = (options.targetIsZero ?? fresh) && sparseSize > 0 && !skipBacking
-  if (target.growable && target.size !== source.size) await target.resize(source.size)
+  if (target.growable && target.size < source.size) await target.resize(source.size)
   if (target.size < source.size) {
     throw new RangeError(`the target has ${target.size} bytes, the source ${source.size}; resize the target first`)
   }
@@ -57,7 +60,8 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   const allocate = allocatorFor(source, target)
   const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: (piece) => progress.add(piece), signal }
   await runLanes(pieces, lane, (job) => copyPiece(copy, job))
-  await target.flush({ signal })
+  // not the bare target: what pads it has made its last sector whole
+  await copy.target.flush({ signal })
   progress.finish()
 }
 

@@ -201,6 +201,11 @@ export class Engine {
     return this.requests.drained()
   }
 
+  /** The devices it stands on. */
+  get below(): readonly BlockDevice[] {
+    return [this.host.device, this.data.device, ...(this.backing === undefined ? [] : [this.backing])]
+  }
+
   /** Throws unless the image may be written. */
   assertSound(): void {
     if (this.damage !== undefined) throw this.damage

@@ -97,6 +97,8 @@ export class HostFile {
       try {
         await this.device.resize(size)
       } catch (error) {
+        // a block device that was extended meanwhile knows it now, though it has another size than was asked for
+        if (this.device.size >= size) return
         // what has a fixed size is full, and scripts look for these words
         if (!Qcow2Error.is(error, 'ERR_UNSUPPORTED')) throw error
         const cause = new Error(`${error.message}: No space left on device`, { cause: error })

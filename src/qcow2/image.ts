@@ -43,6 +43,8 @@ export interface OpenOptions extends ReferenceOptions, CallOptions {
   readonly syncLimit?: number | undefined
   /** Read an image even while a running QEMU writes to it: what is read may contradict itself. */
   readonly forceShare?: boolean | undefined
+  /** False: open it whoever else uses it, also for writing. Default true. */
+  readonly locking?: boolean | undefined
   /** Opens an encrypted image: the LUKS passphrase, or the key of legacy AES. */
   readonly passphrase?: string | Uint8Array | undefined
   /** Called when refcounts that the last writer postponed (dirty bit) were set right before the image opened for writing. */
@@ -54,6 +56,7 @@ const openOptions: OptionNames<OpenOptions> = {
   direct: true,
   syncLimit: true,
   forceShare: true,
+  locking: true,
   passphrase: true,
   onRepair: true,
   references: true,
@@ -101,20 +104,21 @@ export class Qcow2Image extends BaseDevice {
    * Opens an image, and what it refers to under the policy of the options.
    * @throws Qcow2Error `ERR_FORMAT` not an image or malformed, `ERR_UNSUPPORTED` features this library
    * does not have or a reference the policy refuses, `ERR_CORRUPT` marked corrupt and not `readOnly`, `ERR_BUSY` a
-   * running QEMU uses the file, or an image of this process is open for writing on it and this one would write too;
+   * running QEMU uses the file, or this one would write and another image of this process, or another process of this library,
+   * writes to the file already (see `locking`);
    * TypeError for an unknown option.
    */
   static async open(source: Source, options: OpenOptions = {}): Promise<Qcow2Image> {
     refuseUnknownOptions('Qcow2Image.open', options, openOptions)
-    const { direct, syncLimit, forceShare, cacheSize, onRepair, signal } = options
+    const { direct, syncLimit, forceShare, locking, cacheSize, onRepair, signal } = options
     signal?.throwIfAborted()
     const readOnly = options.readOnly === true || isReadOnly(source)
-    const device = await openSource(source, { readOnly, direct, syncLimit, forceShare, signal })
+    const device = await openSource(source, { readOnly, direct, syncLimit, forceShare, locking, signal })
     const held: (() => void)[] = []
     const release = (): void => held.forEach((free) => free())
     try {
       const context = { ...rootContext({ path: pathOf(source), identity: device.identity }, options, openNested), held }
-      if (!device.readOnly) context.held.push(await holdImageFile(device))
+      if (!device.readOnly && locking !== false) context.held.push(await holdImageFile(device))
       return new Qcow2Image(
         await openEngine(device, { readOnly: device.readOnly, cacheSize, context, openCipher: cipherFrom(options), onRepair }),
         release,
@@ -132,8 +136,12 @@ export class Qcow2Image extends BaseDevice {
   }
 
   /**
-   * Makes a new image and opens it for writing. A device must be empty or is overwritten.
-   * @throws RangeError or TypeError for options outside the format and unknown ones, `ERR_EXISTS` with `exclusive`.
+   * Makes a new image and opens it for writing. A path is a new file: it is written beside what has the name and replaces it
+   * when it is whole and durable, so that a failure or a crash leaves the old file or the new one; a symbolic link stays one.
+   * The content of a device is lost, and nothing of it shows.
+   * @throws RangeError or TypeError for options outside the format and unknown ones; Qcow2Error `ERR_EXISTS` with `exclusive`,
+   *   `ERR_BUSY` if the file at the path is in use (this process has it open, under any name; another process of this library writes
+   *   to it; a running QEMU has it) or the image would be its own backing file, `ERR_NO_SPACE` for a device that is too small.
    */
   static async create(target: Source, options: CreateOptions): Promise<Qcow2Image> {
     const { engine, release } = await createEngine(target, options, openNested)
@@ -148,6 +156,10 @@ export class Qcow2Image extends BaseDevice {
 
   get readOnly(): boolean {
     return this.#engine.readOnly
+  }
+
+  override get below(): readonly BlockDevice[] {
+    return this.#engine.below
   }
 
   protected onRead(offset: number, target: Uint8Array): Promise<void> {

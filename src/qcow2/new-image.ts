@@ -10,6 +10,7 @@ import { isBlockDevice, openTarget, pathOf, type Source, type Target } from '../
 import { zeroContent } from '../block/zero-content.ts'
 import { IoError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
+import { assertNotBelow, backingPath, plainName } from './chain-files.ts'
 import { checkNewBacking, freshState, layoutEnd, makeBlank, planLayout, writeLayout, type Layout, type LayoutOptions } from './create.ts'
 import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
@@ -73,11 +74,13 @@ export async function createEngine(target: Source, given: CreateOptions | undefi
   const options = given ?? {}
   refuseUnknownOptions('Qcow2Image.create', options, createOptions)
   options.signal?.throwIfAborted()
-  const { references, probeBackingFormat, cacheSize, backing } = options
+  const { references, probeBackingFormat, cacheSize, locking, backing } = options
   if (backing !== undefined) checkNewBacking(backing)
   else if (options.size === undefined) throw new TypeError('size is missing: only an overlay may leave it to its backing file')
-  const context = { ...rootContext(await targetFile(target), { references, probeBackingFormat, cacheSize }, openImage), isNew: true }
+  const context = { ...rootContext(await targetFile(target), { references, probeBackingFormat, cacheSize, locking }, openImage), isNew: true }
   if (backing === undefined) return createSized(target, { ...options, size: options.size! }, context)
+  // what the caller's own decision gives says nothing of the file that is named
+  if (typeof references === 'function') await refuseOwnBase(pathOf(target), options)
   const device = await openBacking(backing.file, backing.format, context)
   try {
     return await createSized(target, { ...options, size: options.size ?? device.size }, { ...context, backing: device })
@@ -103,7 +106,7 @@ async function createSized(given: Source, options: CreateOptions & LayoutOptions
   const release = (): void => context.held.forEach((free) => free())
   try {
     refuseTooSmall(host, layout)
-    context.held.push(await holdImageFile(target.device))
+    if (options.locking !== false) context.held.push(await holdImageFile(target.device))
     if (options.dataFile !== undefined) dataFile = await newDataFile(options, layout, context)
     const engine = await writeEngine(host, layout, target.shows === 'when kept' ? 'any' : 'flushed', options, dataFile === undefined ? context : withDataFile(context, dataFile))
     await keepEngine(engine, target, dataFile)
@@ -114,6 +117,14 @@ async function createSized(given: Source, options: CreateOptions & LayoutOptions
     await target.discard()
     throw error
   }
+}
+
+/** Before anything is touched: what would replace, or overwrite, the image that it is to stand on. */
+async function refuseOwnBase(path: string | undefined, { backing, dataFile }: CreateOptions): Promise<void> {
+  if (backing === undefined || path === undefined) return
+  const base = backingPath(path, backing.file)
+  await assertNotBelow(path, base)
+  if (dataFile !== undefined) await assertNotBelow(plainName(dataFile), base)
 }
 
 /** A place of fixed size is refused before it is touched. */

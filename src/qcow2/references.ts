@@ -54,6 +54,8 @@ export interface ReferenceOptions {
   readonly backing?: BlockDevice | undefined
   /** The external data file, by its path or itself, instead of the one the image names; a device then belongs to the image. */
   readonly dataFile?: Source | undefined
+  /** @internal False: write to the data file whoever else uses it. */
+  readonly locking?: boolean | undefined
   /** Bytes of memory for cached metadata tables, of each image of a backing chain. Default 32 MiB. */
   readonly cacheSize?: number | undefined
   /** Guess the format of a backing file that has none recorded, by its first bytes. Default false: refused. */
@@ -212,20 +214,20 @@ export async function openDataFile(name: string, access: 'read' | 'write', conte
  * is discarded by closing it.
  */
 export async function createDataFile(name: string, context: ReferenceContext, { signal }: CallOptions): Promise<Target> {
+  const { references, locking } = context.options
   refuseClash({ path: name, identity: await fileKey(name) }, context)
-  const { references } = context.options
-  if (typeof references !== 'function') return openTarget(name, { signal })
+  if (typeof references !== 'function') return openTarget(name, { locking, signal })
   const reference = { kind: 'data file', name, format: 'raw', from: context.path, path: name, access: 'write' } as const
   const decision = await references(reference)
   if (typeof decision !== 'boolean') return { device: decision, shows: 'at once', keep: () => Promise.resolve(), discard: () => decision.close() }
-  if (decision) return openTarget(name, { signal })
+  if (decision) return openTarget(name, { locking, signal })
   throw refused(reference, 'is not opened', advice.any)
 }
 
 /** Opens the data file that the caller gives instead of the one that the image names. */
 export async function openGivenDataFile(source: Source, access: 'read' | 'write', context: ReferenceContext): Promise<BlockDevice> {
-  const { forceShare } = context.options
-  const device = isBlockDevice(source) ? source : await openSource(source, { readOnly: access === 'read', forceShare })
+  const { forceShare, locking } = context.options
+  const device = isBlockDevice(source) ? source : await openSource(source, { readOnly: access === 'read', forceShare, locking })
   return asDataFile(device, access, context)
 }
 
@@ -234,7 +236,7 @@ async function asDataFile(device: BlockDevice, access: 'read' | 'write', context
   try {
     const link = { path: device.path ?? 'data file', identity: device.identity }
     refuseClash(link, context)
-    if (access === 'write') context.held.push(await holdImageFile(device))
+    if (access === 'write' && context.options.locking !== false) context.held.push(await holdImageFile(device))
     context.opened.push(link)
     return device
   } catch (error) {
@@ -256,14 +258,14 @@ interface Opened {
 }
 
 async function openReference(reference: Reference, context: ReferenceContext): Promise<Opened> {
-  const { references = 'tree', forceShare } = context.options
+  const { references = 'tree', forceShare, locking } = context.options
   let rule: ReferenceRule = context.isNew === true ? 'any' : 'none'
   if (typeof references === 'function') {
     const decision = await references(reference)
     if (typeof decision !== 'boolean') return { device: decision, isGiven: true }
     rule = decision ? 'any' : 'none'
   } else if (context.isNew !== true) rule = references
-  const open = (path: string): Promise<BlockDevice> => openSource(path, { readOnly: reference.access === 'read', forceShare })
+  const open = (path: string): Promise<BlockDevice> => openSource(path, { readOnly: reference.access === 'read', forceShare, locking })
   return { device: await follow(rule, reference, { root: context.root, open, advice }), isGiven: false }
 }
 

@@ -20,6 +20,10 @@ class LayerDevice extends ReadOnlyDevice {
     this.size = size
   }
 
+  override get below(): readonly BlockDevice[] {
+    return this.#engine.below
+  }
+
   protected onRead(offset: number, target: Uint8Array): Promise<void> {
     const engine = this.#engine
     const read = (): Promise<void> => readLayer(engine, this.#layer, this.#base + offset, target)

@@ -8,7 +8,7 @@ import { writeSparse, writeStream } from '../output.ts'
 import { isPipe, withPayload } from '../payload.ts'
 import { untilAborted } from '../pipe-source.ts'
 import type { Progress } from '../progress.ts'
-import { aboutTarget, backingSize, createFile, needsEngine, shapeOf, type ConvertContext, type Request } from './convert-request.ts'
+import { aboutTarget, backingSize, intoTarget, needsEngine, shapeOf, type ConvertContext, type Request } from './convert-request.ts'
 
 /** True if the source is a pipe: it can be read once, forwards. */
 export function readsPipe({ args, options, terminal }: ConvertContext): boolean {
@@ -41,9 +41,8 @@ export async function copyFromPipe(context: ConvertContext, request: Request): P
   if (request.format === 'luks') throw new UsageError('a LUKS volume cannot be made from a pipe')
   if (isPipe(target)) throw new UsageError('a qcow2 image cannot be made from one pipe into another: the source must be read twice')
   if (options['no-create'] || needsEngine(values)) throw new UsageError('a pipe can only be stored in a new image without -n, encryption, data file and preallocation')
-  context.leaves(`${target} is incomplete: delete it`)
-  await using file = await createFile(context, target)
-  await convertStreamToQcow2(chunks, file, { ...shapeOf(await aboutTarget(target, () => Promise.resolve(layoutOf(values)))), compressed: options.compress, workers, sparseSize, signal, onProgress })
+  const shape = shapeOf(await aboutTarget(target, () => Promise.resolve(layoutOf(values))))
+  await intoTarget(context, target, (file) => convertStreamToQcow2(chunks, file, { ...shape, compressed: options.compress, workers, sparseSize, signal, onProgress }))
   progress.finish()
 }
 

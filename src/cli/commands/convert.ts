@@ -1,5 +1,5 @@
-import { resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
+import { MemoryDevice } from '../../block/memory.ts'
 import { convertToQcow2 } from '../../qcow2/convert.ts'
 import { copyDevice } from '../../qcow2/copy.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
@@ -7,16 +7,17 @@ import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { concatenated } from '../image/concatenated.ts'
 import { asksForHelp, createHelp, layoutOf, preallocationOf } from '../image/create-options.ts'
-import { makeImage, refuseSelf } from '../image/new-image.ts'
+import { beginImage, refuseSelf, refuseSelfAt } from '../image/new-image.ts'
+import { resolveBacking } from '../image/names.ts'
 import type { OpenedImage } from '../image/open.ts'
 import { isDirect, openerFor } from '../image/options.ts'
 import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
 import { salvaged } from '../image/salvage.ts'
-import { parseImageOpts, parseName, parsePlace } from '../image/spec.ts'
+import { parseImageOpts, parsePlace } from '../image/spec.ts'
 import { contentOf, writeStream } from '../output.ts'
 import { isPipe } from '../payload.ts'
 import { copyFromPipe, readsPipe, sendImage } from './convert-pipe.ts'
-import { aboutTarget, backingSize, checkRequest, convertOptions, createFile, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
+import { aboutTarget, backingSize, checkRequest, convertOptions, intoTarget, needsEngine, shapeOf, targetFormat, type ConvertContext, type Request } from './convert-request.ts'
 
 export const convertCommand = command({
   name: 'convert',
@@ -52,7 +53,7 @@ export const convertCommand = command({
     const sources: OpenedImage[] = []
     try {
       for (const name of args.slice(0, -1).map((name) => (name === '-' ? context.terminal.stdinFile! : name))) sources.push(await openSource(context, name))
-      refuseSelf(sources, request.target)
+      await refuseSelf(sources, request.target)
       if (options.bitmaps) await refuseBroken(context, sources[0]!)
       await copy(context, sources, request)
       return 0
@@ -84,63 +85,72 @@ async function copy(context: ConvertContext, sources: readonly OpenedImage[], re
   }
   const { sparseSize } = request
   const onProgress = ({ done, total }: { done: number; total: number }): void => progress.update(done, total)
-  context.leaves(options['no-create'] ? `${target} is partly overwritten` : `${target} is incomplete: delete it`)
-  if (options['no-create']) await copyInto(context, source, target, { sparseSize, targetIsZero: options['target-is-zero'] ? true : undefined, signal, onProgress })
+  if (options['no-create']) await copyInto(context, source, sources, target, { sparseSize, targetIsZero: options['target-is-zero'] ? true : undefined, signal, onProgress })
   else if (request.format === 'raw') await makeRawCopy(context, source, request, { sparseSize, signal, onProgress })
   // all of the disk is written, zeroes too: what is not would read as random bytes
-  else if (request.format === 'luks') await copyIntoNew(context, source, request, { sparseSize: 0, signal, onProgress })
-  else await makeQcow2Copy(context, source, request, onProgress)
-  if (options.bitmaps) await copyBitmaps(context, sources[0]!, target)
+  else if (request.format === 'luks') await copyIntoNew(context, source, sources[0]!, request, { sparseSize: 0, signal, onProgress })
+  else await makeQcow2Copy(context, source, sources[0]!, request, onProgress)
   progress.finish()
 }
 
 type CopyOptions = Parameters<typeof copyDevice>[2]
 
-async function copyInto(context: ConvertContext, source: BlockDevice, target: string, copying: CopyOptions): Promise<void> {
+async function copyInto(context: ConvertContext, source: BlockDevice, sources: readonly OpenedImage[], target: string, copying: CopyOptions): Promise<void> {
   const { options } = context
   const how = { readOnly: false, direct: isDirect(options['target-cache']) }
   const opener = openerFor(context)
   const opened = await (options['target-image-opts'] ? opener.spec(parseImageOpts(target), how) : opener.name(target, how, options['target-format']))
   try {
+    for (const { identity } of [opened.host, ...(opened.image === undefined ? [] : [opened.image.engine.data.device])]) refuseSelfAt(sources, target, identity)
+    context.leaves(`${target} is partly overwritten`)
     if (opened.device.size < source.size) throw new ExitError(1, 'output file is smaller than input file')
     if (options.compress && opened.image === undefined) throw new ExitError(1, 'Compression not supported for this file format')
     const skipBacking = options.backing !== undefined && opened.backing !== undefined
     await copyDevice(source, opened.device, { ...copying, skipBacking, compressed: options.compress })
+    if (options.bitmaps && opened.image !== undefined) await copyBitmaps(context, sources[0]!, opened.image)
   } finally {
     await opened.close()
   }
 }
 
 async function makeRawCopy(context: ConvertContext, source: BlockDevice, { target, values }: Request, copying: CopyOptions): Promise<void> {
-  await using file = await createFile(context, target)
-  await copyDevice(source, file, preallocationOf(values) === 'off' ? copying : { ...copying, sparseSize: 0 })
+  const how = preallocationOf(values) === 'off' ? copying : { ...copying, sparseSize: 0 }
+  await intoTarget(context, target, (file) => copyDevice(source, file, how))
 }
 
 /** Makes an image and copies into it. */
-async function copyIntoNew(context: ConvertContext, source: BlockDevice, { target, format, values }: Request, copying: CopyOptions): Promise<void> {
+async function copyIntoNew(context: ConvertContext, source: BlockDevice, from: OpenedImage, { target, format, values }: Request, copying: CopyOptions): Promise<void> {
   const opener = openerFor(context)
+  const { secrets } = opener.settings
   values.set('size', String(source.size))
-  await aboutTarget(target, () => makeImage(target, format, values, context.signal, opener.settings.secrets), format)
-  const keySecret = values.get(format === 'luks' ? 'key-secret' : 'encrypt.key-secret')
-  const opened = await opener.spec({ ...parseName(target, format), ...(keySecret === undefined ? {} : { keySecret }) }, { readOnly: false })
+  const backing = values.get('backing_file')
+  const below = async (): Promise<BlockDevice> =>
+    (await opener.name(resolveBacking(parsePlace(target), backing!), { readOnly: true }, values.get('backing_fmt'))).device
+  const made = await aboutTarget(target, () => beginImage({ ...context, secrets }, target, format, values, below), format)
   try {
-    await copyDevice(source, opened.device, copying)
+    await copyDevice(source, made.disk, copying)
+    if (context.options.bitmaps && made.image !== undefined) await copyBitmaps(context, from, made.image)
+    await made.keep()
   } finally {
-    await opened.close()
+    await made.discard()
   }
 }
 
-async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, request: Request, onProgress: (progress: { done: number; total: number }) => void): Promise<void> {
+async function makeQcow2Copy(context: ConvertContext, source: BlockDevice, from: OpenedImage, request: Request, onProgress: (progress: { done: number; total: number }) => void): Promise<void> {
   const { options, signal } = context
   const { target, values, sparseSize, workers } = request
   const below = await backingSize(context, target, values)
   if (needsEngine(values)) {
     const skipBacking = values.has('backing_file')
-    return copyIntoNew(context, source, request, { sparseSize, skipBacking, targetIsZero: !skipBacking, signal, onProgress })
+    return copyIntoNew(context, source, from, request, { sparseSize, skipBacking, targetIsZero: !skipBacking, signal, onProgress })
   }
   const layout = await aboutTarget(target, () => Promise.resolve(layoutOf(values)))
-  await using file = await createFile(context, target)
-  await convertToQcow2(source, file, { ...shapeOf(layout), backingSize: below, compressed: options.compress, workers, sparseSize, signal, onProgress })
+  await intoTarget(context, target, async (file) => {
+    await convertToQcow2(source, file, { ...shapeOf(layout), backingSize: below, compressed: options.compress, workers, sparseSize, signal, onProgress })
+    if (!options.bitmaps) return
+    await using image = await Qcow2Image.open(file, { references: () => new MemoryDevice(0) })
+    await copyBitmaps(context, from, image)
+  })
 }
 
 /** Bitmaps that cannot be copied are found before the target is made. */
@@ -151,12 +161,11 @@ async function refuseBroken({ options, terminal }: ConvertContext, { image, form
   throw new ExitError(1, `Cannot copy inconsistent bitmap '${broken.name}'\nTry --skip-broken-bitmaps, or use '${terminal.program} bitmap --remove' to delete it`)
 }
 
-async function copyBitmaps(context: ConvertContext, source: OpenedImage, target: string): Promise<void> {
+async function copyBitmaps(context: ConvertContext, source: OpenedImage, image: Qcow2Image): Promise<void> {
   if (source.image === undefined) return
   const bitmaps = await source.image.bitmaps.list()
   // the last one first, as QEMU looks at them
   for (const { name } of bitmaps.filter(({ inUse }) => inUse).reverse()) context.warn(`Skipping inconsistent bitmap '${name}'`)
-  await using image = await Qcow2Image.open(parsePlace(target).kind === 'file' ? resolve(target) : target, { references: 'any' })
   for (const { name, granularity, inUse, auto } of bitmaps) {
     if (inUse) continue
     await image.bitmaps.add({ name, granularity, disabled: true })
@@ -164,4 +173,3 @@ async function copyBitmaps(context: ConvertContext, source: OpenedImage, target:
     if (auto) await image.bitmaps.enable(name)
   }
 }
-

@@ -16,7 +16,7 @@ export const createCommand = command({
   name: 'create',
   summary: 'Make a new image',
   description: [
-    'An existing file is replaced. SIZE takes the suffixes b, K, M, G, T, P and E; an overlay without SIZE is as large as its backing file.',
+    'An existing file is replaced when the new image is whole; one that is in use is not. SIZE takes the suffixes b, K, M, G, T, P and E; an overlay without SIZE is as large as its backing file.',
     "'-o help' lists what -o takes.",
   ],
   options: {
@@ -41,7 +41,7 @@ export const createCommand = command({
     { line: 'qcow2 create -f qcow2 -o cluster_size=2M,preallocation=metadata big.qcow2 1T', shows: 'large clusters, all of them mapped' },
   ],
   async run(context) {
-    const { options, args, print, signal, terminal } = context
+    const { options, args, print, terminal } = context
     const format = options.format ?? 'raw'
     if (!isImageFormat(format)) throw new ExitError(1, `${args[0] ?? ''}: Unknown file format '${format}'${didYouMean(format, imageFormats)}`)
     if (asksForHelp(options.options)) {
@@ -55,7 +55,7 @@ export const createCommand = command({
     if (!options.quiet) await print(formattingLine(filename, format, values))
     // before an error, as qemu-img does
     await terminal.stdout.flush?.()
-    await about(filename, () => makeImage(filename, format, values, signal, parseSecrets(options.object)))
+    await about(filename, () => makeImage({ ...context, secrets: parseSecrets(options.object) }, filename, format, values))
     return 0
   },
 })

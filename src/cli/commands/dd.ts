@@ -6,7 +6,8 @@ import { convertToQcow2Stream } from '../../qcow2/convert-stream.ts'
 import { copyDevice } from '../../qcow2/copy.ts'
 import { command, type Context } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { emptyFile, refuseSelf } from '../image/new-image.ts'
+import { refuseSelf } from '../image/new-image.ts'
+import { intoNewTarget } from '../image/new-target.ts'
 import { openerFor, forceShareOption, imageOptsOption, objectOption } from '../image/options.ts'
 import { rawImage } from '../image/raw.ts'
 import { parseImageOpts, parsePlace } from '../image/spec.ts'
@@ -45,11 +46,10 @@ export const ddCommand = command({
     const opener = openerFor(context)
     const source = await (options['image-opts'] ? opener.spec(parseImageOpts(input), { readOnly: true }) : opener.name(input, { readOnly: true }, options.format))
     try {
-      refuseSelf([source], output)
+      await refuseSelf([source], output)
       const start = Math.min(skip * blockSize, source.device.size)
       if (skip * blockSize > source.device.size) context.warn(`${input}: cannot skip to specified offset`)
       const part = rawImage(slice(pad(source.device), start, Math.min(count * blockSize, source.device.size - start), { readOnly: true, keepOpen: true }))
-      context.leaves(`${output} is incomplete: delete it`)
       await copy(context, part, { format, output }, context.progress())
       return 0
     } finally {
@@ -66,9 +66,12 @@ async function copy(context: Context, part: BlockDevice, { format, output }: { r
     else await withPayload(output, terminal, (send) => convertToQcow2Stream(part, send, { signal, onProgress }))
     return
   }
-  await using file = await newFile(context, output)
-  if (format === 'raw') await copyDevice(part, file, { signal, onProgress })
-  else await convertToQcow2(part, file, { signal, onProgress })
+  const place = parsePlace(output)
+  const failed = `${output}: error while creating output image`
+  if (place.kind !== 'file') throw new ExitError(1, `${failed}: images are made in files only`)
+  await intoNewTarget(context, place.path, { failed }, (file) =>
+    format === 'raw' ? copyDevice(part, file, { signal, onProgress }) : convertToQcow2(part, file, { signal, onProgress }),
+  )
 }
 
 /** `name=value` words by name; the last one of a name counts. */
@@ -98,11 +101,4 @@ function blocksOf(operands: ReadonlyMap<OperandName, string>, name: 'count' | 's
   if (/^-\d+$/.test(text)) throw new UsageError(`Invalid ${name} specified. Must be between 0 and 9223372036854775807.`)
   if (!/^\d+$/.test(text)) throw new UsageError(`Invalid ${name} specified: '${text}'.`)
   return Number(text)
-}
-
-function newFile(context: Context, output: string): Promise<BlockDevice> {
-  const place = parsePlace(output)
-  const failed = `${output}: error while creating output image`
-  if (place.kind !== 'file') throw new ExitError(1, `${failed}: images are made in files only`)
-  return emptyFile(context, place.path, { failed })
 }

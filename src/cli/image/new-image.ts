@@ -1,45 +1,120 @@
 /** Making image files, for `create` and `convert`. Owns the files beside them; the layout is the engine's. */
-import { resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
-import { openFile } from '../../block/file.ts'
+import { identityAt } from '../../block/file-identity.ts'
 import { MemoryDevice } from '../../block/memory.ts'
+import { zeroContent } from '../../block/zero-content.ts'
 import { Qcow2Error } from '../../core/errors.ts'
 import { LuksImage } from '../../luks/luks-image.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import type { CreateOptions } from '../../qcow2/new-image.ts'
 import type { Reference } from '../../qcow2/references.ts'
-import type { Context } from '../command.ts'
 import { ExitError } from '../errors.ts'
+import { isPipe } from '../payload.ts'
 import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from './create-options.ts'
 import type { ImageFormat } from './formats.ts'
-import { syncLimit, type OpenedImage } from './open.ts'
+import { newTarget, type NewTarget, type TargetContext } from './new-target.ts'
+import type { OpenedImage } from './open.ts'
 import { couldNotCreate } from './reasons.ts'
 import { secretOf, type Secrets } from './secrets.ts'
 import { parseName, parsePlace } from './spec.ts'
 
+/** What making an image needs of its command. */
+export interface ImageContext extends TargetContext {
+  readonly secrets?: Secrets | undefined
+}
+
+/** An image that is being made: its files have their names when it is kept. */
+export interface NewImage {
+  /** What the guest sees; all of it reads as zeroes, or as the backing file. */
+  readonly disk: BlockDevice
+  /** The same, of qcow2. */
+  readonly image: Qcow2Image | undefined
+  /** Closes the image; its files get their names. */
+  keep(): Promise<void>
+  /** Closes it; if it was not kept, nothing is left of it. */
+  discard(): Promise<void>
+}
+
 /**
- * Makes an image and closes it. An existing file is replaced.
+ * Makes an image and closes it. An existing file is replaced when the new one is whole.
  * @throws ExitError in qemu-img's words
  */
-export async function makeImage(name: string, format: ImageFormat, values: CreateValues, signal: AbortSignal, secrets?: Secrets): Promise<void> {
-  const path = pathOf(name)
-  if (format === 'raw') return makeRaw(path, values, signal)
-  if (format === 'luks') return makeLuks(path, values, signal, secrets)
-  const layout = layoutOf(values)
-  if (layout.dataFile !== undefined) await makeDataFile(pathOf(layout.dataFile), layout.size)
+export async function makeImage(context: ImageContext, name: string, format: ImageFormat, values: CreateValues): Promise<void> {
+  const made = await beginImage(context, name, format, values)
   try {
-    const image = await Qcow2Image.create(path, { ...layout, ...encryptionOf(values, secrets), references: untouched, signal })
-    await image.flush()
-    await image.close()
-    const { dataFile, preallocation } = layout
-    if (dataFile !== undefined && (preallocation === 'falloc' || preallocation === 'full')) await fill(pathOf(dataFile), 0, layout.size, signal)
+    await made.keep()
   } catch (error) {
-    if (Qcow2Error.is(error, 'ERR_RANGE')) {
-      throw new ExitError(1, tooLarge('qcow2'), { cause: error })
-    }
-    if (Qcow2Error.is(error)) throw couldNotCreate(name, error)
-    throw error
+    throw inWordsOf(name, format, error)
+  } finally {
+    await made.discard()
   }
+}
+
+/**
+ * Begins an image to be copied into. `below` opens its backing file, if it will be read.
+ * @throws ExitError in qemu-img's words
+ */
+export async function beginImage(context: ImageContext, name: string, format: ImageFormat, values: CreateValues, below: () => Promise<BlockDevice> = nothingBelow): Promise<NewImage> {
+  const path = pathOf(name)
+  const files: NewTarget[] = []
+  const begin = async (file: string): Promise<NewTarget> => {
+    const target = await newTarget(context, file)
+    files.push(target)
+    return target
+  }
+  const discard = async (): Promise<void> => {
+    for (const each of files.splice(0)) await each.discard()
+  }
+  try {
+    const making = format === 'raw' ? makeRaw(context, path, values, begin) : format === 'luks' ? makeLuks(context, path, values, begin) : makeQcow2(context, path, values, begin, below)
+    const { disk, image } = await making
+    const keep = async (): Promise<void> => {
+      await disk.flush()
+      await disk.close()
+      // the data file first: an image without the file it names is of no use
+      for (const each of [...files].reverse()) await each.keep()
+    }
+    return { disk, image, keep, discard: () => disk.close().finally(discard) }
+  } catch (error) {
+    await discard()
+    throw inWordsOf(name, format, error)
+  }
+}
+
+/** Errors of the library as qemu-img says them. */
+function inWordsOf(name: string, format: ImageFormat, error: unknown): unknown {
+  if (Qcow2Error.is(error, 'ERR_RANGE')) return new ExitError(1, tooLarge(format), { cause: error })
+  return Qcow2Error.is(error) ? couldNotCreate(name, error) : error
+}
+
+/** Begins the file of a new image, or its data file. */
+type Begin = (path: string) => Promise<NewTarget>
+
+/** What is made in the file. */
+interface Made {
+  readonly disk: BlockDevice
+  readonly image?: Qcow2Image
+}
+
+async function makeQcow2({ secrets, signal }: ImageContext, path: string, values: CreateValues, begin: Begin, below: () => Promise<BlockDevice>): Promise<Made & { readonly image: Qcow2Image }> {
+  const { dataFile, ...layout } = layoutOf(values)
+  const encryption = encryptionOf(values, secrets)
+  const { device } = await begin(path)
+  if (dataFile === undefined) {
+    const image = await Qcow2Image.create(device, { ...layout, ...encryption, references: below, signal })
+    return { disk: image, image }
+  }
+  const data = (await begin(pathOf(dataFile))).device
+  const references = ({ kind }: Reference): BlockDevice | Promise<BlockDevice> => (kind === 'data file' ? data : below())
+  const image = await Qcow2Image.create(device, { ...layout, dataFile, ...encryption, references, signal })
+  const { preallocation, size } = layout
+  if (preallocation === 'falloc' || preallocation === 'full') await data.writeZeroes(0, size, { signal })
+  return { disk: image, image }
+}
+
+/** Nothing is read through a backing file while an image is made: it may be anything, or missing. */
+function nothingBelow(): Promise<BlockDevice> {
+  return Promise.resolve(new MemoryDevice(0))
 }
 
 /** How the image is to be encrypted. */
@@ -70,16 +145,15 @@ function refuseOtherCiphers(values: CreateValues, prefix: 'encrypt.' | ''): void
   }
 }
 
-async function makeLuks(path: string, values: CreateValues, signal: AbortSignal, secrets: Secrets | undefined): Promise<void> {
+async function makeLuks({ secrets, signal }: ImageContext, path: string, values: CreateValues, begin: Begin): Promise<Made> {
   const { size, preallocation } = flatLayoutOf(path, values)
   refuseOtherCiphers(values, '')
   const key = keyOf(values, '', secrets)
   if (size + (4 << 20) >= 2 ** 53) throw new ExitError(1, tooLarge('luks'))
-  await using image = await LuksImage.create(path, { size, ...key, signal }).catch((error: unknown) => {
-    throw couldNotCreate(path, error)
-  })
-  const { payloadOffset } = image.header
-  if (preallocation !== 'off') await fill(path, payloadOffset, size, signal)
+  const { device } = await begin(path)
+  const disk = await LuksImage.create(device, { size, ...key, signal })
+  if (preallocation !== 'off') await device.writeZeroes(disk.header.payloadOffset, size, { signal })
+  return { disk }
 }
 
 /** PBKDF2 iterations that take about so many milliseconds on a machine of today. */
@@ -87,19 +161,15 @@ export function iterationsFor(milliseconds: number): number {
   return Math.max(1000, Math.round(milliseconds * 1000))
 }
 
-/** Nothing is read through a backing file while an image is made: it may be anything, or missing. */
-function untouched({ kind }: Reference): boolean | BlockDevice {
-  return kind === 'data file' || new MemoryDevice(0)
-}
-
-async function makeRaw(path: string, values: CreateValues, signal: AbortSignal): Promise<void> {
+async function makeRaw({ signal }: ImageContext, path: string, values: CreateValues, begin: Begin): Promise<Made> {
   const { size, preallocation } = flatLayoutOf(path, values)
   if (size >= 2 ** 53) throw new ExitError(1, tooLarge('raw'))
-  await using device = await openFile(path, { create: 'w' }).catch((error: unknown) => {
-    throw couldNotCreate(path, error)
-  })
-  await device.resize(size)
+  const { device } = await begin(path)
+  if (device.size < size) await device.resize(size)
+  // a device, unlike a new file, has content
+  if (!device.growable) await zeroContent(device, 0, size, { signal })
   if (preallocation !== 'off') await device.writeZeroes(0, size, { signal })
+  return { disk: device }
 }
 
 /** What is asked for of a disk that lies in its file as it is. */
@@ -109,29 +179,6 @@ function flatLayoutOf(path: string, values: CreateValues): { size: number; preal
   return { size: Math.ceil(Number(values.get('size')) / 512) * 512, preallocation }
 }
 
-/** Makes a file take its space. */
-async function fill(path: string, offset: number, length: number, signal: AbortSignal): Promise<void> {
-  await using device = await openFile(path)
-  await device.writeZeroes(offset, length, { signal })
-  await device.flush()
-}
-
-/**
- * The file of a target, made or emptied, as a device that the command may watch. `failed` begins the message if that fails.
- * @throws ExitError
- */
-export async function emptyFile({ wrapDevice }: Pick<Context, 'wrapDevice'>, path: string, { direct = false, failed }: { readonly direct?: boolean; readonly failed: string }): Promise<BlockDevice> {
-  const file = await openFile(path, { ...(direct ? { direct } : { syncLimit }), create: 'w' }).catch((error: unknown) => {
-    throw new ExitError(1, `${failed}: ${couldNotCreate(path, error).message}`, { cause: error })
-  })
-  return wrapDevice?.(file, path) ?? file
-}
-
-async function makeDataFile(path: string, size: number): Promise<void> {
-  await using device = await openFile(path, { create: 'w' })
-  await device.resize(size)
-}
-
 function pathOf(name: string): string {
   const place = parsePlace(name)
   if (place.kind !== 'file') throw new ExitError(1, `Could not create '${name}': images are made in files only; convert -n writes to what exists`)
@@ -139,17 +186,22 @@ function pathOf(name: string): string {
 }
 
 /**
- * Refuses a target that is one of the sources or below one.
+ * Refuses a target that is one of the sources or below one, by any name.
  * @throws ExitError
  */
-export function refuseSelf(sources: readonly OpenedImage[], target: string): void {
-  const place = target === '-' ? undefined : parseName(target, undefined).place
-  if (place?.kind !== 'file') return
+export async function refuseSelf(sources: readonly OpenedImage[], target: string): Promise<void> {
+  const place = isPipe(target) ? undefined : parseName(target, undefined).place
+  const identity = place?.kind === 'file' ? await identityAt(place.path) : undefined
+  refuseSelfAt(sources, target, identity)
+}
+
+/** The same for a target that is open. */
+export function refuseSelfAt(sources: readonly OpenedImage[], target: string, identity: string | undefined): void {
+  if (identity === undefined) return
   for (let source of sources as readonly (OpenedImage | undefined)[]) {
     for (; source !== undefined; source = source.backing) {
-      if (source.place.kind === 'file' && resolve(source.place.path) === resolve(place.path)) {
-        throw new ExitError(1, `Could not open '${target}': it is what is to be copied`)
-      }
+      const files = [source.host, ...(source.image?.below ?? [])]
+      if (files.some((file) => file.identity === identity)) throw new ExitError(1, `Could not open '${target}': it is what is to be copied`)
     }
   }
 }

@@ -268,6 +268,7 @@ export class Opener {
     let backing: OpenedImage | undefined
     let dataFilename: string | undefined
     const { signal } = this.settings
+    const locking = spec.place.kind === 'file' ? spec.place.locking : undefined
     const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
       if (reference.kind === 'data file') {
         dataFilename = reference.name
@@ -281,7 +282,7 @@ export class Opener {
     if (spec.dataFile?.kind === 'file') dataFilename = spec.dataFile.path
     let repaired: CheckReport | undefined
     const onRepair = (report: CheckReport): unknown => (repaired = report)
-    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, references, signal, dataFile, onRepair, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
+    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, locking, references, signal, dataFile, onRepair, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
       await dataFile?.close()
       throw await snapshotTableReason(host, error)
     })

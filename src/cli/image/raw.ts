@@ -19,6 +19,10 @@ class RawImage extends BaseDevice {
     this.#file = file
   }
 
+  override get below(): readonly BlockDevice[] {
+    return [this.#file]
+  }
+
   get size(): number {
     return Math.ceil(this.#file.size / sector) * sector
   }

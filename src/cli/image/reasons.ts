@@ -24,7 +24,7 @@ export function couldNotCreate(name: string, error: unknown): ExitError {
 }
 
 function reasonAbout(name: string, error: unknown): string {
-  const advice = Qcow2Error.is(error, 'ERR_BUSY') ? `\nIs another process using the image [${name}]?` : ''
+  const advice = Qcow2Error.is(error, 'ERR_BUSY') && /another process|running QEMU/.test(error.message) ? `\nIs another process using the image [${name}]?` : ''
   const reason = reasonOf(error)
   const named = `${name}: `
   return `${reason.startsWith(named) ? reason.slice(named.length) : reason}${advice}`
