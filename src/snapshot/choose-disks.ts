@@ -111,10 +111,9 @@ export function describeDisk({ node, device, qdev, file }: Pick<VmDisk, 'node' |
 }
 
 function undecided(disks: readonly VmDisk[]): UnsupportedError {
-  const list = disks.map((disk) => `\n  ${describeDisk(disk)}`).join('')
   return new UnsupportedError(
-    `the VM has writable disks, and memory goes with the content they have at that instant:${list}\n` +
-      "say which are to be frozen with it: 'all' (each goes on in a new overlay beside its file), their names, or 'none' (then only you can see to it that they fit)",
+    `the VM has writable disks, whose content at this instant belongs to its memory: ${disks.map(describeDisk).join(', ')}; say which to freeze ` +
+      "with it (--disks): 'all' (each goes on in a new overlay beside its file), their names, or 'none' (you see to it yourself that they fit)",
   )
 }
 

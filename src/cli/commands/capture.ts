@@ -6,6 +6,7 @@ import { MigrationListener } from '../../snapshot/socket.ts'
 import type { StreamSummary } from '../../snapshot/stream-check.ts'
 import { command } from '../command.ts'
 import { memoryTarget, memoryTargetOptions, pipeSink } from '../image/memory-target.ts'
+import { receiverOptions, socketMode } from '../image/receiver.ts'
 import { outputOption, progressOption, quietOption } from '../image/options.ts'
 import { contentOf } from '../output.ts'
 import { isPipe, withPayload } from '../payload.ts'
@@ -23,7 +24,7 @@ export const captureCommand = command({
     "SOURCE is '-' for stdin, a stream file, or 'listen' (or listen:PATH): then the address for QEMU's migrate command is printed, and the first connection is taken.",
     'The stream is checked; what was not whole is not kept.',
   ],
-  options: { ...memoryTargetOptions, ...outputOption, ...progressOption, ...quietOption },
+  options: { ...memoryTargetOptions, 'receiver-mode': receiverOptions['receiver-mode'], ...outputOption, ...progressOption, ...quietOption },
   arguments: [
     { name: 'SOURCE', help: "'-', a file, 'listen' or 'listen:PATH'" },
     { name: 'FILE', help: "where the memory goes; '-' for stdout, with --as=stream" },
@@ -68,7 +69,7 @@ export const captureCommand = command({
         closers.push(() => device.close())
         return contentOf(device, signal)
       }
-      const listener = await MigrationListener.open(source === 'listen' ? undefined : source.slice('listen:'.length))
+      const listener = await MigrationListener.open({ path: source === 'listen' ? undefined : source.slice('listen:'.length), mode: socketMode(options['receiver-mode']) })
       closers.push(() => listener.close())
       await print(listener.uri)
       return (await listener.accept({ signal, timeout: 2 ** 31 - 1 })) as unknown as AsyncIterable<Uint8Array>
