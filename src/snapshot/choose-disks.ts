@@ -103,11 +103,10 @@ function findDisk(disks: readonly VmDisk[], name: string, files: ReadonlyMap<str
   throw new Qcow2Error('ERR_NOT_FOUND', `${JSON.stringify(name)} means several disks: ${[disk, ...more].map(describeDisk).join(', ')}; use a node name`)
 }
 
-/** A disk in words: the name it is called by best, and its file. */
+/** A disk in words: a name that stays the same from save to save, where it has one, and its file. */
 export function describeDisk({ node, device, qdev, file }: Pick<VmDisk, 'node' | 'device' | 'qdev' | 'file'>): string {
-  const generated = node.startsWith('#block')
-  const short = qdev?.startsWith('/') === true ? undefined : qdev
-  return `${(generated ? undefined : node) ?? device ?? short ?? node} (${file})`
+  const id = qdev?.startsWith('/') === true ? undefined : qdev
+  return `${device ?? id ?? node} (${file})`
 }
 
 function undecided(disks: readonly VmDisk[]): UnsupportedError {

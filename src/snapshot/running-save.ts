@@ -72,7 +72,7 @@ export class RunningSave {
 
   async #migrate(): Promise<StreamSummary> {
     const { options, running, disks } = this.#task
-    const own = options.receiver === undefined ? await MigrationListener.open({ qmp: this.#qmp }) : undefined
+    const own = options.receiver === undefined ? await MigrationListener.open({ qmp: this.#qmp, single: true }) : undefined
     const receiver = options.receiver ?? own!
     const events = this.#qmp.events('MIGRATION')
     let reader: ChunkReader | undefined

@@ -3,7 +3,7 @@ import { chmod, mkdtemp, rm } from 'node:fs/promises'
 import { createServer, type Server, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
-import { Qcow2Error } from '../core/errors.ts'
+import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
 import type { Qmp } from '../qmp/client.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
@@ -17,6 +17,8 @@ export interface MigrationListenerOptions {
   readonly folder?: string | undefined
   /** Mode of the socket, default 0600: who may write to it can connect. QEMU may run as another user. */
   readonly mode?: number | undefined
+  /** One connection is all: another one, as multifd and postcopy-preempt make them, breaks it with an error. Default false. */
+  readonly single?: boolean | undefined
   /** Monitor of the QEMU that is to connect: root gives the socket to the user it runs as. */
   readonly qmp?: Qmp | undefined
 }
@@ -29,13 +31,18 @@ export class MigrationListener extends Resource {
   readonly #folder: string | undefined
   readonly #sockets: Socket[] = []
   #onSocket: (() => void) | undefined
+  #accepted: Socket | undefined
 
-  private constructor(server: Server, path: string, folder: string | undefined) {
+  private constructor(server: Server, path: string, folder: string | undefined, single: boolean) {
     super()
     this.path = path
     this.#server = server
     this.#folder = folder
     server.on('connection', (socket) => {
+      if (single && (this.#accepted ?? this.#sockets[0]) !== undefined) {
+        this.#refuse(socket)
+        return
+      }
       this.#sockets.push(socket)
       this.#onSocket?.()
     })
@@ -46,7 +53,7 @@ export class MigrationListener extends Resource {
    * @throws Qcow2Error `ERR_EXISTS` if something has the name, `ERR_IO` if the socket cannot be made.
    */
   static async open(options: MigrationListenerOptions | string = {}): Promise<MigrationListener> {
-    const { path, folder, mode = 0o600, qmp }: MigrationListenerOptions = typeof options === 'string' ? { path: options } : options
+    const { path, folder, mode = 0o600, single = false, qmp }: MigrationListenerOptions = typeof options === 'string' ? { path: options } : options
     const own = path === undefined ? await made(() => mkdtemp(join(resolve(folder ?? tmpdir()), 'qcow2-')), folder ?? tmpdir()) : undefined
     const where = path === undefined ? join(own!, 'migration') : resolve(path)
     const server = createServer({ allowHalfOpen: true, pauseOnConnect: true })
@@ -61,7 +68,7 @@ export class MigrationListener extends Resource {
       if (own !== undefined) await rm(own, { recursive: true, force: true })
       throw error
     }
-    return new MigrationListener(server, where, own)
+    return new MigrationListener(server, where, own, single)
   }
 
   /** The address as QEMU's `migrate` wants it. */
@@ -74,7 +81,17 @@ export class MigrationListener extends Resource {
     const { signal, timeout = 30_000 } = options
     signal?.throwIfAborted()
     if (this.#sockets.length === 0) await this.#arrival(signal, timeout)
-    return this.#sockets.shift()!
+    this.#accepted = this.#sockets.shift()!
+    return this.#accepted
+  }
+
+  /** Memory on several connections is no stream that could be kept. */
+  #refuse(more: Socket): void {
+    const socket = this.#accepted ?? this.#sockets[0]
+    const error = new UnsupportedError('QEMU opens several connections; switch off its capabilities multifd and postcopy-preempt')
+    if (socket?.listenerCount('error') === 0) socket.on('error', () => undefined) // whoever reads it gets it all the same
+    socket?.destroy(error)
+    more.destroy()
   }
 
   protected async onClose(): Promise<void> {

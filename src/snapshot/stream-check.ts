@@ -5,7 +5,7 @@
  */
 import { concat } from '../bytes/concat.ts'
 import { viewOf } from '../bytes/view.ts'
-import { Qcow2Error } from '../core/errors.ts'
+import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { ramFlag } from '../migration/format.ts'
 import { MigrationParser } from '../migration/parser.ts'
 import type { MigrationRecord } from '../migration/records.ts'
@@ -34,6 +34,23 @@ const tailLimit = 1 << 30
 /** In the body of the section `timer`: be64 CPU ticks, be64 unused, be64 clock in nanoseconds. */
 const timerClock = 16
 
+/** Bytes by which a stream is recognised. */
+const headLength = 4
+
+/** What a sender may open a connection with instead of a migration stream. */
+function refuseOtherProtocols(head: Uint8Array): void {
+  const [first, second] = head
+  if (first === 0x16 && second === 0x03) throw new UnsupportedError('what comes is encrypted (TLS), no migration stream; clear the migration parameter tls-creds of the QEMU that sends')
+  if (head.length >= headLength && viewOf(head).getUint32(0) === multifdMagic) throw severalConnections()
+}
+
+/** be32 at the beginning of each connection of multifd but the first. */
+const multifdMagic = 0x11223344
+
+function severalConnections(): UnsupportedError {
+  return new UnsupportedError('the memory comes on several connections; switch off the capability multifd of the QEMU that sends')
+}
+
 /** Push all chunks, then {@link StreamCheck.end}. */
 export class StreamCheck {
   readonly #parser: MigrationParser
@@ -47,6 +64,12 @@ export class StreamCheck {
   #earlyDevices = 0
   #partSeen = false
   #vmClock: bigint | undefined
+  /** Names of the RAM blocks of which a page has arrived. */
+  readonly #filled = new Set<string>()
+  /** The VM has devices that take memory away from it. */
+  #unplugs = false
+  /** The first bytes. */
+  #head: Uint8Array = new Uint8Array(0)
 
   /** `onRecord` sees each record; it is valid during the call. */
   constructor(onRecord?: (record: MigrationRecord) => void) {
@@ -66,6 +89,10 @@ export class StreamCheck {
 
   /** @throws FormatError (`ERR_STREAM`) as soon as the stream is malformed. */
   push(chunk: Uint8Array): void {
+    if (this.#head.length < headLength) {
+      this.#head = concat([this.#head, chunk.subarray(0, headLength - this.#head.length)])
+      refuseOtherProtocols(this.#head)
+    }
     this.#length += chunk.length
     for (const record of this.#parser.push(chunk)) {
       this.#watch(record)
@@ -76,11 +103,13 @@ export class StreamCheck {
   /**
    * The stream has ended.
    * @throws FormatError (`ERR_STREAM`) if it is cut short, has no VM description (unless
-   *   `vmDescription: 'optional'`), or its device sections are not those of the description.
+   *   `vmDescription: 'optional'`), its device sections are not those of the description, or the memory of a RAM block
+   *   never came.
    */
   end(options: { readonly vmDescription?: 'required' | 'optional' } = {}): StreamSummary {
     this.#parser.end()
     const devices = this.#checkTail(options.vmDescription === 'optional')
+    this.#checkMemory()
     const { blocks, configuration, pageSize } = this.#parser
     return {
       length: this.#length,
@@ -99,7 +128,11 @@ export class StreamCheck {
         if (record.type === 'part' && record.idstr === 'ram') this.#partSeen = true
         if (record.type === 'full') this.#earlyDevices++
         break
+      case 'ram-mark':
+        if (record.mark === 'multifd-flush') throw severalConnections()
+        break
       case 'ram-pages':
+        this.#filled.add(record.block.name)
         for (let i = 0; i < record.count; i++) {
           if ((record.flags[i]! & ramFlag.zero) !== 0) this.#zero++
           else this.#data++
@@ -119,6 +152,17 @@ export class StreamCheck {
     this.#tail.push(new Uint8Array(bytes))
   }
 
+  /** Every page of a block is sent, be it zero: a block without any was left out. */
+  #checkMemory(): void {
+    const absent = this.#parser.blocks.filter(({ name, length }) => length > 0 && !this.#filled.has(name))
+    const [block] = absent
+    // of the memory of virtio-mem, only what is plugged in is sent: that may be none
+    if (block === undefined || this.#unplugs) return
+    const names = absent.map(({ name, length }) => `${name} (${length} bytes)`).join(', ')
+    const why = block.gpa === undefined ? 'no page of it was sent' : 'the capability x-ignore-shared was on, which leaves out memory that others can share (share=on)'
+    throw new Qcow2Error('ERR_STREAM', `the stream lacks the memory of RAM block ${names}: ${why}; it is incomplete`)
+  }
+
   /** Takes the device sections apart by the description's lengths; gives their number. */
   #checkTail(optional: boolean): number {
     const tail = concat(this.#tail)
@@ -128,7 +172,9 @@ export class StreamCheck {
       throw new Qcow2Error('ERR_STREAM', `the stream of ${this.#length} bytes ends without a VM description: it is incomplete`)
     }
     const json = tail.subarray(location.start, location.start + location.length)
-    const lengths = deviceLengths(parseVmDescription(json, this.#tailOffset + location.start))
+    const description = parseVmDescription(json, this.#tailOffset + location.start)
+    this.#unplugs = description.devices.some(({ name }) => name.includes('virtio-mem'))
+    const lengths = deviceLengths(description)
     const parser = new MigrationParser({
       offset: this.#tailOffset,
       devices: lengths.slice(this.#earlyDevices),

@@ -8,7 +8,7 @@ import { StreamCheck } from '../../src/snapshot/stream-check.ts'
 import { capture as bytesOf, expected } from '../migration/captures.ts'
 
 /** Streams whose pages the parser of a whole stream reads; mapped-ram needs a seekable file. */
-const names = Object.keys(expected).filter((name) => /\.(mig|vmstate)$/.test(name) && !name.includes('mappedram'))
+const names = Object.keys(expected).filter((name) => /\.(mig|vmstate)$/.test(name) && !name.includes('mappedram') && !name.includes('ignore-shared'))
 
 describe.each(names)('%s', (name) => {
   const bytes = bytesOf(name)
@@ -35,6 +35,25 @@ describe.each(names)('%s', (name) => {
       { numRuns: 10 },
     )
   })
+})
+
+test('a stream that lacks the memory of a RAM block is refused, with the block and the reason', async () => {
+  const device = new MemoryDevice(0, { growable: true })
+  await expect(capture(bytesOf('qemu100-ignore-shared-uuid.mig'), deviceStreamSink(device))).rejects.toMatchObject({
+    code: 'ERR_STREAM',
+    message: expect.stringMatching(/RAM block pc\.ram \(4194304 bytes\).*x-ignore-shared/) as string,
+  })
+  expect(device.size).toBe(0)
+})
+
+test.each([
+  ['TLS', [0x16, 0x03, 0x01, 0x02, 0x00], /encrypted \(TLS\).*tls-creds/],
+  ['a channel of multifd', [0x11, 0x22, 0x33, 0x44, 0x00], /multifd/],
+])('%s is recognised by its first bytes, however they come', async (_what, bytes, message) => {
+  for (const chunks of [[bytes], bytes.map((byte) => [byte])]) {
+    const source = chunks.map((chunk) => Uint8Array.from(chunk))
+    await expect(capture(source, deviceStreamSink(new MemoryDevice(0, { growable: true })))).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED', message: expect.stringMatching(message) as string })
+  }
 })
 
 test('any chunking gives the same summary', () => {

@@ -69,7 +69,7 @@ export const captureCommand = command({
         closers.push(() => device.close())
         return contentOf(device, signal)
       }
-      const listener = await MigrationListener.open({ path: source === 'listen' ? undefined : source.slice('listen:'.length), mode: socketMode(options['receiver-mode']) })
+      const listener = await MigrationListener.open({ path: source === 'listen' ? undefined : source.slice('listen:'.length), mode: socketMode(options['receiver-mode']), single: true })
       closers.push(() => listener.close())
       await print(listener.uri)
       return (await listener.accept({ signal, timeout: 2 ** 31 - 1 })) as unknown as AsyncIterable<Uint8Array>
