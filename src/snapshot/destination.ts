@@ -169,7 +169,9 @@ export class Destination {
     for (const wait of [0, 50, 150, 300]) {
       await new Promise((resolve) => setTimeout(resolve, wait))
       const gone = await qmp.execute('query-status', undefined, { timeout: 1_000 }).then(() => false, () => true)
-      if (gone) return tell(error, `${seeStderr}; ${another}, with --eager (revertEagerly) if postcopy is the reason`)
+      if (!gone) continue
+      const advice = `${seeStderr}; ${another}, with --eager (revertEagerly) if postcopy is the reason`
+      return new Qcow2Error('ERR_STREAM', `${error.message}; ${advice}`, { cause: error })
     }
     const { 'error-desc': reason } = await qmp.execute('query-migrate', undefined, { timeout: 1_000 }).catch(() => ({ 'error-desc': undefined }))
     return reason === undefined ? error : tell(error, `QEMU says: ${reason}`)
