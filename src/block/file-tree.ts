@@ -50,3 +50,8 @@ function toldBySystem({ realPath: told, inner }: BlockDevice & { readonly realPa
 export async function fileKey(path: string): Promise<string> {
   return (await identityAt(path)) ?? realPath(dirname(resolve(path))).then((folder) => join(folder, basename(path)), () => resolve(path))
 }
+
+/** A path made absolute as it is written: nothing is looked up, links stay. */
+export function lexicalPath(path: string): string {
+  return resolve(path)
+}

@@ -3,6 +3,7 @@ import type { CommandDefinition } from './command.ts'
 
 const loaders: Readonly<Record<string, () => Promise<CommandDefinition>>> = {
   info: async () => (await import('./commands/info.ts')).infoCommand,
+  inspect: async () => (await import('./commands/inspect.ts')).inspectCommand,
   map: async () => (await import('./commands/map.ts')).mapCommand,
   check: async () => (await import('./commands/check.ts')).checkCommand,
   compare: async () => (await import('./commands/compare.ts')).compareCommand,
