@@ -309,7 +309,7 @@ function rangeProblem(offset: number, length: number, end: number): RangeError |
     return new RangeError(`length must be an integer from 0 to 2^53 - 1, not ${length}`)
   }
   if (offset + length > end) {
-    return new RangeError(`${length} bytes at offset ${offset} reach past the end of the device (${end} bytes)`)
+    return new RangeError(`${length} byte${length === 1 ? '' : 's'} at offset ${offset} reach past the end of the device (${end} bytes)`)
   }
   return undefined
 }

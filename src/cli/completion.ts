@@ -27,7 +27,7 @@ function bash(commands: readonly CommandDefinition[], all: readonly Named[]): st
   })
   const nested = commands.filter(({ commands }) => commands !== undefined).map(({ name }) => name)
   return `_qcow2() {
-  local current=\${COMP_WORDS[COMP_CWORD]} path=\${COMP_WORDS[1]} words=''
+  local current=\${COMP_WORDS[COMP_CWORD]} path=\${COMP_WORDS[1]} words='' line
   if [ "$COMP_CWORD" -eq 1 ]; then
     COMPREPLY=($(compgen -W '${commands.map(({ name }) => name).join(' ')} --help --version' -- "$current"))
     return
@@ -40,7 +40,11 @@ ${cases.join('\n')}
   esac
   case $current in
     -*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;
-    *) COMPREPLY=($(compgen -f -- "$current") $(compgen -W "\${words//-*/}" -- "$current")) ;;
+    *)
+      # a line each: names may have blanks
+      COMPREPLY=()
+      while IFS= read -r line; do COMPREPLY+=("$line"); done < <(compgen -f -- "$current"; compgen -W "\${words//-*/}" -- "$current")
+      ;;
   esac
 }
 complete -o filenames -F _qcow2 qcow2

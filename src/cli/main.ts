@@ -56,11 +56,11 @@ async function nothingAsked(terminal: Terminal): Promise<number> {
 
 async function runCommand(definition: CommandDefinition, path: string, argv: readonly string[], terminal: Terminal): Promise<number> {
   const [word, ...rest] = argv
-  if (definition.commands !== undefined && word !== undefined && !word.startsWith('-')) {
-    return runCommand(below(definition, word, `${path} `), `${path} ${word}`, rest, terminal)
-  }
   const session = new Session(terminal)
   try {
+    if (definition.commands !== undefined && word !== undefined && !word.startsWith('-')) {
+      return await runCommand(below(definition, word, `${path} `), `${path} ${word}`, rest, terminal)
+    }
     const line = parse(definition, argv)
     if (line.help) {
       await terminal.stdout.write(`${commandHelp(terminal.program, path, definition)}\n`)

@@ -94,7 +94,7 @@ class Line {
     const { choices } = this.#definition.options[name]!
     if (typeof value === 'string' && choices !== undefined && !choices.includes(value)) {
       const allowed = choices.map((choice) => `'${choice}'`).join(' or ')
-      throw new UsageError(`--${name} expects ${allowed} not '${value}'${didYouMean(value, choices)}`)
+      throw new UsageError(`--${name} expects ${allowed}, not '${value}'${didYouMean(value, choices)}`)
     }
     const values = this.#given.get(name)
     if (values === undefined) this.#given.set(name, [value])

@@ -5,7 +5,7 @@ export function asQemuImg(command: string, message: string): string {
   for (const [pattern, line] of usage) {
     if (pattern.test(message)) return `qemu-img ${command}: ${message.replace(pattern, line)}\nTry 'qemu-img ${command} --help' for more info`
   }
-  return `qemu-img: ${locks.reduce((text, [pattern, line]) => text.replace(pattern, line), message)}`
+  return `qemu-img: ${other.reduce((text, [pattern, line]) => text.replace(pattern, line), message)}`
 }
 
 const commands = new Set(['amend', 'bench', 'bitmap', 'check', 'commit', 'compare', 'convert', 'create', 'dd', 'info', 'map', 'measure', 'rebase', 'resize', 'snapshot'])
@@ -24,7 +24,8 @@ const usage: readonly Replacement[] = [
   [/^option '(--[^']*)' needs a value$/, "option '$1' requires an argument"],
 ]
 
-const locks: readonly Replacement[] = [
+const other: readonly Replacement[] = [
+  [/^(--\S+ expects '.*'), not '/, "$1 not '"],
   [/a running QEMU writes to this file; forceShare.*$/m, 'Failed to get shared "write" lock'],
   [/a running QEMU (writes to this file;|reads this file and wants nobody to write).*$/m, 'Failed to get "write" lock'],
   [/a running QEMU has this file for itself$/m, 'Failed to get shared "consistent read" lock'],

@@ -55,13 +55,10 @@ export function isStdout(name: string, terminal: Terminal): boolean {
   return name === '-' || terminal.isStdout?.(name) === true
 }
 
-/** Text as a terminal may have it: control characters are shown and do nothing, whoever chose the names in it. */
+/** Text as a terminal may have it: control characters are shown and do nothing, whoever chose the names in it. JSON stays JSON. */
 export function visible(text: string): string {
   // the last two ranges turn the direction of text
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, (character) => {
-    const code = character.charCodeAt(0)
-    return code < 0x100 ? `\\x${code.toString(16).padStart(2, '0')}` : `\\u${code.toString(16)}`
-  })
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, '0')}`)
 }
 
 /** A name as `sink` may have it: on a terminal it stays on its line. Programs get it as it is. */

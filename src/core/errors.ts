@@ -132,7 +132,7 @@ export class IoError extends Qcow2Error {
     request: { offset?: number; length?: number; code?: 'ERR_IO' | 'ERR_NO_SPACE'; name?: string } = {},
   ) {
     const { offset, length, name } = request
-    const where = offset === undefined ? '' : ` of ${length ?? 0} bytes at offset ${offset}`
+    const where = offset === undefined ? '' : ` of ${length ?? 0} byte${length === 1 ? '' : 's'} at offset ${offset}`
     const what = cause instanceof Error ? withoutCall(cause) : String(cause)
     super(request.code ?? 'ERR_IO', `${name === undefined ? '' : `${name}: `}${operation}${where} failed: ${what}`, {
       cause,

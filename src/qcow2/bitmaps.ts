@@ -12,7 +12,7 @@ import { bitmapBytes, bitmapLimits, bitmapTableSize, encodeBitmapDirectory, type
 import type { Engine } from './engine.ts'
 import { decodeBitmapsExtension, encodeBitmapsExtension, extensionType, findExtension, withExtension } from './extensions.ts'
 import { autoclear, keptAutoclear } from './features.ts'
-import { bitmapInfo, readBitmapRecords, type BitmapInfo } from './info.ts'
+import { type BitmapInfo, bitmapInfo, hasInvalidBitmaps, readBitmapRecords } from './info.ts'
 import { settle } from './shutdown.ts'
 
 /** Options of {@link Bitmaps.add}. */
@@ -37,7 +37,15 @@ export class Bitmaps {
     this.#engine = engine
   }
 
-  /** All bitmaps; none while the image says that they are stale. */
+  /**
+   * The image has bitmaps, and a program that does not know them has changed it since: none can be used any more, and
+   * none is listed. `repairImage` with `leaks` frees their clusters.
+   */
+  get invalid(): boolean {
+    return hasInvalidBitmaps(this.#engine.content)
+  }
+
+  /** All bitmaps; none while they are {@link invalid}. */
   async list(): Promise<BitmapInfo[]> {
     return (await this.#records()).map(bitmapInfo)
   }

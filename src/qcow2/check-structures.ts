@@ -131,11 +131,15 @@ const maxStoredTable = 2 * maxSnapshotTableBytes
 async function readTable(context: CheckContext, count: number): Promise<{ table: Uint8Array; records: number }> {
   const { snapshotsOffset } = context.header
   if (count === 0) return { table: new Uint8Array(0), records: 0 }
+  // a record that ends past the cluster in which the file ends has a damaged length
+  const present = Math.max(0, context.host.size - snapshotsOffset) + context.geometry.clusterSize
   for (let size = 1 << 16; ; size *= 2) {
     const table = await context.read(snapshotsOffset, size)
     let [next, kept, records] = [0, 0, 0]
+    let isDamaged = false
     for (; records < count; records++) {
       const length = snapshotRecordLength(table, next)
+      isDamaged = next + length > present && next < present
       if (!(next + length <= size)) break
       const extraData = viewOf(table).getUint32(next + 36)
       kept += roundUp8(length - Math.max(0, extraData - maxSnapshotExtraData))
@@ -143,9 +147,10 @@ async function readTable(context: CheckContext, count: number): Promise<{ table:
       next += roundUp8(length)
     }
     if (records === count) return { table, records }
-    if (size >= maxStoredTable) {
+    if (isDamaged || size >= maxStoredTable) {
       // a length that is damaged: it says nothing of where the records behind it are
-      const detail = `record ${records} of ${count} ends more than ${maxStoredTable} bytes behind the start of the table`
+      const where = isDamaged ? 'past the end of the file' : `more than ${maxStoredTable} bytes behind the start of the table`
+      const detail = `record ${records} of ${count} ends ${where}`
       throw new FormatError(detail, { structure: 'snapshot table', offset: snapshotsOffset + next })
     }
   }

@@ -61,7 +61,10 @@ export interface ImageInfo {
   readonly dataFileRaw: boolean
   /** Oldest first. */
   readonly snapshots: readonly SnapshotInfo[]
+  /** Empty where they are invalid. */
   readonly bitmaps: readonly BitmapInfo[]
+  /** The image has bitmaps, and a program that does not know them has changed it since: none can be used any more, and their clusters are leaked. */
+  readonly bitmapsInvalid: boolean
 }
 
 /**
@@ -95,6 +98,7 @@ async function infoOfHost(host: BlockDevice): Promise<ImageInfo> {
     dataFileRaw: has(incompatible.dataFile) && (header.autoclearFeatures & autoclear.rawDataFile) !== 0n,
     snapshots: records.map(infoOf),
     bitmaps: (await readBitmapRecords(file, content)).map(bitmapInfo),
+    bitmapsInvalid: hasInvalidBitmaps(content),
   }
 }
 
@@ -106,6 +110,11 @@ async function readLuksHeader(file: HostFile, content: HeaderCluster): Promise<L
 /** The public view of a bitmap's directory entry. */
 export function bitmapInfo(record: BitmapRecord): BitmapInfo {
   return { name: record.name, granularity: 2 ** record.granularityBits, inUse: record.inUse, auto: record.auto }
+}
+
+/** A program that does not know bitmaps clears their autoclear bit when it opens the image for writing. */
+export function hasInvalidBitmaps({ header, extensions }: HeaderCluster): boolean {
+  return findExtension(extensions, extensionType.bitmaps) !== undefined && (header.autoclearFeatures & autoclear.bitmaps) === 0n
 }
 
 /** The bitmap directory; empty while the autoclear bit says that it is stale. */

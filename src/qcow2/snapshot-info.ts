@@ -1,7 +1,7 @@
 /** An internal snapshot in the terms of users. */
 import type { SnapshotRecord } from './snapshot-table.ts'
 
-/** An internal snapshot as the image lists it. */
+/** An internal snapshot as the image lists it. `JSON.stringify` gives `vmClock` and `icount` as decimal strings. */
 export interface SnapshotInfo {
   /** Unique within the image; QEMU counts up. */
   readonly id: string
@@ -23,7 +23,7 @@ export interface SnapshotInfo {
 
 /** The public view of a record. */
 export function infoOf(record: SnapshotRecord): SnapshotInfo {
-  return {
+  const info: SnapshotInfo = {
     id: record.id,
     name: record.name,
     date: new Date(record.dateSeconds * 1000 + Math.floor(record.dateNanoseconds / 1e6)),
@@ -33,4 +33,7 @@ export function infoOf(record: SnapshotRecord): SnapshotInfo {
     diskSize: record.diskSize ?? 0,
     icount: record.icount,
   }
+  // JSON has no integers of 64 bits
+  const toJSON = (): object => ({ ...info, vmClock: String(info.vmClock), icount: info.icount === undefined ? undefined : String(info.icount) })
+  return Object.defineProperty(info, 'toJSON', { value: toJSON })
 }

@@ -1,12 +1,13 @@
 /** The frame of the program: choosing a command, help, errors on one line, progress. */
 import { execFileSync } from 'node:child_process'
-import { readFileSync } from 'node:fs'
+import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
 import { loadCommands } from '../../src/cli/commands.ts'
 import { duration, progressFor } from '../../src/cli/progress.ts'
 import { reference, withNested } from '../../src/cli/reference.ts'
 import { version } from '../../src/cli/version.ts'
+import { tempFolder } from '../support/temp.ts'
 import { run, terminal } from './run.ts'
 
 const project = join(import.meta.dirname, '../..')
@@ -85,6 +86,14 @@ describe('completions', () => {
     const { stdout } = await run('completion bash')
     const script = `${stdout}\nCOMP_WORDS=(qcow2 comp); COMP_CWORD=1; _qcow2; echo "\${COMPREPLY[*]}"`
     expect(execFileSync('bash', ['-c', script], { encoding: 'utf8' })).toContain('completion')
+  })
+
+  test('bash: a name with blanks or stars is one word', async () => {
+    const folder = tempFolder()
+    for (const name of ['with space.qcow2', 'with * star']) writeFileSync(join(folder, name), '')
+    const { stdout } = await run('completion bash')
+    const script = `${stdout}\nCOMP_WORDS=(qcow2 info with); COMP_CWORD=2; _qcow2; printf '%s\\n' "\${COMPREPLY[@]}" | sort`
+    expect(execFileSync('bash', ['-c', script], { encoding: 'utf8', cwd: folder })).toBe('with * star\nwith space.qcow2\n')
   })
 })
 

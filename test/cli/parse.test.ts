@@ -52,8 +52,8 @@ describe('the habits of getopt', () => {
 
   test.each([
     ['--outptu=json a', "unknown option '--outptu'; did you mean '--output'?"],
-    ['--output=xml a', "--output expects 'human' or 'json' not 'xml'"],
-    ['--output=jsno a', "--output expects 'human' or 'json' not 'jsno'; did you mean 'json'?"],
+    ['--output=xml a', "--output expects 'human' or 'json', not 'xml'"],
+    ['--output=jsno a', "--output expects 'human' or 'json', not 'jsno'; did you mean 'json'?"],
     ['--backing a', "option '--backing' could be '--backing-chain' or '--backing-format'"],
     ['-z a', "unknown option '-z'"],
     ['-quite a', "unknown option '-u'"],

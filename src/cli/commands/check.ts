@@ -1,22 +1,25 @@
 import { checkImage } from '../../qcow2/check.ts'
 import type { CheckReport } from '../../qcow2/check-report.ts'
+import { readImageInfo } from '../../qcow2/info.ts'
 import { repairImage } from '../../qcow2/repair.ts'
 import { Qcow2Error } from '../../core/errors.ts'
 import { command, type Context } from '../command.ts'
 import { ExitError } from '../errors.ts'
-import { forceShareOption, formatOption, imageOptsOption, isDirect, objectOption, openerFor, outputOption, quietOption, specOf } from '../image/options.ts'
+import { bitmapsWarning } from '../image/bitmap-warning.ts'
+import { forceShareOption, formatOption, imageOptsOption, isDirect, objectOption, outputOption, quietOption, fileArgument } from '../image/options.ts'
 import { couldNotOpen } from '../image/reasons.ts'
 import { checkText, repairText } from '../print/check.ts'
 import { findingLines, unreadableSnapshots } from '../print/findings.ts'
 import { prettyJson, type CheckEntry } from '../print/shapes.ts'
 import { say } from '../terminal.ts'
+import { snapshotIn } from './snapshot.ts'
 
 export const checkCommand = command({
   name: 'check',
   summary: 'Check an image for leaks and corruption, and repair it',
   description: [
     'Every reference is counted and compared with the stored refcounts. Do not check an image that a VM is writing.',
-    'Each thing that is wrong is told on stderr, beginning with the cluster it is about.',
+    'Each thing that is wrong is told on stderr, beginning with the cluster it is about. Of IMAGE@SNAPSHOT the whole image is checked: clusters are shared.',
   ],
   options: {
     repair: { short: 'r', value: 'WHAT', choices: ['leaks', 'all'], help: "'leaks' frees what nothing refers to; 'all' also repairs corruptions" },
@@ -38,12 +41,14 @@ export const checkCommand = command({
   async run(context) {
     const { options, print, signal } = context
     const repair = options.repair as 'leaks' | 'all' | undefined
-    const spec = specOf(context)
-    const opener = openerFor(context)
-    const { host, format, filename } = await opener.file(spec, { readOnly: repair === undefined, direct: isDirect(options.cache) })
+    const { spec, file, snapshot } = await fileArgument(context, { readOnly: repair === undefined, direct: isDirect(options.cache) })
+    const { host, format, filename } = file
     try {
       if (format !== 'qcow2') throw new ExitError(63, 'This image format does not support checks')
       if (repair !== undefined) context.leaves(`${filename} may be partly repaired; run check -r ${repair} again`)
+      const facts = await readImageInfo(host).catch(() => undefined)
+      if (snapshot !== undefined && facts !== undefined) snapshotIn(facts, snapshot)
+      if (facts?.bitmapsInvalid === true) context.warn(bitmapsWarning(filename))
       const report = await (repair === undefined ? checkImage(host, { signal }) : repairImage(host, { repair, signal })).catch((error: unknown) => {
         throw isNoImage(error) ? couldNotOpen(spec.given ?? filename, error) : error
       })

@@ -7,6 +7,7 @@ import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { concatenated } from '../image/concatenated.ts'
 import { asksForHelp, createHelp, layoutOf, preallocationOf } from '../image/create-options.ts'
+import { warnOfRaw } from '../image/formats.ts'
 import { beginImage, refuseSelf, refuseSelfAt } from '../image/new-image.ts'
 import { resolveBacking } from '../image/names.ts'
 import type { OpenedImage } from '../image/open.ts'
@@ -46,6 +47,7 @@ export const convertCommand = command({
       return 0
     }
     const request = checkRequest(context, format)
+    if (options['target-format'] === undefined && !options['no-create']) warnOfRaw(context, request.target, '-O')
     if (readsPipe(context)) {
       await copyFromPipe(context, request)
       return 0

@@ -1,7 +1,7 @@
 import { command, type Context, type OptionDefinitions } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { asksForHelp, createHelp, formattingLine, parseCreateOptions, type CreateValues } from '../image/create-options.ts'
-import { imageFormats, isImageFormat, type ImageFormat } from '../image/formats.ts'
+import { imageFormats, isImageFormat, warnOfRaw, type ImageFormat } from '../image/formats.ts'
 import { refuseLoops } from '../image/loops.ts'
 import { makeImage } from '../image/new-image.ts'
 import { resolveBacking } from '../image/names.ts'
@@ -50,6 +50,7 @@ export const createCommand = command({
     }
     const [filename] = args
     if (filename === undefined) throw new UsageError('Expecting image file name')
+    if (options.format === undefined) warnOfRaw(context, filename, '-f')
     const size = args[1] === undefined ? undefined : newImageSize(args[1])
     const values = await about(filename, async () => gatherValues(context, format, filename, size))
     if (!options.quiet) await print(formattingLine(filename, format, values))

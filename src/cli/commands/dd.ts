@@ -6,6 +6,7 @@ import { convertToQcow2Stream } from '../../qcow2/convert-stream.ts'
 import { copyDevice } from '../../qcow2/copy.ts'
 import { command, type Context } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
+import { warnOfRaw } from '../image/formats.ts'
 import { refuseSelf } from '../image/new-image.ts'
 import { intoNewTarget } from '../image/new-target.ts'
 import { openerFor, forceShareOption, imageOptsOption, objectOption } from '../image/options.ts'
@@ -43,6 +44,7 @@ export const ddCommand = command({
     const blockSize = blockSizeOf(operands.get('bs'))
     const [count, skip] = [blocksOf(operands, 'count') ?? Infinity, blocksOf(operands, 'skip') ?? 0]
     if (input === undefined || output === undefined) throw new UsageError('Must specify both input and output files')
+    if (options['target-format'] === undefined) warnOfRaw(context, output, '-O')
     const opener = openerFor(context)
     const source = await (options['image-opts'] ? opener.spec(parseImageOpts(input), { readOnly: true }) : opener.name(input, { readOnly: true }, options.format))
     try {

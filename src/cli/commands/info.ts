@@ -1,20 +1,21 @@
-import type { BlockDevice } from '../../block/device.ts'
 import type { LuksHeader } from '../../codec/crypto/luks-header.ts'
 import { luksDiskSize, readLuksHeader } from '../../luks/luks-image.ts'
+import { Qcow2Error } from '../../core/errors.ts'
 import { readImageInfo, type ImageInfo } from '../../qcow2/info.ts'
 import { command } from '../command.ts'
 import { ExitError } from '../errors.ts'
+import { bitmapsWarning } from '../image/bitmap-warning.ts'
 import { spaceTaken } from '../image/host.ts'
 import { resolveBacking } from '../image/names.ts'
-import type { ImageFile, Opener } from '../image/open.ts'
+import type { ImageFile, NamedFile, Opener } from '../image/open.ts'
 import { snapshotTableReason } from '../image/snapshot-table-reason.ts'
-import { forceShareOption, formatOption, imageOptsOption, objectOption, openerFor, outputOption, specOf } from '../image/options.ts'
+import { forceShareOption, formatOption, imageOptsOption, objectOption, fileArgument, openerFor, outputOption } from '../image/options.ts'
 import { couldNotOpen } from '../image/reasons.ts'
 import { parseName, type ImageSpec } from '../image/spec.ts'
 import { infoText } from '../print/info.ts'
 import { prettyJson, type ImageEntry, type Json } from '../print/shapes.ts'
 import { nameFor } from '../terminal.ts'
-import { snapshotEntry } from './snapshot.ts'
+import { snapshotEntry, snapshotIn } from './snapshot.ts'
 
 export const infoCommand = command({
   name: 'info',
@@ -34,12 +35,13 @@ export const infoCommand = command({
   examples: [
     { line: 'qcow2 info disk.qcow2', shows: 'for people' },
     { line: 'qcow2 info --output=json --backing-chain overlay.qcow2', shows: 'the whole chain, for programs' },
+    { line: 'qcow2 info disk.qcow2@before-update', shows: 'one snapshot, and the size its disk had' },
     { line: 'qcow2 info https://example.org/images/disk.qcow2', shows: 'an image on a web server' },
   ],
   async run(context) {
     const { options, print } = context
     const opener = openerFor(context)
-    const entries = await chainEntries(opener, specOf(context), options['backing-chain'])
+    const entries = await chainEntries(opener, await fileArgument(context, { readOnly: true }), options['backing-chain'])
     if (options.output === 'json') await print(prettyJson(options['backing-chain'] ? entries : entries[0]))
     else await print(entries.map((entry) => infoText(entry, nameFor(context.terminal.stdout))).join('\n\n'))
     return 0
@@ -47,30 +49,33 @@ export const infoCommand = command({
 })
 
 /** The entry of an image, and with `chain` those below it. */
-async function chainEntries(opener: Opener, top: ImageSpec, chain: boolean): Promise<ImageEntry[]> {
-  const entries: ImageEntry[] = []
-  const seen = new Set<string>()
-  const root = top.place.kind === 'file' ? top.place.path : undefined
-  let bytes: BlockDevice | undefined
-  for (let spec: ImageSpec | undefined = top; spec !== undefined; ) {
+async function chainEntries(opener: Opener, top: NamedFile, chain: boolean): Promise<ImageEntry[]> {
+  const entries = [await readEntry(opener, top)]
+  const seen = new Set([top.spec.shown])
+  const root = top.spec.place.kind === 'file' ? top.spec.place.path : undefined
+  for (let from = top.spec; ; ) {
+    const above = entries.at(-1)!
+    const below = chain ? above['full-backing-filename'] : undefined
+    if (below === undefined) return entries
+    const spec = parseName(below, above['backing-filename-format'])
     if (seen.has(spec.shown)) throw new ExitError(1, `Backing file '${spec.shown}' creates an infinite loop.`)
     seen.add(spec.shown)
-    const from = spec
-    const entry = await readEntry(opener, from, bytes)
-    entries.push(entry)
-    const below: string | undefined = chain ? entry['full-backing-filename'] : undefined
-    spec = below === undefined ? undefined : parseName(below, entry['backing-filename-format'])
-    bytes = spec && (await opener.referenced(spec, { name: entry['backing-filename'] ?? spec.shown, from: from.shown }, root, { readOnly: true }))
+    const reference = { name: above['backing-filename'] ?? spec.shown, from: from.shown }
+    const bytes = await opener.referenced(spec, reference, root, { readOnly: true })
+    entries.push(await readEntry(opener, { spec, file: await opener.file(spec, { readOnly: true }, bytes), snapshot: undefined }))
+    from = spec
   }
-  return entries
 }
 
-async function readEntry(opener: Opener, spec: ImageSpec, bytes: BlockDevice | undefined): Promise<ImageEntry> {
-  const file = await opener.file(spec, { readOnly: true }, bytes)
+/** The entry of an image, whose file is closed. */
+async function readEntry({ settings }: Opener, { spec, file, snapshot }: NamedFile): Promise<ImageEntry> {
   try {
+    if (snapshot !== undefined && file.format !== 'qcow2') throw new Qcow2Error('ERR_NOT_FOUND', `a ${file.format} image has no snapshots`)
     if (file.format === 'raw') return await rawEntry(file)
     if (file.format === 'luks') return await luksEntry(file, spec)
-    return await qcow2Entry(file, nameOf(spec))
+    const info = await readImageInfo(file.host)
+    if (info.bitmapsInvalid) settings.warn(bitmapsWarning(file.filename))
+    return await qcow2Entry(file, nameOf(spec), info, snapshot)
   } catch (error) {
     throw couldNotOpen(spec.given ?? spec.shown, await snapshotTableReason(file.host, error))
   } finally {
@@ -113,17 +118,17 @@ function nameOf({ shown, format, place, keySecret }: ImageSpec): string {
   return `json:{"encrypt.key-secret": ${JSON.stringify(keySecret)}, "driver": "qcow2", "file": {"driver": "file", "filename": ${JSON.stringify(place.path)}}}`
 }
 
-async function qcow2Entry(file: ImageFile, filename: string): Promise<ImageEntry> {
-  const info = await readImageInfo(file.host)
+async function qcow2Entry(file: ImageFile, filename: string, info: ImageInfo, snapshot: string | undefined): Promise<ImageEntry> {
   const taken = await spaceTaken(file.place)
-  const { backingFile, backingFormat, snapshots } = info
+  const { backingFile, backingFormat } = info
+  const snapshots = snapshot === undefined ? info.snapshots : [snapshotIn(info, snapshot)]
   const fullName = backingFile === undefined ? undefined : resolveBacking(file.place, backingFile)
   return {
     children: [fileChild(file, taken)],
     ...(snapshots.length === 0 ? {} : { snapshots: snapshots.map(snapshotEntry) }),
     ...(backingFormat === undefined || backingFile === undefined ? {} : { 'backing-filename-format': backingFormat }),
-    'virtual-size': info.virtualSize,
-    filename,
+    'virtual-size': snapshot === undefined ? info.virtualSize : snapshots[0]!.diskSize,
+    filename: snapshot === undefined ? filename : `${filename}@${snapshot}`,
     'cluster-size': info.clusterSize,
     format: 'qcow2',
     ...(taken === undefined ? {} : { 'actual-size': taken }),

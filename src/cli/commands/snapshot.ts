@@ -1,4 +1,5 @@
 import { Qcow2Error } from '../../core/errors.ts'
+import type { ImageInfo } from '../../qcow2/info.ts'
 import type { SnapshotInfo } from '../../qcow2/snapshot-info.ts'
 import type { Snapshots } from '../../qcow2/snapshots.ts'
 import { command } from '../command.ts'
@@ -105,4 +106,15 @@ export function snapshotEntry(snapshot: SnapshotInfo): SnapshotEntry {
     'vm-clock-nsec': Number(vmClock % 1_000_000_000n),
     ...(icount === undefined ? {} : { icount: Number(icount) }),
   }
+}
+
+/**
+ * The snapshot with this id, else the first with this name.
+ * @throws ExitError
+ */
+export function snapshotIn({ snapshots }: Pick<ImageInfo, 'snapshots'>, idOrName: string): SnapshotInfo {
+  const found = snapshots.find(({ id }) => id === idOrName) ?? snapshots.find(({ name }) => name === idOrName)
+  if (found !== undefined) return found
+  const names = snapshots.map(({ name }) => name).join(', ')
+  throw new ExitError(1, `the image has no snapshot ${JSON.stringify(idOrName)}; it has ${names === '' ? 'none' : names}`)
 }

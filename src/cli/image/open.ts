@@ -24,9 +24,10 @@ import { follow, type Advice, type Reference, type ReferenceRule } from '../../q
 import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { findingLines } from '../print/findings.ts'
+import { bitmapsWarning } from './bitmap-warning.ts'
 import { blkdebug, rulesOf } from './blkdebug.ts'
 import { isImageFormat, type ImageFormat } from './formats.ts'
-import { resolveBacking, splitAddress, splitSnapshot } from './names.ts'
+import { resolveBacking, splitAddress, splitSnapshot, type SnapshotName } from './names.ts'
 import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen } from './reasons.ts'
@@ -63,6 +64,14 @@ export interface ImageFile {
   readonly host: BlockDevice
   /** Bytes of the image: of the part of the file that the options leave. */
   readonly size: number
+}
+
+/** An image file by its name. */
+export interface NamedFile {
+  readonly spec: ImageSpec
+  readonly file: ImageFile
+  /** The name or id of a snapshot, where the name goes on with one. */
+  readonly snapshot: string | undefined
 }
 
 /** An image that another is made over. */
@@ -209,6 +218,25 @@ export class Opener {
     }
   }
 
+  /** As {@link file}, by a plain name; of `NAME@SNAPSHOT` the file that holds the snapshot. */
+  async fileAt(name: string, how: OpenHow, format?: string): Promise<NamedFile> {
+    const open = async (cut: SnapshotName): Promise<NamedFile> => {
+      if (!how.readOnly) throw new ExitError(1, `Could not open '${name}': a snapshot can only be read`)
+      const spec = parseName(cut.file, format)
+      return { spec, file: await this.file(spec, how), snapshot: cut.snapshot }
+    }
+    const local = splitSnapshot(name)
+    if (local !== undefined) return open(local)
+    const remote = how.readOnly ? splitAddress(name) : undefined
+    const spec = parseName(name, format)
+    try {
+      return { spec, file: await this.file(spec, how), snapshot: undefined }
+    } catch (error) {
+      if (remote === undefined || !isAbsent(error)) throw error
+      return open(remote)
+    }
+  }
+
   /** Opens bytes, as they are. */
   async bytes(place: Place, how: OpenHow): Promise<BlockDevice> {
     const { signal, forceShare, wrap } = this.settings
@@ -286,6 +314,7 @@ export class Opener {
       await dataFile?.close()
       throw await snapshotTableReason(host, error)
     })
+    if (image.bitmaps.invalid) this.settings.warn(bitmapsWarning(spec.shown))
     if (repaired !== undefined) this.settings.told?.(findingLines(repaired, image.engine.geometry.clusterSize))
     const device = spec.place.kind === 'blkdebug' ? await failing(image, spec.place, 'guest') : image
     return { filename: spec.shown, format: 'qcow2', place: spec.place, spec, device, host, image, snapshot: undefined, backing, dataFilename, close: () => image.close() }

@@ -4,7 +4,7 @@ import { referenceRules } from '../../qcow2/references.ts'
 import { UsageError } from '../errors.ts'
 import { didYouMean } from '../nearest.ts'
 import { say } from '../terminal.ts'
-import { Opener, type OpenedImage, type OpenHow } from './open.ts'
+import { Opener, type NamedFile, type OpenedImage, type OpenHow } from './open.ts'
 import { parseSecrets } from './secrets.ts'
 import { parseImageOpts, parseName, type ImageSpec } from './spec.ts'
 
@@ -49,6 +49,15 @@ interface CommonValues {
   readonly references?: string | undefined
   readonly 'image-opts'?: boolean
   readonly format?: string | undefined
+}
+
+/** The file of the image that FILENAME names, without its format opened, and the snapshot after it. */
+export async function fileArgument<O extends OptionDefinitions>(context: Context<O>, how: OpenHow): Promise<NamedFile> {
+  const options = context.options as CommonValues
+  const opener = openerFor(context)
+  if (options['image-opts'] !== true) return opener.fileAt(context.args[0]!, how, options.format)
+  const spec = specOf(context)
+  return { spec, file: await opener.file(spec, how), snapshot: undefined }
 }
 
 /** An opener as the options ask for it. */
