@@ -171,3 +171,8 @@ describe('a name that says qcow2 for an image that will be raw', () => {
 test('an unknown word after vmstate points at its help', async () => {
   expect((await run('vmstate shwo x')).stderr).toBe("qcow2: Command not found: vmstate shwo; did you mean 'show'? (see 'qcow2 vmstate --help')\n")
 })
+
+test('a value that is not one of the choices: with a comma, or as qemu-img writes it', async () => {
+  expect((await run('info --output=yaml x')).stderr).toContain("--output expects 'human' or 'json', not 'yaml'")
+  expect((await run('info --output=yaml x', { program: 'qemu-img' })).stderr).toBe("qemu-img: --output expects 'human' or 'json' not 'yaml'\n")
+})
