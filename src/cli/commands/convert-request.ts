@@ -6,7 +6,7 @@ import { ExitError, UsageError } from '../errors.ts'
 import { layoutOf, parseCreateOptions, preallocationOf, switchOf, type CreateValues } from '../image/create-options.ts'
 import { isImageFormat, type ImageFormat } from '../image/formats.ts'
 import { refuseLoops } from '../image/loops.ts'
-import { intoNewTarget } from '../image/new-target.ts'
+import { intoNewTarget, targetPlace } from '../image/new-target.ts'
 import { resolveBacking } from '../image/names.ts'
 import { forceShareOption, isDirect, objectOption, openerFor, progressOption, quietOption } from '../image/options.ts'
 import { couldNotOpen, reasonOf } from '../image/reasons.ts'
@@ -149,8 +149,8 @@ export async function aboutTarget<T>(target: string, task: () => Promise<T>, for
 
 /** Makes the file of the target by a task; if that fails, what had the name stays. */
 export async function intoTarget<T>(context: ConvertContext, target: string, task: (file: BlockDevice) => Promise<T>): Promise<T> {
-  const place = parsePlace(target)
-  if (place.kind !== 'file') throw new ExitError(1, `${target}: images are made in files only; -n writes to what exists`)
+  const place = targetPlace(parsePlace(target))
+  if (place === undefined) throw new ExitError(1, `${target}: images are made in files and on NBD exports only; -n writes to what exists`)
   const failed = `${target}: error while converting ${context.options['target-format'] ?? 'raw'}`
-  return intoNewTarget(context, place.path, { direct: isDirect(context.options['target-cache']), failed }, task)
+  return intoNewTarget(context, place, { direct: isDirect(context.options['target-cache']), failed }, task)
 }

@@ -8,7 +8,7 @@ import { command, type Context } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { warnOfRaw } from '../image/formats.ts'
 import { refuseSelf } from '../image/new-image.ts'
-import { intoNewTarget } from '../image/new-target.ts'
+import { intoNewTarget, targetPlace } from '../image/new-target.ts'
 import { openerFor, forceShareOption, imageOptsOption, objectOption } from '../image/options.ts'
 import { rawImage } from '../image/raw.ts'
 import { parseImageOpts, parsePlace } from '../image/spec.ts'
@@ -68,10 +68,10 @@ async function copy(context: Context, part: BlockDevice, { format, output }: { r
     else await withPayload(output, terminal, (send) => convertToQcow2Stream(part, send, { signal, onProgress }))
     return
   }
-  const place = parsePlace(output)
+  const place = targetPlace(parsePlace(output))
   const failed = `${output}: error while creating output image`
-  if (place.kind !== 'file') throw new ExitError(1, `${failed}: images are made in files only`)
-  await intoNewTarget(context, place.path, { failed }, (file) =>
+  if (place === undefined) throw new ExitError(1, `${failed}: images are made in files and on NBD exports only`)
+  await intoNewTarget(context, place, { failed }, (file) =>
     format === 'raw' ? copyDevice(part, file, { signal, onProgress }) : convertToQcow2(part, file, { signal, onProgress }),
   )
 }

@@ -12,7 +12,8 @@ import { ExitError } from '../errors.ts'
 import { isPipe } from '../payload.ts'
 import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from './create-options.ts'
 import type { ImageFormat } from './formats.ts'
-import { newTarget, type NewTarget, type TargetContext } from './new-target.ts'
+import { nbdUri } from './nbd-name.ts'
+import { newTarget, targetName, targetPlace, type NewTarget, type TargetContext, type TargetPlace } from './new-target.ts'
 import type { OpenedImage } from './open.ts'
 import { couldNotCreate } from './reasons.ts'
 import { secretOf, type Secrets } from './secrets.ts'
@@ -55,9 +56,9 @@ export async function makeImage(context: ImageContext, name: string, format: Ima
  * @throws ExitError in qemu-img's words
  */
 export async function beginImage(context: ImageContext, name: string, format: ImageFormat, values: CreateValues, below: () => Promise<BlockDevice> = nothingBelow): Promise<NewImage> {
-  const path = pathOf(name)
+  const path = placeOf(name)
   const files: NewTarget[] = []
-  const begin = async (file: string): Promise<NewTarget> => {
+  const begin = async (file: TargetPlace): Promise<NewTarget> => {
     const target = await newTarget(context, file)
     files.push(target)
     return target
@@ -88,7 +89,7 @@ function inWordsOf(name: string, format: ImageFormat, error: unknown): unknown {
 }
 
 /** Begins the file of a new image, or its data file. */
-type Begin = (path: string) => Promise<NewTarget>
+type Begin = (path: TargetPlace) => Promise<NewTarget>
 
 /** What is made in the file. */
 interface Made {
@@ -96,7 +97,7 @@ interface Made {
   readonly image?: Qcow2Image
 }
 
-async function makeQcow2({ secrets, signal }: ImageContext, path: string, values: CreateValues, begin: Begin, below: () => Promise<BlockDevice>): Promise<Made & { readonly image: Qcow2Image }> {
+async function makeQcow2({ secrets, signal }: ImageContext, path: TargetPlace, values: CreateValues, begin: Begin, below: () => Promise<BlockDevice>): Promise<Made & { readonly image: Qcow2Image }> {
   const { dataFile, ...layout } = layoutOf(values)
   const encryption = encryptionOf(values, secrets)
   const { device } = await begin(path)
@@ -104,7 +105,7 @@ async function makeQcow2({ secrets, signal }: ImageContext, path: string, values
     const image = await Qcow2Image.create(device, { ...layout, ...encryption, references: below, signal })
     return { disk: image, image }
   }
-  const data = (await begin(pathOf(dataFile))).device
+  const data = (await begin(placeOf(dataFile))).device
   const references = ({ kind }: Reference): BlockDevice | Promise<BlockDevice> => (kind === 'data file' ? data : below())
   const image = await Qcow2Image.create(device, { ...layout, dataFile, ...encryption, references, signal })
   const { preallocation, size } = layout
@@ -145,8 +146,8 @@ function refuseOtherCiphers(values: CreateValues, prefix: 'encrypt.' | ''): void
   }
 }
 
-async function makeLuks({ secrets, signal }: ImageContext, path: string, values: CreateValues, begin: Begin): Promise<Made> {
-  const { size, preallocation } = flatLayoutOf(path, values)
+async function makeLuks({ secrets, signal }: ImageContext, path: TargetPlace, values: CreateValues, begin: Begin): Promise<Made> {
+  const { size, preallocation } = flatLayoutOf(targetName(path), values)
   refuseOtherCiphers(values, '')
   const key = keyOf(values, '', secrets)
   if (size + (4 << 20) >= 2 ** 53) throw new ExitError(1, tooLarge('luks'))
@@ -161,8 +162,8 @@ export function iterationsFor(milliseconds: number): number {
   return Math.max(1000, Math.round(milliseconds * 1000))
 }
 
-async function makeRaw({ signal }: ImageContext, path: string, values: CreateValues, begin: Begin): Promise<Made> {
-  const { size, preallocation } = flatLayoutOf(path, values)
+async function makeRaw({ signal }: ImageContext, path: TargetPlace, values: CreateValues, begin: Begin): Promise<Made> {
+  const { size, preallocation } = flatLayoutOf(targetName(path), values)
   if (size >= 2 ** 53) throw new ExitError(1, tooLarge('raw'))
   const { device } = await begin(path)
   if (device.size < size) await device.resize(size)
@@ -179,10 +180,10 @@ function flatLayoutOf(path: string, values: CreateValues): { size: number; preal
   return { size: Math.ceil(Number(values.get('size')) / 512) * 512, preallocation }
 }
 
-function pathOf(name: string): string {
-  const place = parsePlace(name)
-  if (place.kind !== 'file') throw new ExitError(1, `Could not create '${name}': images are made in files only; convert -n writes to what exists`)
-  return place.path
+function placeOf(name: string): TargetPlace {
+  const place = targetPlace(parsePlace(name))
+  if (place === undefined) throw new ExitError(1, `Could not create '${name}': images are made in files and on NBD exports only; convert -n writes to what exists`)
+  return place
 }
 
 /**
@@ -191,8 +192,18 @@ function pathOf(name: string): string {
  */
 export async function refuseSelf(sources: readonly OpenedImage[], target: string): Promise<void> {
   const place = isPipe(target) ? undefined : parseName(target, undefined).place
+  if (place?.kind === 'nbd') refuseExport(sources, target, nbdUri(place))
   const identity = place?.kind === 'file' ? await identityAt(place.path) : undefined
   refuseSelfAt(sources, target, identity)
+}
+
+/** An export has no identity but its address. */
+function refuseExport(sources: readonly OpenedImage[], target: string, uri: string): void {
+  for (let source of sources as readonly (OpenedImage | undefined)[]) {
+    for (; source !== undefined; source = source.backing) {
+      if (source.place.kind === 'nbd' && nbdUri(source.place) === uri) throw new ExitError(1, `Could not open '${target}': it is what is to be copied`)
+    }
+  }
 }
 
 /** The same for a target that is open. */

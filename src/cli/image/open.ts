@@ -128,6 +128,13 @@ export interface OpenHow {
   readonly syncLimit?: number | undefined
 }
 
+/** An NBD export as a device that takes any request. */
+export async function openExport({ address, name, context = 'base:allocation' }: Extract<Place, { kind: 'nbd' }>, how: { readonly readOnly: boolean; readonly signal: AbortSignal }): Promise<BlockDevice> {
+  // loaded where it is used: most runs open files only
+  const { connectNbd } = await import('../../nbd/socket.ts')
+  return pad(await connectNbd(address, { ...how, name, context, blockSize: 512 }))
+}
+
 /** Opens images by name. */
 export class Opener {
   readonly settings: OpenerSettings
@@ -243,11 +250,7 @@ export class Opener {
     const { readOnly, direct } = how
     if (place.kind === 'blkdebug') return failing(await this.bytes(place.inner, how), place, 'file')
     if (place.kind === 'image') return (await this.#open(place.spec, how, [])).device
-    if (place.kind === 'nbd') {
-      // loaded where it is used: most runs open files only
-      const { connectNbd } = await import('../../nbd/socket.ts')
-      return pad(await connectNbd(place.address, { name: place.name, readOnly, context: place.context ?? 'base:allocation', blockSize: 512, signal }))
-    }
+    if (place.kind === 'nbd') return openExport(place, { readOnly, signal })
     if (place.kind === 'null') return new NullDevice(place.size)
     const locking = place.kind === 'file' ? place.locking : undefined
     const source = place.kind === 'file' ? place.path : place.url
