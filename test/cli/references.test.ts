@@ -118,7 +118,7 @@ test('a data file is a plain path, even where anything may be named', async () =
     const { image } = place(() => ({ dataFile }))
     const result = await run(['map', '--references=any', image])
     expect([dataFile, result.code, requests]).toEqual([dataFile, 1, 0])
-    expect(shown(result)).toContain('No such file or directory')
+    expect(shown(result)).toContain(`Could not open '${dataFile}': No such file or directory`)
   }
 })
 

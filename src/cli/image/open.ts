@@ -303,7 +303,9 @@ export class Opener {
     const references = async (reference: Reference): Promise<boolean | BlockDevice> => {
       if (reference.kind === 'data file') {
         dataFilename = reference.name
-        return follow(this.#rule, reference, { root: chain[0]!.path, advice, open: (path) => this.bytes({ kind: 'file', path }, how) })
+        return follow(this.#rule, reference, { root: chain[0]!.path, advice, open: (path) => this.bytes({ kind: 'file', path }, how) }).catch((error: unknown) => {
+          throw Qcow2Error.is(error, 'ERR_NOT_FOUND') ? new Qcow2Error('ERR_NOT_FOUND', couldNotOpen(reference.name, error).message) : error
+        })
       }
       backing = await this.#backing(spec, reference, how, chain)
       // what nobody may look at reads as zeroes
