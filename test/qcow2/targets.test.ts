@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { describe, expect, test } from 'vitest'
 import { MemoryDevice, openFile, pad, slice, type BlockDevice } from '../../src/block.ts'
+import { record, Recording } from '../../src/block/record.ts'
 import { Qcow2Error } from '../../src/core/errors.ts'
 import { LuksImage } from '../../src/luks/luks-image.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
@@ -13,6 +14,7 @@ import { convertToQcow2 } from '../../src/qcow2/convert.ts'
 import { copyDevice } from '../../src/qcow2/copy.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import type { CreateOptions } from '../../src/qcow2/new-image.ts'
+import { powerCut, type Survival } from '../../src/testing/power-cut.ts'
 import { expectBytes } from '../support/bytes.ts'
 import { openPaths } from '../support/descriptors.ts'
 import { loopDevice } from '../support/loop-device.ts'
@@ -227,4 +229,31 @@ test('an image that exists is replaced whole: a failed create leaves it, links a
   expect(made.size).toBe(2 * MiB)
   expect(readFileSync(hard).equals(before)).toBe(true)
   expect(readdirSync(folder).sort()).toEqual(['a.qcow2', 'hard', 'link'])
+})
+
+test.each(['empty', 'fixed', 'growable'] as const)('the power goes while an image is made in a device (%s, with an older image): none is there, the old one or a whole new one', async (kind) => {
+  const old = new MemoryDevice(0, { growable: true })
+  const earlier = await Qcow2Image.create(old, { size: 4 * MiB, clusterSize: 512 })
+  await earlier.write(MiB, new Uint8Array(4096).fill(7))
+  await earlier.flush()
+  await old.resize(64 << 10)
+  const before = kind === 'empty' ? new Uint8Array(0) : await old.read(0, old.size)
+  const recording = new Recording()
+  const device = new MemoryDevice(before.slice(), { growable: kind !== 'fixed' })
+  const image = await Qcow2Image.create(record(device, recording), { size: 4 * MiB, clusterSize: 4096 })
+  const created = recording.events
+  await image.close()
+  const survivals: Survival[] = [() => false, () => true, (_, sector) => sector % 2 === 0, (_, sector) => sector % 2 === 1, ({ submitted }) => submitted % 2 === 0, ({ submitted }) => submitted % 3 === 0]
+  let whole = 0
+  for (let at = 0; at <= recording.events; at++) {
+    for (const survives of survivals) {
+      const left = powerCut(before, recording, { at, survives })
+      const isImage = left.length > 4 && left[0] === 0x51 && left[1] === 0x46 && left[2] === 0x49
+      expect(at < created || isImage, 'durable when it is made').toBe(true)
+      if (!isImage) continue
+      whole++
+      expect(await checkImage(new MemoryDevice(left)), `cut at ${at}`).toMatchObject({ corruptions: 0, checkErrors: 0 })
+    }
+  }
+  expect(whole).toBeGreaterThan(0)
 })
