@@ -103,7 +103,7 @@ async function userfaultfd(): Promise<Finding> {
       advice: 'use a kernel with CONFIG_USERFAULTFD',
     }
   }
-  if (capable) return { name: 'userfaultfd', status: 'yes', detail: 'this user may handle all faults (CAP_SYS_PTRACE)' }
+  if (capable) return { name: 'userfaultfd', status: 'yes', detail: 'this user (not the one QEMU may run as) may handle all faults (CAP_SYS_PTRACE)' }
   if (sysctl === '1') {
     return { name: 'userfaultfd', status: 'yes', detail: 'open to every user (vm.unprivileged_userfaultfd = 1)' }
   }
@@ -111,7 +111,7 @@ async function userfaultfd(): Promise<Finding> {
   if (device) {
     return { name: 'userfaultfd', status: 'limited', detail: 'by /dev/userfaultfd, which QEMU uses since 8.0', advice }
   }
-  return { name: 'userfaultfd', status: 'no', detail: 'this user may not handle faults of the kernel', advice }
+  return { name: 'userfaultfd', status: 'no', detail: 'this user (not the one QEMU may run as) may not handle faults of the kernel', advice }
 }
 
 /** `status`: the text of `/proc/self/status`. CAP_SYS_PTRACE is capability 19. */

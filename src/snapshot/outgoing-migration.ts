@@ -4,6 +4,7 @@ import { Qcow2Error } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
 import type { MigrationInfo } from '../qmp/commands.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
+import { QmpError } from '../qmp/error.ts'
 
 /** Where QEMU connects to. `MigrationListener` is one. */
 export interface MigrationReceiver {
@@ -27,7 +28,9 @@ export async function connectMigration(qmp: Qmp, receiver: MigrationReceiver, { 
   signal?.addEventListener('abort', onAbort, { once: true })
   try {
     signal?.throwIfAborted()
-    await qmp.execute('migrate', { uri: receiver.uri })
+    await qmp.execute('migrate', { uri: receiver.uri }).catch((error: unknown) => {
+      throw error instanceof QmpError && error.desc !== undefined ? new QmpError(withAdvice(error.message), { cause: error, desc: error.desc }) : error
+    })
     onStarted()
     const failing = failure(qmp, events)
     failing.catch(() => undefined) // reported if it comes first, like the other
@@ -69,7 +72,13 @@ export async function migrationEnded(qmp: Qmp, timeout: number): Promise<Migrati
 
 /** What QEMU says of a migration that did not succeed. */
 export function migrationFailed({ status, 'error-desc': reason = 'no reason given' }: MigrationInfo): Qcow2Error {
-  return new Qcow2Error('ERR_QMP', `migrate: QEMU reports ${String(status)}: ${reason}`)
+  return new Qcow2Error('ERR_QMP', withAdvice(`migrate: QEMU reports ${String(status)}: ${reason}`))
+}
+
+/** What QEMU says, with what to do where it cannot reach our socket. */
+function withAdvice(message: string): string {
+  if (!/failed to connect/i.test(message)) return message
+  return `${message}; QEMU runs as another user, or sees other folders: say where its connection is taken, and with which mode (receiver; --receiver, --receiver-mode)`
 }
 
 /** No migration is under way. */

@@ -5,6 +5,7 @@
  */
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
+import { QmpError } from '../qmp/error.ts'
 import { capture } from './capture.ts'
 import { chooseDisks } from './choose-disks.ts'
 import { DiskSnapshots } from './disk-snapshots.ts'
@@ -49,10 +50,17 @@ export async function saveTo(qmp: Qmp, sink: SaveSink, options: SaveToOptions = 
     } finally {
       saving.delete(qmp)
     }
-  } catch (error) {
+  } catch (failure) {
+    const error = asBusy(failure)
     await once.abort(error)
     throw error
   }
+}
+
+/** Another migration may begin after it was looked whether there is one. */
+function asBusy(error: unknown): unknown {
+  if (!(error instanceof QmpError) || !/migration process in progress/i.test(error.desc ?? '')) return error
+  return new Qcow2Error('ERR_BUSY', `the VM cannot be saved now: ${error.message}; wait until that has ended`, { cause: error })
 }
 
 async function saveNow(qmp: Qmp, sink: SaveSink, options: SaveToOptions): Promise<Omit<SaveReport, 'took'>> {

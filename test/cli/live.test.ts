@@ -1,6 +1,6 @@
 /** `save`, `revert`, `capture` with a running guest, and `trace`. */
 import { existsSync, readFileSync, writeFileSync } from 'node:fs'
-import { join } from 'node:path'
+import { join, relative } from 'node:path'
 import { gunzipSync } from 'node:zlib'
 import { describe, expect, test } from 'vitest'
 import { Guest } from '../support/guest.ts'
@@ -32,6 +32,30 @@ describe.skipIf(qemu === undefined)('a running guest', () => {
     expect(next.ticks[0]).toBeGreaterThanOrEqual(tick)
     expect(next.ticks[0]).toBeLessThanOrEqual(guest.ticks.at(-1)! + 1)
     expect(next.errors).toEqual([])
+  })
+})
+
+describe.skipIf(qemu === undefined)('save', () => {
+  test('a VM with a disk: asked for, frozen by any name, or said to be left; paths are the caller\'s', async () => {
+    const folder = tempFolder()
+    const [disk, base, top] = ['disk.qcow2', 'base.qcow2', 'top.qcow2'].map((name) => join(folder, name)) as [string, string, string]
+    await qemu!.imgOk('create', '-f', 'qcow2', disk, '1M')
+    const monitor = secondMonitor()
+    const guest = await Guest.boot(qemu!, { disks: [disk], args: monitor.args })
+    await guest.run(1)
+    const save = (...args: string[]): ReturnType<typeof run> => run(['save', '--fallback=stop', monitor.path, ...args])
+    const refused = await save(base)
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(/disk0 \(.*disk\.qcow2\).*--disks.*'all'.*'none'/) as string })
+    expect(existsSync(base)).toBe(false)
+    expect(await save(base, '--disks=all')).toMatchObject({ code: 0, stderr: '' })
+    expect(existsSync(join(folder, 'disk-1.qcow2'))).toBe(true)
+    const incremental = await save(top, '--disks=none', '--backing', relative(process.cwd(), base), '--receiver', folder, '--receiver-mode=660')
+    expect(incremental).toMatchObject({ code: 0, stderr: expect.stringContaining('disk0') as string })
+    expect(await qemu!.imgOk('info', '-U', top)).toMatch(/^backing file: base\.qcow2/m)
+    expect(await save(top, '--disk', `d0=${disk}`)).toMatchObject({ code: 1, stderr: expect.stringContaining('disk.qcow2') as string })
+    expect(await save(top, '--disks=none,d0')).toMatchObject({ code: 1, stderr: expect.stringContaining("'none' goes with no other name") as string })
+    expect(await save(top, '--disks=none', '--receiver-mode=wide')).toMatchObject({ code: 1, stderr: expect.stringContaining('three octal digits') as string })
+    await guest.run(1)
   })
 })
 
