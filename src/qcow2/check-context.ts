@@ -4,6 +4,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { AbortPoints } from '../core/abort-points.ts'
+import { Budget } from '../core/budget.ts'
 import { ClusterCounters } from './check-counters.ts'
 import { offsetText, type CheckCollector } from './check-report.ts'
 import { incompatible } from './features.ts'
@@ -18,6 +19,8 @@ const readDepth = 8
 
 /** How references are counted. */
 export interface CountOptions extends CallOptions {
+  /** Bytes of memory that a check may keep; see `CheckOptions`. */
+  readonly maxMemory?: number | undefined
   /** Counters hold what `1 << refcountOrder` bits do, and at least what those of the image do. */
   readonly refcountOrder?: number | undefined
 }
@@ -29,10 +32,16 @@ export class CheckContext {
   readonly header: Header
   readonly geometry: Geometry
   readonly layout: RefcountLayout
+  /** What the check keeps in memory. */
+  readonly budget: Budget
   /** References found so far. */
-  readonly expected: ClusterCounters = new ClusterCounters()
+  readonly expected: ClusterCounters
+  /** Offset and length of each region that is referred to and not counted, because it ends past the end of the file. */
+  readonly pastEnd: number[] = []
   readonly report: CheckCollector
   readonly call: CallOptions
+  /** Where a long computation lets the event loop turn, also without a signal. */
+  readonly points: AbortPoints
 
   private constructor(host: BlockDevice, cluster0: HeaderCluster, report: CheckCollector, call: CountOptions) {
     this.host = host
@@ -46,6 +55,9 @@ export class CheckContext {
     this.layout = refcountLayout(Math.max(this.header.refcountOrder, call.refcountOrder ?? 0))
     this.report = report
     this.call = call
+    this.points = new AbortPoints(call.signal ?? new AbortController().signal)
+    this.budget = new Budget('the check of the image', call.maxMemory)
+    this.expected = new ClusterCounters(this.budget)
   }
 
   /**
@@ -83,8 +95,12 @@ export class CheckContext {
     if (length <= 0) return
     const { clusterSize } = this.geometry
     if (offset + length - this.host.size >= clusterSize) {
-      const message = `${length} bytes at ${offsetText(offset)} are in use, but the file ends at ${this.host.size}`
-      this.report.corruption({ structure: 'host cluster', offset, message, problem: 'past end of file', value: length }, times)
+      this.report.corruption(() => {
+        const message = `${length} bytes at ${offsetText(offset)} are in use, but the file ends at ${this.host.size}`
+        return { structure: 'host cluster', offset, message, problem: 'past end of file', value: length }
+      }, times)
+      this.budget.take(16)
+      this.pastEnd.push(offset, length)
       return
     }
     const last = Math.floor((offset + length - 1) / clusterSize)
@@ -95,9 +111,10 @@ export class CheckContext {
   #add(cluster: number, by: number, times: number): void {
     const room = this.layout.max - this.expected.get(cluster)
     if (times > room) {
-      const message = `cluster ${cluster} has more references than refcounts of ${this.layout.bits} bits can count; amend the image to wider ones`
-      const offset = cluster * this.geometry.clusterSize
-      this.report.corruption({ structure: 'refcount', offset, message, problem: 'too many references' }, times - room)
+      this.report.corruption(() => {
+        const message = `cluster ${cluster} has more references than refcounts of ${this.layout.bits} bits can count; amend the image to wider ones`
+        return { structure: 'refcount', offset: cluster * this.geometry.clusterSize, message, problem: 'too many references' }
+      }, times - room)
     }
     this.expected.add(cluster, Math.min(times, room), by)
   }
@@ -122,16 +139,17 @@ export class CheckContext {
   async readClusters(clusters: Iterable<number>, visit: (bytes: Uint8Array, cluster: number) => void): Promise<void> {
     const { clusterSize } = this.geometry
     const runs = runsOf(clusters, Math.max(1, Math.floor(readSize / clusterSize)))
-    const abortPoints = new AbortPoints(this.call.signal)
     const lane = async (): Promise<void> => {
       let buffer = new Uint8Array(0)
       for (let next = runs.next(); next.done !== true; next = runs.next()) {
         const { first, count } = next.value
         if (buffer.length < count * clusterSize) buffer = new Uint8Array(count * clusterSize)
         await this.readInto(first * clusterSize, buffer.subarray(0, count * clusterSize))
-        for (let i = 0; i < count; i++) visit(buffer.subarray(i * clusterSize, (i + 1) * clusterSize), first + i)
-        const turn = abortPoints.pass()
-        if (turn !== undefined) await turn
+        for (let i = 0; i < count; i++) {
+          visit(buffer.subarray(i * clusterSize, (i + 1) * clusterSize), first + i)
+          const turn = this.points.pass()
+          if (turn !== undefined) await turn
+        }
       }
     }
     await Promise.all(Array.from({ length: readDepth }, lane))

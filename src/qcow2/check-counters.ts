@@ -2,13 +2,14 @@
  * How many references were found to each host cluster, and from what kinds of structures. Pages of counters appear as they are used, so
  * memory follows what an image refers to and not the length it claims to have.
  */
-import { Qcow2Error } from '../core/errors.ts'
+import { Budget } from '../core/budget.ts'
 import type { RefcountLayout } from './refcount-layout.ts'
+import { PageIndex } from './page-index.ts'
 
 /** Clusters whose counters lie side by side. Small, because a hostile image may use one cluster in each. */
-const pageSize = 64
-/** As many as a `Map` can hold: for clusters of 64 KiB, 64 TiB in use. */
-const maxPages = 2 ** 24
+const pageSize = 16
+/** Bytes that a page takes: a count and the owners for each cluster, and its place in the index. */
+const pageBytes = pageSize * 4 + 32
 /** Stands for every counter from here on, which is then kept apart. */
 const large = 0xffff
 
@@ -47,23 +48,27 @@ export function describeOwners(bits: number): string {
 
 /** A counter for each cluster number, and who its owners are. */
 export class ClusterCounters {
-  /** Where in the arrays the counters of a page begin, by page number. */
-  readonly #pages = new Map<number, number>()
-  #counts = new Uint16Array(64 * pageSize)
-  #owners = new Uint16Array(64 * pageSize)
+  readonly #budget: Budget
+  readonly #pages = new PageIndex()
+  /** By the number of the page in order of appearance. */
+  #counts = new Uint16Array(256 * pageSize)
+  #owners = new Uint16Array(256 * pageSize)
   /** Counters of {@link large} or more, by their place in the arrays. */
   readonly #large = new Map<number, number>()
   /** The page that was looked for last. */
   #number = -1
   #start = 0
-  /** Numbers of the pages that are there, ascending; undefined after one was added. */
-  #numbers: Float64Array | undefined
   /** Highest cluster whose counter was ever raised; -1 if none. */
   highest = -1
 
+  /** @param budget what the counters may take, in bytes */
+  constructor(budget: Budget = new Budget('counters of clusters')) {
+    this.#budget = budget
+  }
+
   /**
    * Raises the counter of one cluster. `by` is a bit of {@link owner}, or 0.
-   * @throws Qcow2Error `ERR_UNSUPPORTED` if the clusters in use are too many, or too far apart.
+   * @throws Qcow2Error `ERR_UNSUPPORTED` if the clusters in use need more memory than the budget has.
    */
   add(cluster: number, count: number, by = 0): void {
     let place = this.#find(cluster)
@@ -88,15 +93,23 @@ export class ClusterCounters {
 
   /** First cluster in `[from, to)` with a counter above zero, or `to`. */
   nextUsed(from: number, to: number): number {
-    const numbers = (this.#numbers ??= Float64Array.from(this.#pages.keys()).sort())
-    for (let at = firstNotBelow(numbers, Math.floor(from / pageSize)); at < numbers.length; at++) {
-      const base = numbers[at]! * pageSize
+    const pages = this.#pages
+    for (let at = pages.rank(Math.floor(from / pageSize)); at < pages.size; at++) {
+      const base = pages.ascending(at) * pageSize
       if (base >= to) break
-      const start = this.#pages.get(numbers[at]!)!
+      const start = pages.find(base / pageSize) * pageSize
       const end = Math.min(to - base, pageSize)
       for (let index = Math.max(0, from - base); index < end; index++) if (this.#counts[start + index] !== 0) return base + index
     }
     return to
+  }
+
+  /** First cluster in `[from, to)` with another counter than `count`, or other owners than `by`; or `to`. */
+  nextOther(from: number, to: number, count: number, by: number): number {
+    if (count === 0 && by === 0) return this.nextUsed(from, to)
+    let cluster = from
+    while (cluster < to && this.get(cluster) === count && this.owners(cluster) === by) cluster++
+    return cluster
   }
 
   /**
@@ -122,10 +135,10 @@ export class ClusterCounters {
   #find(cluster: number): number {
     const number = Math.floor(cluster / pageSize)
     if (number !== this.#number) {
-      const start = this.#pages.get(number)
-      if (start === undefined) return -1
+      const page = this.#pages.find(number)
+      if (page < 0) return -1
       this.#number = number
-      this.#start = start
+      this.#start = page * pageSize
     }
     return this.#start + (cluster % pageSize)
   }
@@ -136,17 +149,12 @@ export class ClusterCounters {
   }
 
   #newPage(cluster: number): number {
-    const start = this.#pages.size * pageSize
-    if (this.#pages.size === maxPages) {
-      const message = `cluster ${cluster} is one too many: a check counts the clusters of at most ${maxPages} groups of ${pageSize}`
-      throw new Qcow2Error('ERR_UNSUPPORTED', message)
-    }
+    this.#budget.take(pageBytes)
+    const start = this.#pages.add(Math.floor(cluster / pageSize)) * pageSize
     if (start === this.#counts.length) {
       this.#counts = doubled(this.#counts)
       this.#owners = doubled(this.#owners)
     }
-    this.#pages.set(Math.floor(cluster / pageSize), start)
-    this.#numbers = undefined
     return start + (cluster % pageSize)
   }
 }
@@ -155,15 +163,4 @@ function doubled(array: Uint16Array<ArrayBuffer>): Uint16Array<ArrayBuffer> {
   const grown = new Uint16Array(array.length * 2)
   grown.set(array)
   return grown
-}
-
-/** Index of the first of ascending numbers that is at least `least`. */
-function firstNotBelow(numbers: Float64Array, least: number): number {
-  let [low, high] = [0, numbers.length]
-  while (low < high) {
-    const middle = (low + high) >>> 1
-    if (numbers[middle]! < least) low = middle + 1
-    else high = middle
-  }
-  return low
 }

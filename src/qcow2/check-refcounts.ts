@@ -4,6 +4,7 @@
  */
 import { viewOf } from '../bytes/view.ts'
 import { isZero } from '../bytes/zero.ts'
+import { UnsupportedError } from '../core/errors.ts'
 import { describeOwners, owner, type ClusterCounters } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import { offsetText, type CheckProblem } from './check-report.ts'
@@ -96,6 +97,19 @@ export class StoredRefcounts {
     return to
   }
 
+  /** First cluster in `[from, to)` whose stored counter is not `count`, or `to`; it is enough that it may be so. */
+  nextOther(from: number, to: number, count: number | undefined): number {
+    if (count === 0) return this.nextUsed(from, to)
+    const number = Math.floor(from / this.#perBlock)
+    const block = this.#blocks[number]
+    if (block === undefined) return from
+    const base = number * this.#perBlock
+    const end = Math.min(to, base + this.#perBlock)
+    let cluster = from
+    while (cluster < end && this.#context.layout.get(block, cluster - base) === count) cluster++
+    return cluster
+  }
+
   /** First cluster in `[from, to)` that is not in use, by one kind of owner and as often as stored; it is enough that it may be so. */
   nextUnlike(expected: ClusterCounters, from: number, to: number): number {
     const number = Math.floor(from / this.#perBlock)
@@ -125,84 +139,125 @@ export class StoredRefcounts {
     const { clusterSize } = geometry
     this.#context.reference(header.refcountTableOffset, header.refcountTableClusters * clusterSize, owner.refcountTable)
     let rebuild = header.refcountTableClusters === 0
-    const corrupt = (index: number, problem: CheckProblem, value: number, detail: string): void => {
+    const corrupt = (index: number, problem: CheckProblem, value: number, detail: () => string): void => {
       rebuild = true
-      const message = `refcount table entry ${index}: ${detail}`
-      report.corruption({ structure: 'refcount table', offset: header.refcountTableOffset + index * 8, message, index, problem, value })
+      const offset = header.refcountTableOffset + index * 8
+      report.corruption(() => ({ structure: 'refcount table', offset, message: `refcount table entry ${index}: ${detail()}`, index, problem, value }))
     }
     this.offsets.forEach((offset, index) => {
       if (offset === undefined) return
-      if (this.#reserved.has(index)) corrupt(index, 'reserved bits', offset, 'reserved bits are set')
-      else if (offset % clusterSize !== 0) corrupt(index, 'unaligned', offset, `the block offset ${offsetText(offset)} is not a multiple of ${clusterSize}`)
-      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, 'past end of file', offset, `the block offset ${offsetText(offset)} is past the end of the file`)
+      if (this.#reserved.has(index)) corrupt(index, 'reserved bits', offset, () => 'reserved bits are set')
+      else if (offset % clusterSize !== 0) corrupt(index, 'unaligned', offset, () => `the block offset ${offsetText(offset)} is not a multiple of ${clusterSize}`)
+      else if (offset >= Math.ceil(host.size / clusterSize) * clusterSize) corrupt(index, 'past end of file', offset, () => `the block offset ${offsetText(offset)} is past the end of the file`)
       else {
         this.#context.reference(offset, clusterSize, owner.refcountBlock)
         const count = expected.get(offset / clusterSize)
-        if (count !== 1) corrupt(index, 'shared refcount block', count, `its block, cluster ${offset / clusterSize}, has ${count} references`)
+        if (count !== 1) corrupt(index, 'shared refcount block', count, () => `its block, cluster ${offset / clusterSize}, has ${count} references`)
       }
     })
     return rebuild
   }
 }
 
+/** Runs of clusters whose stored counter is wrong. */
+export class RefcountDifferences {
+  /** Quadruples of first cluster, number of clusters, stored counter, expected counter. */
+  readonly runs: number[] = []
+  /** There are more than are listed. */
+  truncated = false
+
+  /** The clusters follow those added before. */
+  add(cluster: number, count: number, found: number, expected: number): void {
+    const { runs } = this
+    const last = runs.length - 4
+    if (last >= 0 && runs[last]! + runs[last + 1]! === cluster && runs[last + 2] === found && runs[last + 3] === expected) runs[last + 1]! += count
+    else if (runs.length < 4 * mostRuns) runs.push(cluster, count, found, expected)
+    else this.truncated = true
+  }
+}
+
+/** Clusters compared as one run; neighbours that differ alike are joined again. */
+const longestStretch = 4096
+/** Runs that are listed, 32 bytes each. */
+const mostRuns = 1 << 18
+/** Runs that are compared. No writer leaves so many: the counters are noise. */
+const mostCompared = 1 << 24
+
 /** What comparing stored and expected counters found. */
 export interface RefcountComparison {
   /** Highest host cluster with a stored or an expected counter above zero; at least 0. */
   readonly highestCluster: number
-  /** Clusters whose stored counter is wrong, as triples of cluster, stored, expected. */
-  readonly differences: number[]
+  readonly differences: RefcountDifferences
   /** A cluster in use has no counter at all: single counters cannot be trusted. */
   readonly rebuild: boolean
 }
 
-/** Compares every counter of the file's clusters and reports the differences. */
-export function compareRefcounts(context: CheckContext, stored: StoredRefcounts): RefcountComparison {
-  const { expected, geometry, report } = context
+/**
+ * Compares every counter of the file's clusters and reports the differences.
+ * @throws UnsupportedError if they are too many to be anything but noise
+ */
+export async function compareRefcounts(context: CheckContext, stored: StoredRefcounts): Promise<RefcountComparison> {
+  const { expected, report, points } = context
   const end = Math.max(context.fileClusters, expected.highest + 1)
-  const differences: number[] = []
+  const differences = new RefcountDifferences()
   let highestCluster = 0
   let rebuild = false
   report.checkErrors += stored.unreadable(end)
   let nextStored = stored.nextUsed(0, end)
   let nextExpected = expected.nextUsed(0, end)
-  for (;;) {
+  for (let compared = 0; ; compared++) {
+    const turn = compared % 256 === 0 ? points.pass() : undefined
+    if (turn !== undefined) await turn
+    if (compared > mostCompared) {
+      throw new UnsupportedError(`refcounts: they differ from the references in more than ${mostCompared} places; convert the image, which needs none of them`, ['refcounts'])
+    }
     const cluster = Math.min(nextStored, nextExpected)
     if (cluster >= end) break
-    const unlike = stored.nextUnlike(expected, cluster, end)
-    if (unlike > cluster) {
-      highestCluster = unlike - 1
-      nextStored = stored.nextUsed(unlike, end)
-      nextExpected = expected.nextUsed(unlike, end)
-      continue
-    }
-    const found = stored.get(cluster)
-    const references = expected.get(cluster)
-    if (found !== undefined) highestCluster = cluster
-    if (found !== undefined && found !== references) {
-      differences.push(cluster, found, references)
-      rebuild ||= found === 0
-      const finding = {
-        structure: 'refcount',
-        offset: cluster * geometry.clusterSize,
-        message: `refcount of cluster ${cluster} is ${found}, references found: ${references}`,
-        expected: references,
-        found,
+    let next = stored.nextUnlike(expected, cluster, end)
+    if (next > cluster) {
+      highestCluster = next - 1
+    } else {
+      const found = stored.get(cluster)
+      const references = expected.get(cluster)
+      const owners = expected.owners(cluster)
+      // a stretch at a time: where one side changes at every cluster, the other is not looked at to its end each time
+      const stretch = stored.nextOther(cluster + 1, Math.min(end, cluster + longestStretch), found)
+      next = expected.nextOther(cluster + 1, stretch, references, owners)
+      if (found !== undefined) highestCluster = next - 1
+      if (found !== undefined && found !== references) {
+        differences.add(cluster, next - cluster, found, references)
+        rebuild ||= found === 0
+        reportDifference(context, cluster, next - cluster, found, references)
       }
-      if (found > references) report.leak(finding)
-      else report.corruption(finding)
+      if (!mayShare(owners)) reportOverlap(context, cluster, next - cluster, owners)
     }
-    const owners = expected.owners(cluster)
-    if (!mayShare(owners)) {
-      const message = `cluster ${cluster} is claimed by ${describeOwners(owners)}`
-      report.overlap({ structure: 'overlap', offset: cluster * geometry.clusterSize, message })
-    }
-    if (nextStored === cluster) nextStored = stored.nextUsed(cluster + 1, end)
-    if (nextExpected === cluster) nextExpected = expected.nextUsed(cluster + 1, end)
+    if (nextStored < next) nextStored = stored.nextUsed(next, end)
+    if (nextExpected < next) nextExpected = expected.nextUsed(next, end)
   }
   return { highestCluster, differences, rebuild }
 }
 
+/** Each cluster of a run counts, and is listed as far as there is room. */
+function reportDifference({ report, geometry }: CheckContext, cluster: number, count: number, found: number, expected: number): void {
+  const structure = 'refcount'
+  const listed = Math.min(count, report.room)
+  for (let each = cluster; each < cluster + listed; each++) {
+    const offset = each * geometry.clusterSize
+    const finding = { structure, offset, message: `refcount of cluster ${each} is ${found}, references found: ${expected}`, expected, found }
+    if (found > expected) report.leak(finding)
+    else report.corruption(finding)
+  }
+  if (found > expected) report.leaks += count - listed
+  else report.corruptions += count - listed
+}
+
+function reportOverlap({ report, geometry }: CheckContext, cluster: number, count: number, owners: number): void {
+  for (let each = cluster; each < cluster + count; each++) {
+    report.overlap(() => ({ structure: 'overlap', offset: each * geometry.clusterSize, message: `cluster ${each} is claimed by ${describeOwners(owners)}` }))
+  }
+}
+
 /** One kind of owner, or guest data in both forms: a cluster with counted references is copied before it is written to. */
-function mayShare(owners: number): boolean {
+export function mayShare(owners: number): boolean {
   return (owners & (owners - 1)) === 0 || owners === (owner.data | owner.compressed)
 }

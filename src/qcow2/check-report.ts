@@ -97,6 +97,9 @@ export function offsetText(offset: number): string {
   return Number.isSafeInteger(offset) ? `${offset}` : `0x${BigInt(offset).toString(16)}`
 }
 
+/** What a part of a check found. */
+type Found = Omit<CheckFinding, 'kind'> | (() => Omit<CheckFinding, 'kind'>)
+
 /** Collects findings and counts. */
 export class CheckCollector {
   checkErrors = 0
@@ -113,28 +116,31 @@ export class CheckCollector {
     this.#maxFindings = maxFindings
   }
 
-  /** `times`: through how many tables the same damage is reached; each counts, as QEMU counts. */
-  corruption(finding: Omit<CheckFinding, 'kind'>, times = 1): void {
+  /**
+   * `times`: through how many tables the same damage is reached; each counts, as QEMU counts. A finding given as a
+   * function is made only if it is listed: a damaged image may have millions.
+   */
+  corruption(finding: Found, times = 1): void {
     this.corruptions += times
-    this.#keep({ kind: 'corruption', ...finding })
+    this.#keep('corruption', finding)
   }
 
-  leak(finding: Omit<CheckFinding, 'kind'>): void {
+  leak(finding: Found): void {
     this.leaks++
-    this.#keep({ kind: 'leak', ...finding })
+    this.#keep('leak', finding)
   }
 
-  overlap(finding: Omit<CheckFinding, 'kind'>): void {
+  overlap(finding: Found): void {
     this.overlaps++
-    this.#keep({ kind: 'corruption', ...finding })
+    this.#keep('corruption', finding)
   }
 
-  /** True when a finding would still be listed: spares making its message. */
-  get listing(): boolean {
-    return this.findings.length < this.#maxFindings
+  /** How many findings would still be listed. */
+  get room(): number {
+    return Math.max(0, this.#maxFindings - this.findings.length)
   }
 
-  #keep(finding: CheckFinding): void {
-    if (this.listing) this.findings.push(finding)
+  #keep(kind: CheckFinding['kind'], finding: Found): void {
+    if (this.room > 0) this.findings.push({ kind, ...(typeof finding === 'function' ? finding() : finding) })
   }
 }

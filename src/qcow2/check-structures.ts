@@ -3,6 +3,7 @@
  * the tables themselves is reported here; what they refer to is walked elsewhere.
  */
 import { viewOf } from '../bytes/view.ts'
+import { maxLuksArea } from '../codec/crypto/luks-header.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { bitmapLimits, decodeBitmapDirectory, decodeBitmapTableEntry, refuseMissingTables, type BitmapRecord } from './bitmaps-directory.ts'
 import { owner } from './check-counters.ts'
@@ -164,7 +165,14 @@ function roundUp8(length: number): number {
 export function checkLuksHeader(context: CheckContext): void {
   if (context.header.cryptMethod !== 'luks') return
   const { offset, length } = encryptionPointerOf(context.cluster0.extensions)
-  context.reference(offset, length, owner.luksHeader)
+  if (length <= maxLuksArea) context.reference(offset, length, owner.luksHeader)
+  else unreadable(context, 'LUKS header', offset, `it takes ${length} bytes, at most ${maxLuksArea}`)
+}
+
+/** A structure that no program reads, and whose clusters are therefore not counted. */
+function unreadable({ report }: CheckContext, structure: string, offset: number, detail: string): void {
+  report.corruption({ structure, offset, message: `${structure}: ${detail}` })
+  report.checkErrors++
 }
 
 /**
@@ -175,35 +183,48 @@ export async function checkBitmaps(context: CheckContext): Promise<void> {
   const data = findExtension(context.cluster0.extensions, extensionType.bitmaps)
   if (data === undefined || (context.header.autoclearFeatures & autoclear.bitmaps) === 0n) return
   const extension = decodeBitmapsExtension(data)
-  context.reference(extension.directoryOffset, extension.directorySize, owner.bitmaps)
+  const { directoryOffset, directorySize } = extension
+  if (directorySize > bitmapLimits.directoryBytes) {
+    unreadable(context, 'bitmap directory', directoryOffset, `it takes ${directorySize} bytes, at most ${bitmapLimits.directoryBytes}`)
+    return
+  }
+  context.reference(directoryOffset, directorySize, owner.bitmaps)
   let records: BitmapRecord[]
   try {
-    if (extension.directorySize > bitmapLimits.directoryBytes) throw new Qcow2Error('ERR_FORMAT', 'bitmap directory: it is too large')
-    const directory = await context.read(extension.directoryOffset, extension.directorySize)
-    records = decodeBitmapDirectory(directory, extension, context.geometry.clusterSize)
+    records = decodeBitmapDirectory(await context.read(directoryOffset, directorySize), extension, context.geometry.clusterSize)
     refuseMissingTables(records)
   } catch (error) {
     if (!Qcow2Error.is(error, 'ERR_FORMAT')) throw error
-    context.report.corruption({ structure: 'bitmap directory', offset: extension.directoryOffset, message: error.message })
+    context.report.corruption({ structure: 'bitmap directory', offset: directoryOffset, message: error.message })
     context.report.checkErrors++
+    return
+  }
+  const bytes = records.reduce((sum, { tableSize }) => sum + tableSize * 8, 0)
+  if (bytes - context.host.size >= context.geometry.clusterSize) {
+    unreadable(context, 'bitmap table', directoryOffset, `all together take ${bytes} bytes of a file of ${context.host.size}: some overlap`)
     return
   }
   for (const record of records) await checkBitmapTable(context, record)
 }
 
 async function checkBitmapTable(context: CheckContext, record: BitmapRecord): Promise<void> {
-  const { clusterSize } = context.geometry
+  const { points, geometry, report } = context
+  const { clusterSize } = geometry
   const length = record.tableSize * 8
   context.reference(record.tableOffset, length, owner.bitmaps)
   if (record.tableOffset + length - context.host.size >= clusterSize) return
   const table = viewOf(await context.read(record.tableOffset, length))
   for (let index = 0; index < record.tableSize; index++) {
+    const turn = index % 1024 === 0 ? points.pass() : undefined
+    if (turn !== undefined) await turn
     const entry = decodeBitmapTableEntry(table, index, clusterSize)
     if (typeof entry === 'number') {
       context.reference(entry, clusterSize, owner.bitmaps)
     } else if (entry === 'invalid') {
-      const message = `entry ${index} of the table of bitmap ${JSON.stringify(record.name)} is invalid`
-      context.report.corruption({ structure: 'bitmap table', offset: record.tableOffset + index * 8, message })
+      report.corruption(() => {
+        const message = `entry ${index} of the table of bitmap ${JSON.stringify(record.name)} is invalid`
+        return { structure: 'bitmap table', offset: record.tableOffset + index * 8, message }
+      })
     }
   }
 }

@@ -7,7 +7,7 @@ import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
 import { owner } from './check-counters.ts'
 import { CheckContext } from './check-context.ts'
-import { checkMapping, type MappingRepair } from './check-mapping.ts'
+import { checkMapping, type MappingRepairs } from './check-mapping.ts'
 import { compareRefcounts, StoredRefcounts, type RefcountComparison } from './check-refcounts.ts'
 import { CheckCollector, type CheckReport } from './check-report.ts'
 import { checkBitmaps, checkLuksHeader, checkSnapshotTable, type CheckedSnapshots } from './check-structures.ts'
@@ -17,6 +17,11 @@ import type { HeldSpace } from './snapshot-holds.ts'
 export interface CheckOptions extends CallOptions {
   /** Findings listed in the report; the counts are always complete. Default 1000. */
   readonly maxFindings?: number | undefined
+  /**
+   * Bytes of memory that the check may keep, at most; default 4 GiB. It takes 6 bytes for each cluster of the file that is
+   * in use, up to 100 where these lie far apart. An image that needs more is refused with `ERR_UNSUPPORTED`.
+   */
+  readonly maxMemory?: number | undefined
 }
 
 /** Everything a check learned, for a repair to work with. */
@@ -24,7 +29,7 @@ export interface CheckState {
   readonly context: CheckContext
   readonly stored: StoredRefcounts
   readonly snapshots: CheckedSnapshots
-  readonly repairs: readonly MappingRepair[]
+  readonly repairs: MappingRepairs
   readonly comparison: RefcountComparison
   /** The refcount structures must be built anew. */
   readonly rebuild: boolean
@@ -55,7 +60,7 @@ export interface CheckOmissions {
 /** The check with all it learned. */
 export async function runCheck(host: BlockDevice, options: CheckOptions & CheckOmissions & { readonly held?: readonly HeldSpace[] } = {}): Promise<CheckState> {
   const collector = new CheckCollector(options.maxFindings ?? 1000)
-  const context = await CheckContext.open(host, collector, { signal: options.signal, refcountOrder: options.refcountOrder })
+  const context = await CheckContext.open(host, collector, { signal: options.signal, refcountOrder: options.refcountOrder, maxMemory: options.maxMemory })
   const { header, geometry } = context
   const stored = new StoredRefcounts(context)
   if (options.omitRefcounts !== true) await stored.load()
@@ -69,7 +74,7 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
   checkLuksHeader(context)
   await checkBitmaps(context)
   const structures = options.omitRefcounts !== true && stored.reference()
-  const comparison = compareRefcounts(context, stored)
+  const comparison = await compareRefcounts(context, stored)
   return {
     context,
     stored,

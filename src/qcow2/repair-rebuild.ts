@@ -7,6 +7,7 @@ import { viewOf } from '../bytes/view.ts'
 import type { CheckContext } from './check-context.ts'
 import type { ClusterCounters } from './check-counters.ts'
 import { maxRefcountTableBytes } from './limits.ts'
+import { NamedClusters } from './named-clusters.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refcountLayout } from './refcount-layout.ts'
 
@@ -17,11 +18,11 @@ export interface RebuildOptions {
   /** A new snapshot table of so many snapshots; its old clusters must not have been counted. */
   readonly snapshots?: { readonly table: Uint8Array; readonly count: number } | undefined
   /**
-   * Clusters of the old structures, and others that must keep their bytes. The new structures then go into the first
-   * gap between these that takes them: a file that grows would bring damaged references past its end to life.
-   * Without it they go behind the end.
+   * The image as it was checked: its old structures, and others that must keep their bytes. The new structures then go
+   * into the first gap between these that takes them: a file that grows would bring damaged references past its end to
+   * life. Without it they go after the end.
    */
-  readonly keep?: ClusterCounters
+  readonly keep?: CheckContext
   /** Of a sound image: the cluster after the last one in use, where the new structures go; a device may be much longer. */
   readonly start?: number | undefined
 }
@@ -63,16 +64,18 @@ export async function rebuildRefcounts(context: CheckContext, options: RebuildOp
 /** The first place that takes the new structures. */
 function planRebuild(context: CheckContext, order: number, options: RebuildOptions): Plan {
   const perBlock = (context.geometry.clusterSize * 8) / 2 ** order
-  const counted = usedBlocks(context, perBlock)
-  // what is in use may end up to a cluster behind the file
+  // what is in use may end up to a cluster after the file
   const end = Math.max(context.fileClusters, context.expected.highest + 1)
-  if (options.keep !== undefined) {
-    for (const gap of gapsBetween(context.expected, options.keep, end)) {
-      const plan = planAt(gap.start, context, perBlock, counted, options)
-      if (plan.end <= gap.end) return plan
-    }
+  const { keep = context } = options
+  const named = new NamedClusters(keep)
+  // a table that the end of the file cuts stays in use as far as it is there
+  if (keep !== context) for (const cluster of named.below(context.fileClusters)) if (context.expected.get(cluster) === 0) context.expected.add(cluster, 1)
+  const counted = usedBlocks(context, perBlock)
+  for (const gap of gaps(context.expected, keep.expected, named, { from: options.start ?? (keep === context ? end : 0), end })) {
+    const plan = planAt(gap.start, context, perBlock, counted, options)
+    if (plan.end <= gap.end) return plan
   }
-  return planAt(options.start ?? end, context, perBlock, counted, options)
+  throw new Error('the last gap has no end')
 }
 
 /** The new structures count themselves, so their size is a fixed point. */
@@ -93,13 +96,21 @@ function planAt(start: number, context: CheckContext, perBlock: number, counted:
   }
 }
 
-/** Runs of whole clusters below `end` that are in use by neither. */
-function* gapsBetween(first: ClusterCounters, second: ClusterCounters, end: number): Generator<{ start: number; end: number }> {
-  const nextUsed = (from: number): number => Math.min(first.nextUsed(from, end), second.nextUsed(from, end))
-  for (let start = 0; start < end; ) {
-    const used = nextUsed(start)
+/** Runs of clusters that nothing refers to; nothing is counted from `end` on. The last one has no end. */
+function* gaps(
+  first: ClusterCounters,
+  second: ClusterCounters,
+  named: NamedClusters,
+  { from, end }: { readonly from: number; readonly end: number },
+): Generator<{ start: number; end: number }, void, undefined> {
+  const counted = (cluster: number): number => {
+    const used = cluster < end ? Math.min(first.nextUsed(cluster, end), second.nextUsed(cluster, end)) : end
+    return used < end ? used : Infinity
+  }
+  for (let start = from; start < Infinity; ) {
+    const used = Math.min(counted(start), named.next(start))
     if (used > start) yield { start, end: used }
-    start = used + 1
+    start = named.has(used) ? named.nextFree(used) : used + 1
   }
 }
 

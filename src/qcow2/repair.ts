@@ -8,11 +8,12 @@ import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
-import type { MappingRepair } from './check-mapping.ts'
+import type { EntryList } from './check-mapping.ts'
 import { isCounter, type CheckFinding, type CheckReport } from './check-report.ts'
 import { runCheck, type CheckOptions, type CheckState } from './check.ts'
 import { keptAutoclear } from './features.ts'
 import { maxSnapshotExtraData } from './limits.ts'
+import { NamedClusters } from './named-clusters.ts'
 import { rebuildRefcounts } from './repair-rebuild.ts'
 import { decodeSnapshot, encodeSnapshotTable, type SnapshotRecord } from './snapshot-table.ts'
 
@@ -45,9 +46,11 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   const found = [...before.report.findings.filter(isStructure), ...fixed.counted.report.findings.filter(isCounter)]
   const repaired = goneFindings(found, after.report)
   const mayFixCopied = options.repair === 'all' || isClean(after)
-  if (mayFixCopied && after.repairs.length > 0) {
+  // again as long as more are left than a check lists
+  for (let left = Infinity; mayFixCopied && after.repairs.copied.count > 0 && after.repairs.copied.count < left; ) {
+    left = after.repairs.copied.count
     const flags = after.report.findings.filter(isFlag)
-    fixed.corruptions += await repairEntries(after.context, after.repairs, 'copied')
+    fixed.corruptions += await repairEntries(after, after.repairs.copied, (bytes, at) => (bytes[at] = bytes[at]! ^ 0x80))
     after = await runCheck(host, options)
     repaired.push(...goneFindings(flags, after.report))
   }
@@ -63,7 +66,7 @@ function checkRepair(repair: unknown): void {
 
 /** Nothing is wrong but COPIED flags, and the form of the snapshot table, which says nothing of any counter. */
 function isClean({ report, repairs, snapshots }: CheckState): boolean {
-  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= repairs.length + snapshots.toRewrite + snapshots.surplus
+  return report.checkErrors === 0 && report.leaks === 0 && report.corruptions <= repairs.copied.count + repairs.zero.count + snapshots.toRewrite + snapshots.surplus
 }
 
 /** A COPIED flag that contradicts a counter: which of the two is wrong shows when the counters are right. */
@@ -94,23 +97,26 @@ async function repairLeaks(state: CheckState): Promise<Fixed | undefined> {
   const { surplus, unwalked } = state.snapshots
   // what snapshots hold that could not be looked at was not counted, and is no leak
   if (state.rebuild || surplus > 0 || unwalked > 0) return undefined
-  return repairCounters(state, false)
+  return repairCounters(state, 'lower')
 }
 
 async function repairAll(host: BlockDevice, before: CheckState, options: RepairOptions): Promise<Fixed> {
-  const patched = (await repairEntries(before.context, before.repairs, 'zero')) + (await dropSurplusSnapshots(before))
+  const { extendedL2 } = before.context.geometry
+  const zeroes = await repairEntries(before, before.repairs.zero, (bytes, at) => clearOffset(bytes, at, extendedL2))
+  const patched = zeroes + (await dropSurplusSnapshots(before))
   // what was patched referred to clusters, so the counting starts over
   const state = patched === 0 ? before : await runCheck(host, options)
-  if (!state.rebuild && state.snapshots.toRewrite === 0) {
-    const fixed = await repairCounters(state, true)
+  const rebuild = state.rebuild || state.comparison.differences.truncated
+  if (!rebuild && state.snapshots.toRewrite === 0) {
+    const fixed = await repairCounters(state, 'set')
     return { ...fixed, corruptions: fixed.corruptions + patched }
   }
   const snapshots = state.snapshots.toRewrite > 0 ? repairedSnapshots(state) : undefined
   const counted = await runCheck(host, { ...options, omitRefcounts: true, omitSnapshotTable: snapshots !== undefined })
-  await rebuildRefcounts(counted.context, { snapshots, keep: state.context.expected })
+  await rebuildRefcounts(counted.context, { snapshots, keep: state.context })
   const rebuilt = await runCheck(host, options)
   // a damaged entry may take the header itself for a table, whose references the switch then changed
-  await repairCounters(rebuilt, true)
+  await repairCounters(rebuilt, 'set')
   const after = await runCheck(host, options)
   return {
     // flags that contradicted a lost counter were right all the time
@@ -134,27 +140,34 @@ function freedRefcountClusters(before: CheckState, after: CheckState): number[] 
 }
 
 function corruptionsButFlags({ report, repairs }: CheckState): number {
-  return report.corruptions - repairs.filter(({ kind }) => kind === 'copied').length
+  return report.corruptions - repairs.copied.count
 }
 
 /**
- * Sets stored counters to what was counted: those too high and, with `raise`, those too low. A crash
- * between two blocks leaves some repaired and some not.
+ * Sets stored counters to what was counted; `lower` only those that are too high. A crash between two blocks leaves
+ * some repaired and some not. A cluster that something names past the end of the file keeps its counter: a table that
+ * was cut off is still there as far as the file reaches. Blocks that something else refers to as well are left alone.
  */
-async function repairCounters(state: CheckState, raise: boolean): Promise<Fixed> {
+async function repairCounters(state: CheckState, how: 'set' | 'lower'): Promise<Fixed> {
   const { context, stored, comparison } = state
-  const { host, geometry, layout } = context
-  const { differences } = comparison
+  const { host, geometry, layout, expected: references } = context
+  const { runs } = comparison.differences
+  const named = new NamedClusters(context)
   const fixed: Fixed = { corruptions: 0, leaks: 0, counted: state }
   const changed = new Map<number, Uint8Array>()
-  for (let i = 0; i < differences.length; i += 3) {
-    const [cluster, found, expected] = [differences[i]!, differences[i + 1]!, differences[i + 2]!]
-    const block = stored.blockForWriting(cluster)
-    if (block === undefined || (found < expected && !raise)) continue
-    layout.set(block, cluster % geometry.refcountsPerBlock, expected)
-    changed.set(stored.offsets[Math.floor(cluster / geometry.refcountsPerBlock)]!, block)
-    if (found < expected) fixed.corruptions++
-    else fixed.leaks++
+  for (let i = 0; i < runs.length; i += 4) {
+    const [first, count, found, expected] = [runs[i]!, runs[i + 1]!, runs[i + 2]!, runs[i + 3]!]
+    if (found < expected && how === 'lower') continue
+    for (let cluster = first; cluster < first + count; cluster++) {
+      const block = stored.blockForWriting(cluster)
+      if (block === undefined || (found > expected && named.has(cluster))) continue
+      const offset = stored.offsets[Math.floor(cluster / geometry.refcountsPerBlock)]!
+      if (references.owners(offset / geometry.clusterSize) !== owner.refcountBlock) continue
+      layout.set(block, cluster % geometry.refcountsPerBlock, expected)
+      changed.set(offset, block)
+      if (found < expected) fixed.corruptions++
+      else fixed.leaks++
+    }
   }
   for (const [offset, block] of changed) await host.write(offset, block)
   await host.flush()
@@ -165,34 +178,32 @@ async function repairCounters(state: CheckState, raise: boolean): Promise<Fixed>
 const patchWindow = 1 << 16
 
 /**
- * Patches table entries in place: COPIED flags are set to what the stored refcounts say, entries of a
- * zero cluster with an impossible offset lose the offset. Each entry is one aligned 8- or 16-byte
- * change, whole at any crash.
+ * Patches table entries in place. Each is one aligned 8- or 16-byte change, whole at any crash. A cluster that is not
+ * only a table is left alone: what a damaged entry takes for an L2 table may be guest data, or other metadata.
  */
-async function repairEntries(context: CheckContext, repairs: readonly MappingRepair[], kind: MappingRepair['kind']): Promise<number> {
-  const { host, geometry } = context
-  const sorted = repairs.filter((repair) => repair.kind === kind).sort((a, b) => a.entryOffset - b.entryOffset)
-  const chosen = sorted.filter((repair, i) => repair.entryOffset !== sorted[i - 1]?.entryOffset)
+async function repairEntries({ context }: CheckState, { offsets }: EntryList, patch: (bytes: Uint8Array, at: number) => void): Promise<number> {
+  const { host, geometry, expected } = context
+  const sorted = Float64Array.from(offsets).sort()
+  const isTable = (at: number): boolean => [owner.l1Table, owner.l2Table].includes(expected.owners(Math.floor(at / geometry.clusterSize)) as 2 | 4)
+  // an entry may be reached through several tables
+  const chosen = sorted.filter((offset, i) => offset !== sorted[i - 1] && isTable(offset))
   for (let i = 0; i < chosen.length; ) {
-    const start = chosen[i]!.entryOffset
+    const start = chosen[i]!
     let end = i + 1
-    while (end < chosen.length && chosen[end]!.entryOffset < start + patchWindow) end++
-    const bytes = await context.read(start, chosen[end - 1]!.entryOffset + geometry.l2EntrySize - start)
-    for (; i < end; i++) patchEntry(bytes, chosen[i]!, chosen[i]!.entryOffset - start, geometry.extendedL2)
+    while (end < chosen.length && chosen[end]! < start + patchWindow) end++
+    const bytes = await context.read(start, chosen[end - 1]! + geometry.l2EntrySize - start)
+    for (; i < end; i++) patch(bytes, chosen[i]! - start)
     await host.write(start, bytes.subarray(0, Math.min(bytes.length, host.size - start)))
   }
   await host.flush()
   return chosen.length
 }
 
-function patchEntry(bytes: Uint8Array, repair: MappingRepair, at: number, extendedL2: boolean): void {
-  if (repair.kind === 'copied') {
-    bytes[at] = bytes[at]! ^ 0x80
-  } else {
-    bytes.fill(0, at, at + 8)
-    // with subclusters the bitmap behind it says which are zero; the others stay the backing file's
-    if (!extendedL2) bytes[at + 7] = 1
-  }
+/** The entry of a zero cluster loses its offset. */
+function clearOffset(bytes: Uint8Array, at: number, extendedL2: boolean): void {
+  bytes.fill(0, at, at + 8)
+  // with subclusters the bitmap behind it says which are zero; the others stay the backing file's
+  if (!extendedL2) bytes[at + 7] = 1
 }
 
 /** Takes the snapshots past the limits of the table out of the count in the header; where the table has to be rewritten they go with that. */

@@ -1,8 +1,12 @@
 /** Work and memory grow with what is asked for and what is there, not with its square or with what an image claims. */
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
+import type { BlockDevice } from '../../src/block/device.ts'
+import { join } from '../../src/block/join.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { NullDevice } from '../../src/block/null.ts'
+import { trace, type TracedRequest } from '../../src/block/trace.ts'
+import { Budget } from '../../src/core/budget.ts'
 import { bitmapLimits, decodeBitmapDirectory, encodeBitmapDirectory } from '../../src/qcow2/bitmaps-directory.ts'
 import { ClusterCounters } from '../../src/qcow2/check-counters.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
@@ -181,3 +185,111 @@ test('the map of metadata knows exactly the clusters that were added and not rem
     { numRuns: 100 },
   )
 })
+
+/** A small file that claims much: its metadata lie at the start of a long hole. */
+function sparseImage(clusterBits: number, size: number, header: (view: DataView) => void, ...writes: (readonly [number, Uint8Array])[]): BlockDevice {
+  const start = new Uint8Array(1 << 20)
+  const view = new DataView(start.buffer)
+  view.setUint32(0, 0x514649fb)
+  view.setUint32(4, 3)
+  view.setUint32(20, clusterBits)
+  view.setBigUint64(24, 32768n)
+  view.setUint32(36, 1)
+  view.setBigUint64(40, BigInt(3 << clusterBits))
+  view.setBigUint64(48, BigInt(1 << clusterBits))
+  view.setUint32(56, 1)
+  view.setUint32(96, 4)
+  view.setUint32(100, 112)
+  view.setBigUint64(1 << clusterBits, BigInt(2 << clusterBits))
+  header(view)
+  for (const [at, bytes] of writes) start.set(bytes, at)
+  return join(new MemoryDevice(start, { readOnly: true }), new NullDevice(size - start.length))
+}
+
+describe('a check costs what the file has, not what it claims', () => {
+  const extension = (type: number, fields: (view: DataView) => void): ((view: DataView) => void) => (view) => {
+    view.setUint32(112, type)
+    view.setUint32(116, type === 0x0537be77 ? 16 : 24)
+    fields(view)
+  }
+  const bitmaps = (count: number, bytes: number, at: number): ((view: DataView) => void) =>
+    extension(0x23852875, (view) => {
+      view.setBigUint64(88, 1n)
+      view.setUint32(120, count)
+      view.setBigUint64(128, BigInt(bytes))
+      view.setBigUint64(136, BigInt(at))
+    })
+  const directory = (count: number, tableSize: number): Uint8Array => {
+    const bytes = new Uint8Array(count * 32)
+    const view = new DataView(bytes.buffer)
+    for (let i = 0; i < count; i++) {
+      view.setBigUint64(i * 32, BigInt(1 << 30))
+      view.setUint32(i * 32 + 8, tableSize)
+      view.setUint8(i * 32 + 16, 1)
+      view.setUint8(i * 32 + 17, 16)
+      view.setUint16(i * 32 + 18, 5)
+      bytes.set(new TextEncoder().encode(String(i).padStart(5, '0')), i * 32 + 24)
+    }
+    return bytes
+  }
+  const snapshots = (count: number, l1Bytes: number, apart: number): readonly [number, Uint8Array] => {
+    const bytes = new Uint8Array(count * 64)
+    const view = new DataView(bytes.buffer)
+    for (let i = 0; i < count; i++) {
+      view.setBigUint64(i * 64, BigInt((1 << 28) + i * apart))
+      view.setUint32(i * 64 + 8, l1Bytes / 8)
+      view.setUint16(i * 64 + 12, 5)
+      view.setUint32(i * 64 + 36, 16)
+      bytes.set(new TextEncoder().encode(String(i).padStart(5, '0')), i * 64 + 56)
+    }
+    return [0x40000, bytes]
+  }
+  const withSnapshots = (count: number) => (view: DataView): void => {
+    view.setUint32(60, count)
+    view.setBigUint64(64, 0x40000n)
+  }
+
+  const images: [string, () => BlockDevice][] = [
+    ['a LUKS header of 512 GiB', () => sparseImage(9, 2 ** 40, extension(0x0537be77, (view) => {
+      view.setUint32(32, 2)
+      view.setBigUint64(120, 2n ** 20n)
+      view.setBigUint64(128, 2n ** 39n)
+    }))],
+    ['a bitmap table of 1 GiB', () => sparseImage(16, 2 ** 32, bitmaps(1, 32, 0x40000), [0x40000, directory(1, 0x800_0000)])],
+    ['many bitmaps with one table', () => sparseImage(9, 2 ** 32, bitmaps(8000, 8000 * 32, 0x40000), [0x40000, directory(8000, 2 ** 20)])],
+    ['many snapshots with one L1 table', () => sparseImage(16, 2 ** 30, withSnapshots(8000), snapshots(8000, 32 << 20, 0))],
+    ['many snapshots whose L1 tables overlap', () => sparseImage(16, 2 ** 30, withSnapshots(8000), snapshots(8000, 32 << 20, 65536))],
+    ['one refcount block for a million table entries', () => sparseImage(9, 2 ** 36, (view) => {
+      view.setUint32(96, 0)
+      view.setBigUint64(48, 0x40000n)
+      view.setUint32(56, 1024)
+    }, [1024, new Uint8Array(512).fill(0xff)], [0x40000, new Uint8Array(new BigUint64Array(65536).fill(0x0004_0000_0000_0000n).buffer)])],
+  ]
+
+  test.each(images)('%s: few reads, findings as asked for', async (_name, image) => {
+    const bytes = await bytesRead(image(), (device) => checkImage(device, { maxFindings: 10 }))
+    expect(bytes.read).toBeLessThan(2 ** 30 + 2 ** 26)
+    expect(bytes.result.corruptions + bytes.result.leaks).toBeGreaterThan(0)
+    expect(bytes.result.findings.length).toBeLessThanOrEqual(10)
+  })
+
+  test('what the counters may take is the caller’s to say', async () => {
+    const [, image] = images.at(-1)!
+    const counters = new ClusterCounters(new Budget('this', 10_000))
+    expect(() => Array.from({ length: 1000 }, (_, i) => counters.add(i * 1000, 1))).toThrow(expect.objectContaining({ code: 'ERR_UNSUPPORTED' }))
+    await expect(checkImage(image(), { maxMemory: 100 })).rejects.toMatchObject({ code: 'ERR_UNSUPPORTED' })
+  })
+
+  test('a signal ends it between two stretches', async () => {
+    const [, image] = images.at(-1)!
+    const abort = new AbortController()
+    setTimeout(() => abort.abort(new Error('enough')), 1)
+    await expect(checkImage(image(), { signal: abort.signal })).rejects.toThrow('enough')
+  })
+})
+
+async function bytesRead<T>(device: BlockDevice, task: (device: BlockDevice) => Promise<T>): Promise<{ read: number; result: T }> {
+  const requests: TracedRequest[] = []
+  const result = await task(trace(device, requests))
+  return { read: requests.reduce((sum, { length }) => sum + length, 0), result }
+}

@@ -157,7 +157,9 @@ describeWithQemu('check', (qemu) => {
         if (theirs.report === undefined || verdict.report === undefined) return
         // what we say is left is what QEMU sees
         if (!zeroFlagInV2(ours) && ours.checkErrors === 0) expect(asQemu(ours)).toEqual(verdict.report)
-        expect(verdict.report['leaks']).toBeLessThanOrEqual(theirs.report['leaks']!)
+        // what something names past the end of the file keeps its counter here: a table cut off by the end is still there
+        const named = ours.findings.some(({ problem }) => problem === 'past end of file')
+        if (!named) expect(verdict.report['leaks']).toBeLessThanOrEqual(theirs.report['leaks']!)
         expect(verdict.report['corruptions']).toBeLessThanOrEqual(theirs.report['corruptions']!)
       }),
       { numRuns: Math.ceil(numRuns / 2), examples: [[[2, longL1Table]], [[979159796, tableAtEnd]], [[17, flagAndTable]]] },

@@ -14,6 +14,11 @@ import { FormatError, UnsupportedError } from '../../core/errors.ts'
 
 const luksHeaderSize = 592
 export const keySlotCount = 8
+/**
+ * Anti-forensic stripes of every key slot. The format allows any number, but every program writes this one and QEMU
+ * reads no other: more would cost time for each passphrase that is tried.
+ */
+export const stripeCount = 4000
 /** Bytes of header and key material that are taken: it is 8 slots of 64 bytes in 4000 stripes, but the stripes may be more. */
 export const maxLuksArea: number = 64 << 20
 const slotsAt = 208
@@ -92,6 +97,10 @@ export function decodeLuksHeader(bytes: Uint8Array, offset = 0): LuksHeader {
         throw fail(`key slot ${i}`, `places ${slot.stripes} stripes at ${slot.keyOffset}, outside the LUKS area of ${bytes.length} bytes`, at)
       }
       if (slot.iterations < 1) throw fail(`key slot ${i} iterations`, 'is 0', at + 4)
+      if (slot.stripes !== stripeCount) {
+        const what = `LUKS header: key slot ${i} has ${slot.stripes} stripes, only ${stripeCount} are supported (offset ${offset + at})`
+        throw new UnsupportedError(what, ['LUKS'])
+      }
     }
     slots.push(slot)
   }

@@ -5,7 +5,7 @@
 import { randomBytes } from 'node:crypto'
 import { FormatError, Qcow2Error } from '../../core/errors.ts'
 import { materialLength, sealKey, unsealKey } from './key-material.ts'
-import { encodeLuksHeader, keySlotCount, type LuksHeader, type LuksKeySlot } from './luks-header.ts'
+import { encodeLuksHeader, keySlotCount, stripeCount, type LuksHeader, type LuksKeySlot } from './luks-header.ts'
 import { iterationsOf, readLuksHeader, unlockLuks, type CreateLuksOptions } from './luks.ts'
 
 /** Bytes for a LUKS area, each durable before the next is written. Offsets count from its start. */
@@ -142,7 +142,7 @@ function checkPlace(header: LuksHeader, areaLength: number, index: number): void
   const { keyOffset, stripes } = header.slots[index]!
   const end = keyOffset + materialLength(header.keyBytes, { stripes })
   const meets = header.slots.some((other, at) => at !== index && other.active && other.keyOffset < end && keyOffset < other.keyOffset + materialLength(header.keyBytes, other))
-  if (stripes >= 1 && keyOffset >= 1024 && end <= areaLength && !meets) return
+  if (stripes === stripeCount && keyOffset >= 1024 && end <= areaLength && !meets) return
   throw new FormatError(`places ${stripes} stripes at ${keyOffset}, where other data lies or the LUKS area of ${areaLength} bytes ends`, { structure: 'LUKS header', field: `key slot ${index}` })
 }
 

@@ -6,13 +6,11 @@
 import { getHashes, randomBytes, randomUUID } from 'node:crypto'
 import { Qcow2Error, UnsupportedError } from '../../core/errors.ts'
 import { derive, digestLength, digestSize, sealKey, unsealKey } from './key-material.ts'
-import { decodeLuksHeader, encodeLuksHeader, keySlotCount, type LuksHeader, type LuksKeySlot } from './luks-header.ts'
+import { decodeLuksHeader, encodeLuksHeader, keySlotCount, stripeCount, type LuksHeader, type LuksKeySlot } from './luks-header.ts'
 import { aesSectorCipher, type SectorCipher } from './sector-cipher.ts'
 
-const stripes = 4000
-
 /**
- * Hashes that trying all key slots may take: about half a minute, which no one sets on purpose and a hostile image
+ * Hashes that trying all key slots may take: a minute or more, which no one sets on purpose and a hostile image
  * might. One iteration takes one for each hash length of the key; cryptsetup's own benchmark yields a few million
  * iterations for a slot.
  */
@@ -24,7 +22,7 @@ const mostIterations = 40_000_000
 export interface OpenLuksOptions {
   /** Where the area is in the file, for errors. Default 0. */
   readonly offset?: number | undefined
-  /** Tried before each key slot: a derivation that has begun cannot be stopped. */
+  /** Aborting rejects at once; a derivation that has begun ends in the background. */
   readonly signal?: AbortSignal | undefined
 }
 
@@ -55,7 +53,7 @@ export async function unlockLuks(header: LuksHeader, area: Uint8Array, passphras
   for (const slot of header.slots) {
     if (!slot.active) continue
     signal?.throwIfAborted()
-    const key = await unsealKey(header, slot, area, passphrase)
+    const key = await orAborted(unsealKey(header, slot, area, passphrase), signal)
     if (key !== undefined) return key
   }
   throw new Qcow2Error('ERR_NOT_FOUND', 'encryption: the passphrase opens no key slot of the LUKS header')
@@ -85,13 +83,13 @@ export async function createLuks(
 ): Promise<{ area: Uint8Array; cipher: SectorCipher }> {
   const iterations = iterationsOf(options)
   const key = randomBytes(64)
-  const slotLength = roundUp(key.length * stripes, 4096)
+  const slotLength = roundUp(key.length * stripeCount, 4096)
   const slots: LuksKeySlot[] = Array.from({ length: keySlotCount }, (_, i) => ({
     active: i === 0,
     iterations: i === 0 ? iterations : 0,
     salt: i === 0 ? randomBytes(32) : new Uint8Array(32),
     keyOffset: 4096 + i * slotLength,
-    stripes,
+    stripes: stripeCount,
   }))
   const digestSalt = randomBytes(32)
   const digestIterations = Math.max(1000, Math.floor(iterations / 8))
@@ -114,8 +112,26 @@ export async function createLuks(
   return { area, cipher: aesSectorCipher(header.cipherMode, key) }
 }
 
+/** What `task` gives, or the reason of an abort if that comes first. */
+async function orAborted<T>(task: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (signal === undefined) return task
+  const done = new AbortController()
+  const aborted = new Promise<never>((_, reject) => {
+    signal.addEventListener('abort', () => reject(signal.reason as Error), { once: true, signal: done.signal })
+  })
+  try {
+    return await Promise.race([task, aborted])
+  } finally {
+    done.abort()
+    task.catch(() => undefined)
+  }
+}
+
+/** Of these a digest has a fixed length, as PBKDF2 and the stripes need it. */
+const luksHashes = ['md5', 'ripemd160', 'sha1', 'sha224', 'sha256', 'sha384', 'sha512', 'sm3']
+
 function checkHash(hash: string): void {
-  if (!/^[a-z0-9]+$/.test(hash) || !getHashes().includes(hash)) {
+  if (!luksHashes.includes(hash) || !getHashes().includes(hash)) {
     throw new UnsupportedError(`encryption: hash ${JSON.stringify(hash)} is not supported by this Node`, [hash])
   }
 }

@@ -40,11 +40,15 @@ export function aesSectorCipher(mode: string, key: Uint8Array): SectorCipher {
 /** Writes the 16-byte IVs of consecutive sectors. */
 type IvGenerator = (target: Uint8Array, sector: number) => void
 
+/** Those whose digest is as long as a key of AES. */
+const essivHashes = ['md5', 'sha256']
+
 function ivGenerator(form: string, key: Uint8Array): IvGenerator {
   if (form === 'plain64') return plain64
   if (form === 'plain') return plain32
-  if (form.startsWith('essiv:')) {
-    const ecb = encryptor(createHash(form.slice(6)).update(key).digest())
+  const essiv = essivHashes.find((hash) => form === `essiv:${hash}`)
+  if (essiv !== undefined) {
+    const ecb = encryptor(createHash(essiv).update(key).digest())
     return (target, sector) => {
       plain64(target, sector)
       target.set(ecb.update(target))
