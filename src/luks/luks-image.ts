@@ -212,7 +212,7 @@ async function layOut(host: BlockDevice, area: Uint8Array, size: number, options
     throw new IoError('resize', cause, { code: 'ERR_NO_SPACE', offset: host.size, length: end - host.size })
   }
   if (host.size > 0) {
-    await (host.growable ? host.resize(0, options) : host.writeZeroes(0, headerBytes, options))
+    await (host.growable ? host.resize(0, options) : host.writeZeroes(0, sectorSize, options))
     await host.flush(options)
   }
   if (host.growable) await host.resize(end, options)

@@ -229,7 +229,8 @@ export async function makeBlank(host: HostFile, layout: Layout): Promise<void> {
   }
   const { clusterSize } = layout.geometry
   const end = Math.min(layout.clusters * clusterSize, device.size)
-  await zeroContent(device, 0, Math.min(clusterSize, end))
+  // one sector, which goes whole: more could reach into tables of the old image while its header still stands
+  await zeroContent(device, 0, Math.min(512, end))
   await device.flush()
   await zeroContent(device, 0, end)
 }
