@@ -85,8 +85,14 @@ export const limits = {
   ramBlocks: 65_536,
   ramBlockLength: 281_474_976_710_656,
   sections: 65_536,
-  vmDescription: 268_435_456,
+  vmDescription: 67_108_864,
   vmDescriptionDepth: 64,
+  /** Values of one device, decoded. */
+  deviceValues: 524_288,
+  /** Values of all devices, decoded at once. */
+  allValues: 4_194_304,
+  /** Deltas of XBZRLE, one on the other, of one page. */
+  deltas: 65_536,
   pageSizeMin: 256,
   pageSizeMax: 1_048_576,
 } as const

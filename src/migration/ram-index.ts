@@ -7,7 +7,7 @@
  * 8), negative: -(1 + number in the side table).
  */
 import { streamError, ramFlag } from './format.ts'
-import { PageTable, segmentPages } from './page-table.ts'
+import { PageTable, segmentLength, segmentPages } from './page-table.ts'
 import type { RamBlock, RamPagesRecord } from './records.ts'
 
 /** The entry of a page that the stream does not contain. */
@@ -57,7 +57,9 @@ export class RamIndex {
   readonly pageSize: number
   /** Entries by block index, then by page. */
   readonly entries: PageTable[] = []
-  readonly #encoded: EncodedPage[] = []
+  readonly #encoded = new EncodedPages()
+  /** Segments of all tables. */
+  #segments = 0
 
   constructor(pageSize: number) {
     this.pageSize = pageSize
@@ -80,7 +82,10 @@ export class RamIndex {
       const page = number % segmentPages
       if (number - page !== first) {
         first = number - page
+        const before = entries.segments
         segment = entries.segment(number)
+        this.#segments += entries.segments - before
+        if (this.#segments * segmentLength > leastMemory + memoryPerByte * record.offset) throw this.#scattered(record)
       }
       const flag = flags[i]!
       const before = segment[page]!
@@ -97,22 +102,34 @@ export class RamIndex {
     }
   }
 
+  /** Takes all pages of a mapped-ram block as zero, until its bitmap says otherwise. */
+  beginMapped(block: RamBlock): void {
+    const entries = this.entries[block.index]!
+    entries.fill(zeroPage)
+    this.counts.zero += entries.pages
+  }
+
   /**
-   * Marks the pages whose bits are set in a mapped-ram bitmap as raw, the others as zero.
+   * Marks the pages whose bits are set in a piece of a mapped-ram bitmap as raw.
+   * @param first Number of the bitmap's byte that the piece begins with
    * @throws FormatError (`ERR_STREAM`) for bits beyond the last page
    */
-  addMapped(block: RamBlock, bitmap: Uint8Array): void {
+  addMapped(block: RamBlock, bitmap: Uint8Array, first: number): void {
     const entries = this.entries[block.index]!
     const { pagesOffset, bitmapOffset } = block.mapped!
-    for (let bit = entries.pages; bit < bitmap.length * 8; bit++) {
-      if ((bitmap[Math.floor(bit / 8)]! & (1 << (bit & 7))) === 0) continue
-      throw streamError('mapped-ram bitmap', 'bitmap', `bit ${bit} of RAM block '${block.name}' is set; it has ${entries.pages} pages`, bitmapOffset)
-    }
-    for (let page = 0; page < entries.pages; page++) {
-      const set = (bitmap[Math.floor(page / 8)]! & (1 << (page & 7))) !== 0
-      entries.set(page, set ? pagesOffset + page * this.pageSize : zeroPage)
-      if (set) this.counts.normal++
-      else this.counts.zero++
+    for (let i = 0; i < bitmap.length; i++) {
+      const byte = bitmap[i]!
+      if (byte === 0) continue
+      for (let bit = 0; bit < 8; bit++) {
+        if ((byte & (1 << bit)) === 0) continue
+        const page = (first + i) * 8 + bit
+        if (page >= entries.pages) {
+          throw streamError('mapped-ram bitmap', 'bitmap', `bit ${page} of RAM block '${block.name}' is set; it has ${entries.pages} pages`, bitmapOffset)
+        }
+        entries.set(page, pagesOffset + page * this.pageSize)
+        this.counts.normal++
+        this.counts.zero--
+      }
     }
   }
 
@@ -121,17 +138,20 @@ export class RamIndex {
     for (const { block, offset, length, content } of ranges) {
       const entries = this.entries[block]!
       const end = Math.ceil((offset + length) / this.pageSize)
+      if (offset === 0 && end === entries.pages && typeof content !== 'number') {
+        entries.fill(content === 'zero' ? zeroPage : absentPage)
+        continue
+      }
       for (let page = Math.floor(offset / this.pageSize); page < end; page++) {
         const position = typeof content === 'number' ? base + content - offset + page * this.pageSize : content === 'zero' ? zeroPage : absentPage
         entries.set(page, position)
       }
     }
     for (const entries of this.entries) {
-      for (let page = 0; page < entries.pages; page++) {
-        const entry = entries.get(page)
-        if (entry === zeroPage) this.counts.zero++
-        else if (entry !== absentPage) this.counts.normal++
-      }
+      entries.forEachRun((entry, pages) => {
+        if (entry === zeroPage) this.counts.zero += pages
+        else if (entry !== absentPage) this.counts.normal += pages
+      })
     }
   }
 
@@ -145,7 +165,7 @@ export class RamIndex {
 
   /** The page that a negative entry stands for. */
   encoded(entry: number): EncodedPage {
-    return this.#encoded[-1 - entry]!
+    return this.#encoded.get(-1 - entry)
   }
 
   #addEncoded(record: RamPagesRecord, i: number, before: number): number {
@@ -158,7 +178,41 @@ export class RamIndex {
     }
     if (delta) this.counts.xbzrle++
     else this.counts.compressed++
-    const kind = delta ? 'xbzrle' : 'compressed'
-    return -this.#encoded.push({ kind, position, length, base: delta ? before : absentPage })
+    if (delta && length === 0) return before // it changes nothing
+    return -this.#encoded.add(position, length, delta ? before : absentPage)
+  }
+
+  #scattered({ block, offset }: RamPagesRecord): Error {
+    return streamError('RAM section', 'page offset', `the pages of RAM block '${block.name}' are scattered: they would take more memory than their stream has bytes`, offset)
+  }
+}
+
+/** Bytes of the tables that any stream may take, and those for each byte of a stream: whole pages take two. */
+const leastMemory = 32 << 20
+const memoryPerByte = 3
+/** Pages in a piece of the side table. */
+const pieceEntries = 16_384
+
+/** The side table: 20 bytes for each page that is not stored raw, in pieces, so that growing copies nothing. */
+class EncodedPages {
+  readonly #pieces: { readonly positions: Float64Array; readonly bases: Float64Array; readonly lengths: Uint32Array }[] = []
+  #count = 0
+
+  /** Adds an entry; gives how many there are. A base of {@link absentPage} says that the page is compressed. */
+  add(position: number, length: number, base: number): number {
+    const at = this.#count % pieceEntries
+    if (at === 0) this.#pieces.push({ positions: new Float64Array(pieceEntries), bases: new Float64Array(pieceEntries), lengths: new Uint32Array(pieceEntries) })
+    const piece = this.#pieces.at(-1)!
+    piece.positions[at] = position
+    piece.bases[at] = base
+    piece.lengths[at] = length
+    return ++this.#count
+  }
+
+  get(number: number): EncodedPage {
+    const piece = this.#pieces[Math.floor(number / pieceEntries)]!
+    const at = number % pieceEntries
+    const base = piece.bases[at]!
+    return { kind: base === absentPage ? 'compressed' : 'xbzrle', position: piece.positions[at]!, length: piece.lengths[at]!, base }
   }
 }

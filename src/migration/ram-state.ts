@@ -6,6 +6,7 @@ import { checkRange, extent, type BlockDevice, type CallOptions, type Extent, ty
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { inflatePage } from './compressed-page.ts'
+import { limits, streamError } from './format.ts'
 import type { MemoryPlacement } from './memory-placement.ts'
 import type { PageTable } from './page-table.ts'
 import { physicalRanges, type PhysicalMapOptions, type PhysicalRange, type PhysicalSource } from './physical-ranges.ts'
@@ -164,6 +165,7 @@ export class RamState {
         break
       }
       deltas.push(encoded)
+      if (deltas.length > limits.deltas) throw streamError('RAM section', 'XBZRLE', `more than ${limits.deltas} deltas of one page`, encoded.position)
       entry = encoded.base
     }
     if (entry > zeroPage) await this.#device.readInto(entry, page, options)
@@ -185,8 +187,8 @@ export class RamState {
       const raw = sort === 3
       let page = first + 1
       while (page * pageSize < end) {
-        const empty = sort === 0 ? entries.emptyUntil(page) : page
-        if (empty > page) page = empty
+        const same = sort < 2 && sortOf(entries.get(page)) === sort ? entries.sameUntil(page) : page
+        if (same > page) page = same
         else if (sortOf(entries.get(page)) !== sort || (raw && entries.get(page) !== entry + (page - first) * pageSize)) break
         else page++
       }

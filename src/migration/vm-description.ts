@@ -164,11 +164,17 @@ export function deviceLengths(description: VmDescription): DeviceLength[] {
 
 /** Bytes of a structure in the stream: its fields, then its subsections with their heads. */
 export function bodyLength(struct: StructDescription): number {
+  const known = lengths.get(struct)
+  if (known !== undefined) return known
   let length = 0
   for (const { size, array_len: count } of struct.fields) length += size * (count ?? 1)
   for (const part of struct.subsections ?? []) length += subsectionHeadLength(part.vmsd_name) + bodyLength(part)
+  lengths.set(struct, length)
   return length
 }
+
+/** Each is asked for once for every element that has it. */
+const lengths = new WeakMap<StructDescription, number>()
 
 /** `05`, the counted name and the be32 version. */
 export function subsectionHeadLength(name: string): number {

@@ -4,13 +4,11 @@
  * stream with it; reading what was indexed is next door.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
-import { concat } from '../bytes/concat.ts'
 import { borrowedDeviceChunks } from './byte-source.ts'
-import { streamError } from './format.ts'
+import { limits, streamError } from './format.ts'
 import type { ParserOptions } from './framing.ts'
 import { MigrationParser } from './parser.ts'
 import { RamIndex } from './ram-index.ts'
-import { mappedRamBitmapLength } from './ram-block-list.ts'
 import type { BytesRecord, ConfigurationRecord, MigrationRecord, RamBlock, SectionRecord } from './records.ts'
 import { StreamRest } from './stream-rest.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription, type VmDescription } from './vm-description.ts'
@@ -58,7 +56,12 @@ export interface IndexOptions extends CallOptions {
 const worthSkipping = 1 << 20
 /** First guess of how far from the end the VM description begins. */
 const firstTail = 256 << 10
+/** Bytes of padding, or of device state, that are looked through for a description. */
 const tailLimit = 256 << 20
+/** EOF, the mark, the length and the first byte of a description. */
+const headLength = 7
+/** What looks like a description's head that is looked at, at most. */
+const mostTries = 1000
 
 /** Indexes the stream that begins at `streamOffset` of `device`. */
 export async function indexStream(device: BlockDevice, streamOffset: number, options: IndexOptions): Promise<StreamIndex> {
@@ -75,40 +78,59 @@ export async function indexStream(device: BlockDevice, streamOffset: number, opt
   return walk.result(description)
 }
 
-/** Looks for a description that ends the file (zeroes may follow), in ever longer pieces of its end. */
+/**
+ * Looks for a description that ends the file (zeroes may follow), in ever longer pieces of its end. JSON has no zeroes, so
+ * one that is found before a description begins ends the search.
+ */
 async function findDescription(
   device: BlockDevice,
   from: number,
   options: CallOptions,
 ): Promise<{ description: VmDescription } | undefined> {
-  const longest = Math.min(device.size - from, tailLimit)
+  const end = await endOfContent(device, from, options)
+  if (end === undefined) return undefined
+  const longest = Math.min(end - from, limits.vmDescription + 16)
   for (let length = Math.min(firstTail, longest); ; length = Math.min(length * 8, longest)) {
-    const start = device.size - length
+    const start = end - length
     const tail = await device.read(start, length, options)
+    if (tail.at(-1) !== 0x7d) return undefined
     const found = locateVmDescription(tail)
     if (found !== undefined) {
       return { description: parseVmDescription(tail.subarray(found.start, found.start + found.length), start + found.start) }
     }
-    if (length === longest || !mayBeDescription(tail)) return undefined
+    if (length === longest || tail.includes(0)) return undefined
   }
 }
 
-/** The bytes could be the end of a description that begins before them: they end in `}` and zeroes. */
-function mayBeDescription(tail: Uint8Array): boolean {
-  let end = tail.length
-  while (end > 0 && tail[end - 1] === 0) end--
-  return end === 0 || tail[end - 1] === 0x7d
+/** One past the last byte that is not zero; undefined if it is further from the end than padding is looked through. */
+async function endOfContent(device: BlockDevice, from: number, options: CallOptions): Promise<number | undefined> {
+  const stop = Math.max(from, device.size - tailLimit)
+  for (let end = device.size; end > stop; ) {
+    const start = Math.max(stop, end - firstTail)
+    const piece = await device.read(start, end - start, options)
+    let last = piece.length - 1
+    while (last >= 0 && piece[last] === 0) last--
+    if (last >= 0) return start + last + 1
+    end = start
+  }
+  return undefined
 }
 
-/** Looks for a description anywhere behind the start of the device sections. */
+/** Looks for a description anywhere behind the start of the device sections: `00 06 be32 length {…}`. */
 async function searchTail(device: BlockDevice, from: number, options: CallOptions): Promise<VmDescription | undefined> {
-  const tail = await device.read(from, Math.min(device.size - from, tailLimit), options)
-  const view = new DataView(tail.buffer, tail.byteOffset, tail.length)
-  for (let at = tail.indexOf(6); at !== -1 && at + 5 < tail.length; at = tail.indexOf(6, at + 1)) {
-    if (tail[at - 1] !== 0 || tail[at + 5] !== 0x7b) continue
-    const end = at + 5 + view.getUint32(at + 1)
-    if (end > tail.length || tail[end - 1] !== 0x7d) continue
-    return parseVmDescription(tail.subarray(at + 5, end), from + at + 5)
+  const end = Math.min(device.size, from + tailLimit)
+  let tries = mostTries
+  for (let start = from; start + headLength < end; start += firstTail - headLength) {
+    const piece = await device.read(start, Math.min(firstTail, end - start), options)
+    const view = new DataView(piece.buffer, piece.byteOffset, piece.length)
+    for (let at = piece.indexOf(6, 1); at !== -1 && at + 5 < piece.length; at = piece.indexOf(6, at + 1)) {
+      const length = view.getUint32(at + 1)
+      const json = start + at + 5
+      if (piece[at - 1] !== 0 || piece[at + 5] !== 0x7b || length > limits.vmDescription || json + length > device.size) continue
+      if (tries-- === 0) return undefined
+      const [last] = await device.read(json + length - 1, 1, options)
+      if (last === 0x7d) return parseVmDescription(await device.read(json, length, options), json)
+    }
   }
   return undefined
 }
@@ -119,7 +141,8 @@ class Walk {
   readonly #options: IndexOptions
   readonly #devices: IndexedDevice[] = []
   #ram: RamIndex | undefined
-  #bitmap: Uint8Array[] = []
+  /** Bytes of the bitmap of the current block so far. */
+  #bitmapBytes = 0
   #block: RamBlock | undefined
   #blocks: readonly RamBlock[] = []
   #configuration: ConfigurationRecord | undefined
@@ -129,6 +152,8 @@ class Walk {
   readonly #restFilter = new StreamRest()
   readonly #rest: { before: RestPiece[]; after: RestPiece[] } = { before: [], after: [] }
   #end = 0
+  /** What is left needs no reading. */
+  #over = false
   tailOffset: number | undefined
 
   constructor(device: BlockDevice, options: IndexOptions) {
@@ -139,7 +164,8 @@ class Walk {
   async run(parserOptions: ParserOptions, from: number): Promise<void> {
     const parser = new MigrationParser(parserOptions)
     for (let at: number | undefined = from; at !== undefined; ) at = await this.#feed(parser, at)
-    parser.end()
+    if (!this.#over) parser.end()
+    this.#over = false
     this.#configuration ??= parser.configuration
     if (this.#blocks.length === 0) this.#blocks = parser.blocks
     this.#ram ??= new RamIndex(parser.pageSize)
@@ -177,6 +203,7 @@ class Walk {
     for await (const chunk of borrowedDeviceChunks(this.#device, at, { signal })) {
       signal?.throwIfAborted()
       for (const record of parser.push(chunk)) this.#take(record, parser)
+      if (this.#over) return undefined
       onProgress?.({ done: parser.offset, total: size })
       const { skippable } = parser
       if (skippable < worthSkipping) continue
@@ -187,7 +214,12 @@ class Walk {
   }
 
   #take(record: MigrationRecord, parser: MigrationParser): void {
-    if (record.kind !== 'bytes' || record.of !== 'trailing') this.#end = record.offset + record.length
+    if (this.#over) return
+    if (record.kind === 'bytes' && (record.of === 'trailing' || record.of === 'tail')) {
+      this.#takeLast(record)
+      return
+    }
+    this.#end = record.offset + record.length
     this.#keepRest(record)
     switch (record.kind) {
       case 'section':
@@ -198,8 +230,9 @@ class Walk {
       case 'ram-block':
         this.#ram ??= new RamIndex(parser.pageSize)
         this.#ram.addBlock(record.block)
+        if (record.block.mapped !== undefined) this.#ram.beginMapped(record.block)
         this.#block = record.block
-        this.#bitmap = []
+        this.#bitmapBytes = 0
         break
       case 'footer':
         this.#footers = true
@@ -210,6 +243,16 @@ class Walk {
       case 'bytes':
         this.#takeBytes(record)
     }
+  }
+
+  /** What reaches to the end of the file: padding, or device state that nothing explains yet. It need not be read. */
+  #takeLast(record: BytesRecord): void {
+    this.#over = true
+    if (record.of === 'trailing') return
+    this.tailOffset ??= record.offset
+    this.#restFilter.accept(record)
+    this.#end = this.#device.size
+    this.#rest.after.push({ offset: record.offset, length: this.#device.size - record.offset })
   }
 
   /** Bytes stay in the file; everything else is small. */
@@ -224,13 +267,10 @@ class Walk {
   }
 
   #takeBytes(record: BytesRecord): void {
-    if (record.of === 'tail') this.tailOffset ??= record.offset
     if (record.of === 'device') this.#devices.at(-1)!.length += record.length
     if (record.of !== 'mapped-ram-bitmap') return
-    this.#bitmap.push(record.bytes.slice())
-    const block = this.#block!
-    const have = this.#bitmap.reduce((sum, { length }) => sum + length, 0)
-    if (have === mappedRamBitmapLength(block.length, this.#ram!.pageSize)) this.#ram!.addMapped(block, concat(this.#bitmap))
+    this.#ram!.addMapped(this.#block!, record.bytes, this.#bitmapBytes)
+    this.#bitmapBytes += record.bytes.length
   }
 
   /** QEMU 10.0 lets background-snapshot go with mapped-ram and then never writes the bitmaps. */

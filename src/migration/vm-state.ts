@@ -6,15 +6,18 @@ import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { join } from '../block/join.ts'
 import { MemoryDevice } from '../block/memory.ts'
 import { pad } from '../block/pad.ts'
+import { slice } from '../block/slice.ts'
 import { isBlockDevice, openSource, type Source } from '../block/source.ts'
 import { decompressStream, type FileCompression } from '../codec/decompress-stream.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
+import { turns } from '../core/turns.ts'
 import { concat } from '../bytes/concat.ts'
 import { deviceChunks } from './byte-source.ts'
 import { capabilitiesOf } from './configuration.ts'
 import { readLibvirtHeader, type LibvirtSaveHeader } from './container.ts'
-import { decodeStruct, type DeviceValue } from './device-fields.ts'
+import { decodeStruct, deviceBudget, type DeviceValue, type ValueBudget } from './device-fields.ts'
+import { limits } from './format.ts'
 import { readPlacement, type MemoryPlacement } from './memory-placement.ts'
 import type { PageRange } from './ram-index.ts'
 import { RamState } from './ram-state.ts'
@@ -29,7 +32,7 @@ export interface VmStateOptions extends IndexOptions {
   readonly keepOpen?: boolean | undefined
   /**
    * An empty growable device for the content of a compressed file, or a function that opens one, called only for such a
-   * file. It is closed with the VM state. Default: memory, up to 256 MiB.
+   * file. It is closed with the VM state. Default: memory, up to 128 MiB.
    */
   readonly spool?: Spool | undefined
 }
@@ -57,7 +60,7 @@ export interface DeviceState {
 
 /** Bytes of one piece of the rest. */
 const restRead = 1 << 20
-const memorySpoolLimit = 256 << 20
+const memorySpoolLimit = 128 << 20
 
 /**
  * A stored migration stream, indexed: guest pages by block and offset, devices decoded.
@@ -199,21 +202,38 @@ export class VmState extends Resource {
     return this.storage.read(device.offset, device.length, options)
   }
 
-  /** The fields of a device section, by the VM description. */
+  /**
+   * The fields of a device section, by the VM description.
+   * @throws FormatError (`ERR_STREAM`) for a description that does not fit the section
+   */
   async decodeDevice(device: DeviceState, options?: CallOptions): Promise<Record<string, DeviceValue>> {
+    return this.#decode(device, deviceBudget(device.length), options)
+  }
+
+  async #decode(device: DeviceState, budget: ValueBudget, options?: CallOptions): Promise<Record<string, DeviceValue>> {
     const { description } = device
     if (description === undefined) throw new UnsupportedError(`device '${device.name}': the stream has no VM description`, ['VM description'])
-    return decodeStruct(description, await this.readDevice(device, options))
+    return decodeStruct(description, await this.readDevice(device, options), 0, budget)
   }
 
   /** All devices decoded, by `name (instance)`, in the order of the stream; a repeated key gets `#2`, `#3`, … */
   async decodeDevices(options?: CallOptions): Promise<Record<string, Record<string, DeviceValue>>> {
     const all = Object.create(null) as Record<string, Record<string, DeviceValue>>
+    const seen = new Map<string, number>()
+    const turn = turns()
+    let left: number = limits.allValues
     for (const device of this.devices) {
       const key = `${device.name} (${device.instanceId})`
-      let free = key
-      for (let n = 2; free in all; n++) free = `${key} #${n}`
-      all[free] = await this.decodeDevice(device, options)
+      const times = (seen.get(key) ?? 0) + 1
+      seen.set(key, times)
+      let free = times === 1 ? key : `${key} #${times}`
+      while (free in all) free += ' #'
+      const budget = deviceBudget(device.length)
+      const before = (budget.left = Math.min(budget.left, left))
+      all[free] = await this.#decode(device, budget, options)
+      left -= before - budget.left
+      await turn()
+      options?.signal?.throwIfAborted()
     }
     return all
   }
@@ -285,18 +305,21 @@ async function decompress(
   options: CallOptions & { readonly spool: BlockDevice | undefined },
 ): Promise<BlockDevice> {
   const { signal } = options
-  const spool = options.spool ?? new MemoryDevice(0, { growable: true })
+  // of its whole size from the start: what is not written takes no memory
+  const spool = options.spool ?? new MemoryDevice(memorySpoolLimit)
+  const turn = turns()
   let at = 0
   for await (const chunk of decoded(compression, offset, decompressStream(compression, deviceChunks(device, offset, { signal })))) {
     signal?.throwIfAborted()
     if (at === 0) refuseImage(chunk, compression)
     if (options.spool === undefined && at + chunk.length > memorySpoolLimit) {
-      throw new UnsupportedError(`the ${compression} stream holds more than ${memorySpoolLimit} bytes: give a device as spool`, ['spool'])
+      throw new UnsupportedError(`the ${compression} stream holds more than ${memorySpoolLimit} bytes: give a device as spool, or decompress it first`, ['spool'])
     }
     await spool.write(at, chunk, { signal })
     at += chunk.length
+    await turn()
   }
-  return spool
+  return options.spool ?? slice(spool, 0, at)
 }
 
 /** The chunks, with a failure of the codec told as a damaged stream. */

@@ -88,7 +88,9 @@ function summarise(name: string, vm: VmState): Summary {
 
 function summariseBlock(vm: VmState, block: RamBlock): BlockSummary {
   const counts = { data: 0, zero: 0, absent: 0 }
-  for (let offset = 0; offset < block.length; offset += vm.ram.pageSize) counts[vm.ram.pageKind(block.index, offset)]++
+  for (const { start, length, zero, present } of vm.ram.extents(block, 0, block.length)) {
+    counts[!present ? 'absent' : zero ? 'zero' : 'data'] += Math.ceil((start + length) / vm.ram.pageSize) - Math.ceil(start / vm.ram.pageSize)
+  }
   return { name: block.name, length: block.length, dataPages: counts.data, zeroPages: counts.zero, absentPages: counts.absent }
 }
 
