@@ -5,7 +5,8 @@
  */
 import { Qcow2Error } from '../core/errors.ts'
 import { nameOf, Resource } from '../core/resource.ts'
-import { isMemoryAligned, zeroes } from './slab.ts'
+import { InFlight } from '../core/in-flight.ts'
+import { allocateAligned, isMemoryAligned, zeroes } from './slab.ts'
 
 /** What every asynchronous call takes. */
 export interface CallOptions {
@@ -101,7 +102,7 @@ export interface BlockDevice extends AsyncDisposable {
 
   /** Fills `target` with the bytes at `offset`. Reading past `size` is a `RangeError`. */
   readInto(offset: number, target: Uint8Array, options?: CallOptions): Promise<void>
-  /** The bytes `[offset, offset + length)` in a new array. */
+  /** The bytes `[offset, offset + length)` in a new array, in memory as the device demands it. */
   read(offset: number, length: number, options?: CallOptions): Promise<Uint8Array>
   /** Stores `source` at `offset`. `source` must not change until the call settles. */
   write(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void>
@@ -115,7 +116,7 @@ export interface BlockDevice extends AsyncDisposable {
   resize(size: number, options?: CallOptions): Promise<void>
   /** The extents of the range, in order, without gaps, neighbours that differ in nothing merged. */
   map(options?: MapOptions): AsyncIterable<Extent>
-  /** Closes the device and those it owns. What was not flushed may not survive a power cut. */
+  /** Waits for the requests under way, then closes the device and those it owns. What was not flushed may not survive a power cut. */
   close(): Promise<void>
 }
 
@@ -143,6 +144,8 @@ function kindOf(flags: Omit<Extent, 'kind'>): ExtentKind {
  * valid, non-empty requests; the defaults suit a device that can only read, write and flush.
  */
 export abstract class BaseDevice extends Resource implements BlockDevice {
+  #steps: InFlight | undefined
+
   abstract get size(): number
   abstract get readOnly(): boolean
   abstract get limits(): BlockLimits
@@ -164,7 +167,7 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
 
   async read(offset: number, length: number, options?: CallOptions): Promise<Uint8Array> {
     checkRange(offset, length, this.size)
-    const target = new Uint8Array(length)
+    const target = this.limits.memoryAlignment > 1 ? allocateAligned(length) : new Uint8Array(length)
     await this.readInto(offset, target, options)
     return target
   }
@@ -174,7 +177,7 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     if (problem !== undefined) return Promise.reject(problem)
     if (source.length === 0) return done
     if (options?.fua !== true) return this.onWrite(offset, source, options)
-    return this.onWrite(offset, source, { signal: options.signal }).then(() => this.flush(options))
+    return this.inSteps(this.onWrite(offset, source, { signal: options.signal }).then(() => this.onFlush(options)))
   }
 
   writeZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
@@ -183,7 +186,7 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
     if (length === 0) return done
     if (options?.fua !== true) return this.onWriteZeroes(offset, length, options)
     const { signal, unmap } = options
-    return this.onWriteZeroes(offset, length, { signal, unmap }).then(() => this.flush(options))
+    return this.inSteps(this.onWriteZeroes(offset, length, { signal, unmap }).then(() => this.onFlush(options)))
   }
 
   discard(offset: number, length: number, options?: CallOptions): Promise<void> {
@@ -224,8 +227,27 @@ export abstract class BaseDevice extends Resource implements BlockDevice {
   /** Makes completed writes durable. Not called on a read-only device. */
   protected abstract onFlush(options?: CallOptions): Promise<void>
 
+  /**
+   * For a request that makes several of another device, one after the other: `close` waits for it. Requests that are made
+   * in one go need no such care, because what they are made of waits for them.
+   */
+  protected inSteps<T>(running: Promise<T>): Promise<T> {
+    this.#steps ??= new InFlight()
+    this.#steps.add(running)
+    return running
+  }
+
+  protected override settling(): Promise<void> | undefined {
+    // whoever made a request gets its error
+    return this.#steps === undefined || this.#steps.count === 0 ? undefined : this.#steps.settle().catch(() => undefined)
+  }
+
   /** Default: writes zeroes in bounded pieces. */
-  protected async onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
+  protected onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
+    return this.inSteps(this.#writeZeroes(offset, length, options))
+  }
+
+  async #writeZeroes(offset: number, length: number, options: WriteZeroesOptions | undefined): Promise<void> {
     const piece = 1 << 20
     for (let at = 0; at < length; at += piece) {
       options?.signal?.throwIfAborted()

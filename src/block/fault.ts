@@ -71,7 +71,8 @@ class FaultDevice extends FilterDevice {
     return this.#perform('resize', size, 0, () => this.inner.resize(size, options), options)
   }
 
-  async #perform(
+  /** A request that never completes is not waited for when the device is closed. */
+  #perform(
     operation: RequestOperation,
     offset: number,
     length: number,
@@ -79,6 +80,18 @@ class FaultDevice extends FilterDevice {
     options: CallOptions | undefined,
   ): Promise<void> {
     const wrong = this.#plan({ operation, offset, length, index: this.#requests++ })
+    const running = this.#end(wrong, operation, offset, length, part, options)
+    return wrong?.kind === 'delay' || wrong?.kind === 'tear' ? this.inSteps(running) : running
+  }
+
+  async #end(
+    wrong: Fault | undefined,
+    operation: RequestOperation,
+    offset: number,
+    length: number,
+    part: (length: number) => Promise<void>,
+    options: CallOptions | undefined,
+  ): Promise<void> {
     if (wrong === undefined) return part(length)
     const failure = (): Error => new IoError(operation, 'injected fault', { offset, length })
     switch (wrong.kind) {

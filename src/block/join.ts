@@ -25,7 +25,11 @@ class JoinedDevice extends ReadOnlyDevice {
     return this.#first.size + this.#second.size
   }
 
-  protected async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+  protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    return this.inSteps(this.#read(offset, target, options))
+  }
+
+  async #read(offset: number, target: Uint8Array, options: CallOptions | undefined): Promise<void> {
     const border = this.#first.size
     const before = Math.max(0, Math.min(target.length, border - offset))
     if (before > 0) await this.#first.readInto(offset, target.subarray(0, before), options)

@@ -76,10 +76,14 @@ class PaddedDevice extends FilterDevice {
   protected override onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
     const end = offset + target.length
     if (this.#passes(offset, end, target)) return this.inner.readInto(offset, target, options)
-    return this.#readPadded(offset, target, options)
+    return this.inSteps(this.#readPadded(offset, target, options))
   }
 
-  protected override async onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+  protected override onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+    return this.inSteps(this.#write(offset, source, options))
+  }
+
+  async #write(offset: number, source: Uint8Array, options: WriteOptions | undefined): Promise<void> {
     const end = offset + source.length
     const release = this.#tryLock(offset, end) ?? (await this.#lock(offset, end))
     const leaveEdge = this.#crossesEdge(end) ? await this.#lockEdge(end) : undefined
@@ -93,7 +97,11 @@ class PaddedDevice extends FilterDevice {
     }
   }
 
-  protected override async onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
+  protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
+    return this.inSteps(this.#writeZeroes(offset, length, options))
+  }
+
+  async #writeZeroes(offset: number, length: number, options: WriteZeroesOptions | undefined): Promise<void> {
     const end = offset + length
     const { body, tail } = padding(offset, end, this.#alignment)
     const release = await this.#lock(offset, end)
@@ -109,7 +117,11 @@ class PaddedDevice extends FilterDevice {
     }
   }
 
-  protected override async onDiscard(offset: number, length: number, options?: CallOptions): Promise<void> {
+  protected override onDiscard(offset: number, length: number, options?: CallOptions): Promise<void> {
+    return this.inSteps(this.#discard(offset, length, options))
+  }
+
+  async #discard(offset: number, length: number, options: CallOptions | undefined): Promise<void> {
     const release = await this.#lock(offset, offset + length)
     try {
       await this.inner.discard(offset, length, options)

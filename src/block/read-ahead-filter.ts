@@ -41,7 +41,7 @@ class ReadAheadDevice extends FilterDevice {
     const inSequence = offset === this.#expected || this.#prefetcher.buffers(offset, target.length)
     this.#expected = offset + target.length
     if (!inSequence || target.length >= this.#chunkSize) return this.inner.readInto(offset, target, options)
-    return this.#turn.run(() => this.#readSequence(offset, target, options))
+    return this.inSteps(this.#turn.run(() => this.#readSequence(offset, target, options)))
   }
 
   async #readSequence(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {

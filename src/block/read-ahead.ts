@@ -195,7 +195,12 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
     this.#freeConsumed()
     if (this.#position >= this.end) return undefined
     const chunk = await this.#currentRead(signal)
-    if (chunk.failure !== undefined && chunk.good === 0) await this.#findGood(chunk)
+    if (chunk.failure !== undefined && chunk.good === 0) {
+      this.#running.add(chunk)
+      chunk.settled = this.#findGood(chunk)
+      await chunk.settled
+      this.#stop.signal.throwIfAborted()
+    }
     const from = this.#position - chunk.offset
     if (chunk.failure !== undefined && chunk.good <= from) throw chunk.failure.error
     return chunk.bytes.subarray(from, Math.min(chunk.good, this.end - chunk.offset))
@@ -213,6 +218,7 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
   /** The chunk that holds `position`. After a seek all slabs may still be in flight. */
   async #current(signal: AbortSignal | undefined): Promise<Chunk> {
     for (;;) {
+      this.#stop.signal.throwIfAborted()
       this.#request()
       const first = this.#chunks[0]
       if (first !== undefined) return first
@@ -248,6 +254,8 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
     const { requestAlignment } = this.#device.limits
     const last = this.#chunks.at(-1)
     const offset = last === undefined ? this.#position - (this.#position % requestAlignment) : last.offset + last.bytes.length
+    // the device grew since its last, partial sector was read: when that is consumed, it is read again as a whole
+    if (offset % requestAlignment !== 0) return false
     const stop = Math.min(this.#device.size, Math.ceil(this.end / requestAlignment) * requestAlignment)
     if (offset >= stop) return false
     const slab = this.#pool.acquire()
@@ -279,7 +287,7 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
     const unit = this.#device.limits.requestAlignment
     let bad = chunk.bytes.length
     chunk.reading = true
-    while (bad - chunk.good > unit) {
+    while (bad - chunk.good > unit && !this.#stop.signal.aborted) {
       const middle = chunk.good + Math.max(unit, Math.floor((bad - chunk.good) / 2 / unit) * unit)
       try {
         const half = chunk.bytes.subarray(chunk.good, middle)
@@ -291,6 +299,7 @@ export class ReadAheadPrefetcher extends Resource implements AsyncIterable<Uint8
       }
     }
     chunk.reading = false
+    this.#running.delete(chunk)
     if (chunk.stale) this.#pool.release(chunk.slab)
   }
 

@@ -141,6 +141,11 @@ function openDevice(device: BlockDevice, readOnly: boolean): BlockDevice {
   return readOnly && !padded.readOnly ? slice(padded, 0, padded.size, { readOnly: true }) : padded
 }
 
+/** After a failed open: closes what was opened for it. A device given is the caller's until the call resolves. */
+export async function closeUnlessGiven(device: BlockDevice, source: Source): Promise<void> {
+  if (!isBlockDevice(source)) await device.close()
+}
+
 /** It can only be read: a web address, a device that says so. */
 export function isReadOnly(source: Source): boolean {
   if (source instanceof URL) return source.protocol !== 'file:'

@@ -49,8 +49,13 @@ export class UncachedReads extends FilterDevice {
     this.#started = true
   }
 
-  protected override async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
-    if (this.#started && target.length >= bulk && (await this.#isCold(offset, target.length))) {
+  protected override onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    if (!this.#started || target.length < bulk) return this.inner.readInto(offset, target, options)
+    return this.inSteps(this.#readBulk(offset, target, options))
+  }
+
+  async #readBulk(offset: number, target: Uint8Array, options: CallOptions | undefined): Promise<void> {
+    if (await this.#isCold(offset, target.length)) {
       const direct = await (this.#opening ??= this.#openDirect())
       if (direct !== undefined) return direct.readInto(offset, target, options)
     }

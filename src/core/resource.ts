@@ -16,12 +16,20 @@ export abstract class Resource implements AsyncDisposable {
 
   /** Releases everything held. Every call returns the outcome of the first. */
   close(): Promise<void> {
-    return (this.#closing ??= this.onClose())
+    if (this.#closing !== undefined) return this.#closing
+    const ending = this.settling()
+    this.#closing = ending === undefined ? this.onClose() : ending.then(() => this.onClose())
+    return this.#closing
   }
 
   /** What `await using` calls: {@link close}. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
+  }
+
+  /** What has to end before `onClose`; undefined: nothing. Asked once, at the first `close`. */
+  protected settling(): Promise<void> | undefined {
+    return undefined
   }
 
   /** Runs once, at the first `close`. */

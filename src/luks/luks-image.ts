@@ -5,7 +5,7 @@
 import { BaseDevice, extent, type BlockDevice, type BlockLimits, type CallOptions, type Extent, type WriteOptions } from '../block/device.ts'
 import { FilterDevice } from '../block/filter.ts'
 import { pad } from '../block/pad.ts'
-import { isReadOnly, openSource, openTarget, type Source } from '../block/source.ts'
+import { closeUnlessGiven, isReadOnly, openSource, openTarget, type Source } from '../block/source.ts'
 import { decodeLuksHeader, maxLuksArea, type LuksHeader } from '../codec/crypto/luks-header.ts'
 import type { SectorCipher } from '../codec/crypto/sector-cipher.ts'
 import { viewOf } from '../bytes/view.ts'
@@ -78,7 +78,7 @@ export class LuksImage extends FilterDevice {
       const { openLuks } = await loadCrypto()
       return new LuksImage(host, decodeLuksHeader(area), await openLuks(area, passphrase, { signal }))
     } catch (error) {
-      if (host !== source) await host.close()
+      await closeUnlessGiven(host, source)
       throw error
     }
   }
@@ -137,7 +137,11 @@ class Volume extends BaseDevice {
     return { requestAlignment: sectorSize, memoryAlignment: 1, optimalTransfer: this.#host.limits.optimalTransfer, discardAlignment: sectorSize }
   }
 
-  protected async onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+  protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
+    return this.inSteps(this.#read(offset, target, options))
+  }
+
+  async #read(offset: number, target: Uint8Array, options: CallOptions | undefined): Promise<void> {
     for (let at = 0; at < target.length; at += pieceBytes) {
       const piece = target.subarray(at, at + pieceBytes)
       await this.#host.readInto(this.#header.payloadOffset + offset + at, piece, options)
@@ -145,7 +149,11 @@ class Volume extends BaseDevice {
     }
   }
 
-  protected async onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+  protected onWrite(offset: number, source: Uint8Array, options?: WriteOptions): Promise<void> {
+    return this.inSteps(this.#write(offset, source, options))
+  }
+
+  async #write(offset: number, source: Uint8Array, options: WriteOptions | undefined): Promise<void> {
     for (let at = 0; at < source.length; at += pieceBytes) {
       const piece = source.slice(at, at + pieceBytes)
       this.#cipher.encrypt(piece, (offset + at) / sectorSize)

@@ -9,7 +9,7 @@ import { owner } from './check-counters.ts'
 import { CheckContext } from './check-context.ts'
 import { checkMapping, type MappingRepairs } from './check-mapping.ts'
 import { compareRefcounts, StoredRefcounts, type RefcountComparison } from './check-refcounts.ts'
-import { CheckCollector, type CheckReport } from './check-report.ts'
+import { CheckCollector, type CheckFinding, type CheckReport } from './check-report.ts'
 import { checkBitmaps, checkLuksHeader, checkSnapshotTable, type CheckedSnapshots } from './check-structures.ts'
 import type { HeldSpace } from './snapshot-holds.ts'
 
@@ -84,6 +84,13 @@ export async function runCheck(host: BlockDevice, options: CheckOptions & CheckO
     rebuild: structures || comparison.rebuild,
     report: reportOf(context, comparison),
   }
+}
+
+/** What is wrong with the snapshot table alone: enough to say why an image does not open, in time that its size bounds. */
+export async function findSnapshotTableDamage(host: BlockDevice, options: CheckOptions = {}): Promise<readonly CheckFinding[]> {
+  const collector = new CheckCollector(options.maxFindings ?? 1000)
+  await checkSnapshotTable(await CheckContext.open(host, collector, { signal: options.signal }), false)
+  return collector.findings
 }
 
 /** What is reserved may lie past the end of the file, where no counter is compared. */

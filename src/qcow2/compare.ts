@@ -1,6 +1,8 @@
 /** Comparing the content of two disks: `qemu-img compare`. */
 import type { BlockDevice, CallOptions, Extent } from '../block/device.ts'
+import { pad } from '../block/pad.ts'
 import { AbortPoints } from '../core/abort-points.ts'
+import { allocatorFor } from './convert-lanes.ts'
 
 /** Options of {@link compareDevices}. */
 export interface CompareOptions extends CallOptions {
@@ -23,37 +25,33 @@ const pieceBytes = 1 << 20
  */
 export async function compareDevices(a: BlockDevice, b: BlockDevice, options: CompareOptions = {}): Promise<Comparison> {
   const { strict = false, signal, onProgress } = options
-  const total = Math.max(a.size, b.size)
-  if (strict && a.size !== b.size) return { equal: false, offset: Math.min(a.size, b.size), reason: 'size' }
-  const [maps, bytes] = [[new Cursor(a, signal), new Cursor(b, signal)] as const, [new Uint8Array(pieceBytes), new Uint8Array(pieceBytes)] as const]
+  const [sizeA, sizeB] = [a.size, b.size]
+  const total = Math.max(sizeA, sizeB)
+  if (strict && sizeA !== sizeB) return { equal: false, offset: Math.min(sizeA, sizeB), reason: 'size' }
+  const allocate = allocatorFor(a, b)
+  const [left, right] = [new Side(a, sizeA, allocate(pieceBytes), signal), new Side(b, sizeB, allocate(pieceBytes), signal)]
   const abortPoints = new AbortPoints(signal)
   for (let at = 0; at < total; ) {
     const turn = abortPoints.pass()
     if (turn !== undefined) await turn
-    const [inA, inB] = [await maps[0].at(at), await maps[1].at(at)]
+    const [inA, inB] = [await left.at(at), await right.at(at)]
     const zero = inA.zero && inB.zero
     const length = Math.min(total - at, inA.end - at, inB.end - at, zero ? Infinity : pieceBytes)
-    if (strict && inA.present !== inB.present && at < a.size) return { equal: false, offset: at, reason: 'allocation' }
+    if (strict && inA.present !== inB.present && at < sizeA) return { equal: false, offset: at, reason: 'allocation' }
     if (!zero) {
-      const pieces = [bytes[0].subarray(0, length), bytes[1].subarray(0, length)] as const
-      await Promise.all([read(a, at, pieces[0], inA.zero, signal), read(b, at, pieces[1], inB.zero, signal)])
-      const difference = firstDifference(pieces[0], pieces[1])
+      const pieces = await Promise.all([left.read(at, length, inA.zero), right.read(at, length, inB.zero)])
+      const difference = firstDifference(...pieces)
       if (difference >= 0) return { equal: false, offset: at + difference, reason: 'content' }
     }
     at += length
     onProgress?.({ done: at, total })
   }
-  return { equal: true, sizesDiffer: a.size !== b.size }
-}
-
-async function read(device: BlockDevice, at: number, target: Uint8Array, zero: boolean, signal: AbortSignal | undefined): Promise<void> {
-  if (zero) target.fill(0)
-  else await device.readInto(at, target, { signal })
+  return { equal: true, sizesDiffer: sizeA !== sizeB }
 }
 
 /** Index of the first difference, -1 if there is none. Both begin at a word in memory. */
 function firstDifference(a: Uint8Array, b: Uint8Array): number {
-  const [wordsA, wordsB] = [new Int32Array(a.buffer, 0, a.length >>> 2), new Int32Array(b.buffer, 0, b.length >>> 2)]
+  const [wordsA, wordsB] = [new Int32Array(a.buffer, a.byteOffset, a.length >>> 2), new Int32Array(b.buffer, b.byteOffset, b.length >>> 2)]
   let word = 0
   while (word < wordsA.length && wordsA[word] === wordsB[word]) word++
   for (let i = word * 4; i < a.length; i++) if (a[i] !== b[i]) return i
@@ -67,15 +65,29 @@ interface Place {
   readonly present: boolean
 }
 
-/** The extents of a device, walked along as the offset grows. Past its end there are zeroes. */
-class Cursor {
+/** One of the two: its extents, walked along as the offset grows, and its bytes. Past its end there are zeroes. */
+class Side {
+  readonly #device: BlockDevice
   readonly #size: number
+  readonly #bytes: Uint8Array
+  readonly #signal: AbortSignal | undefined
   readonly #extents: AsyncIterator<Extent>
   #current: Extent | undefined
 
-  constructor(device: BlockDevice, signal: AbortSignal | undefined) {
-    this.#size = device.size
-    this.#extents = device.map({ signal })[Symbol.asyncIterator]()
+  constructor(device: BlockDevice, size: number, bytes: Uint8Array, signal: AbortSignal | undefined) {
+    this.#device = pad(device)
+    this.#size = size
+    this.#bytes = bytes
+    this.#signal = signal
+    this.#extents = device.map({ length: size, signal })[Symbol.asyncIterator]()
+  }
+
+  /** The bytes at an offset. They last until the next call. */
+  async read(offset: number, length: number, zero: boolean): Promise<Uint8Array> {
+    const bytes = this.#bytes.subarray(0, length)
+    if (zero) bytes.fill(0)
+    else await this.#device.readInto(offset, bytes, { signal: this.#signal })
+    return bytes
   }
 
   async at(offset: number): Promise<Place> {

@@ -35,13 +35,14 @@ export interface PlanOptions extends CallOptions {
 
 /** The pieces of a source, in ascending order. */
 export async function* convertPieces(source: BlockDevice, options: PlanOptions): AsyncGenerator<ConvertPiece, void, undefined> {
-  const { boundary } = options
+  const { boundary, signal } = options
+  const { size } = source
   let run: Run = { start: 0, end: 0, zero: true }
   let covered = 0
-  for await (const extent of source.map({ signal: options.signal })) {
-    for (const { zero, ...part } of partsOf(extent, source.size, options)) {
+  for await (const extent of source.map({ length: size, signal })) {
+    for (const { zero, ...part } of partsOf(extent, size, options)) {
       let first = Math.max(covered, Math.floor(part.start / boundary) * boundary)
-      const last = Math.min(source.size, Math.ceil(part.end / boundary) * boundary)
+      const last = Math.min(size, Math.ceil(part.end / boundary) * boundary)
       // a boundary cluster that data and zeroes share is data
       if (zero && !run.zero) first = Math.max(first, run.end)
       if (first >= last) continue

@@ -46,10 +46,9 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   const progress = new DataProgress(options.onProgress)
   const fresh = target.growable && target.size === 0
   const blank = (options.targetIsZero ?? fresh) && sparseSize > 0 && !skipBacking
-  if (target.growable && target.size < source.size) await target.resize(source.size)
-  if (target.size < source.size) {
-    throw new RangeError(`the target has ${target.size} bytes, the source ${source.size}; resize the target first`)
-  }
+  const { size } = source
+  if (target.growable && target.size < size) await target.resize(size)
+  if (target.size < size) throw new RangeError(`the target has ${target.size} bytes, the source ${size}; resize the target first`)
   const image = compressed && target instanceof Qcow2Image ? target : undefined
   const boundary = image?.engine.geometry.clusterSize ?? 4096
   const grain = image === undefined || sparseSize === 0 ? sparseSize : boundary

@@ -39,15 +39,16 @@ export class HostFile {
   }
 
   /** Fills `target`; what lies past the end of the file is zeroes. */
-  readInto(offset: number, target: Uint8Array): Promise<void> {
+  readInto(offset: number, target: Uint8Array, signal?: AbortSignal): Promise<void> {
+    const options = signal === undefined ? undefined : { signal }
     const present = this.device.size - offset
-    if (present >= target.length) return this.device.readInto(offset, target)
+    if (present >= target.length) return this.device.readInto(offset, target, options)
     if (present <= 0) {
       target.fill(0)
       return done
     }
     target.fill(0, present)
-    return this.device.readInto(offset, target.subarray(0, present))
+    return this.device.readInto(offset, target.subarray(0, present), options)
   }
 
   /** An error to throw: metadata in this file contradict the format. */

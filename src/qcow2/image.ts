@@ -13,7 +13,7 @@ import {
   type WriteZeroesOptions,
 } from '../block/device.ts'
 import { holdImageFile } from '../block/file-claim.ts'
-import { isReadOnly, openSource, pathOf, type Source } from '../block/source.ts'
+import { closeUnlessGiven, isReadOnly, openSource, pathOf, type Source } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { Bitmaps } from './bitmaps.ts'
@@ -71,7 +71,7 @@ const openOptions: OptionNames<OpenOptions> = {
  * An open qcow2 image: the guest's view of the disk. Requests may be of any size, at any offset, any
  * number at once.
  *
- * Aborting `signal` ends a long request between two clusters or batches of them. The image is consistent; of
+ * Aborting `signal` ends a long request, a read too, between two clusters or batches of them. The image is consistent; of
  * an aborted `write`, `writeZeroes` or `discard` any part may have been done, an aborted `resize` leaves the
  * old size, when shrinking with an end that may read as zeroes, or as the backing file, already. Shrinking can be
  * aborted while it empties whole clusters; once it gives up L2 tables it goes through.
@@ -117,15 +117,15 @@ export class Qcow2Image extends BaseDevice {
     const held: (() => void)[] = []
     const release = (): void => held.forEach((free) => free())
     try {
-      const context = { ...rootContext({ path: pathOf(source), identity: device.identity }, options, openNested), held }
+      const context = { ...rootContext({ path: pathOf(source), identity: device.identity }, options, openNested), held, signal }
       if (!device.readOnly && locking !== false) context.held.push(await holdImageFile(device))
       return new Qcow2Image(
-        await openEngine(device, { readOnly: device.readOnly, cacheSize, context, openCipher: cipherFrom(options), onRepair }),
+        await openEngine(device, { readOnly: device.readOnly, cacheSize, context, openCipher: cipherFrom(options), onRepair, signal }),
         release,
       )
     } catch (error) {
       release()
-      if (device !== source) await device.close()
+      await closeUnlessGiven(device, source)
       throw error
     }
   }
@@ -162,18 +162,19 @@ export class Qcow2Image extends BaseDevice {
     return this.#engine.below
   }
 
-  protected onRead(offset: number, target: Uint8Array): Promise<void> {
+  protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
     const engine = this.#engine
-    if (engine.readOnly) return readLayer(engine, engine.active, offset, target)
-    if (!engine.requests.held) return engine.requests.track(readLayer(engine, engine.active, offset, target))
-    return this.#held(offset, target.length, () => readLayer(engine, engine.active, offset, target))
+    const signal = options?.signal
+    if (engine.readOnly) return readLayer(engine, engine.active, offset, target, signal)
+    if (!engine.requests.held) return engine.requests.track(readLayer(engine, engine.active, offset, target, signal))
+    return this.#held(offset, target.length, () => readLayer(engine, engine.active, offset, target, signal), signal)
   }
 
   protected onWrite(offset: number, source: Uint8Array, options?: CallOptions): Promise<void> {
     const engine = this.#engine
     const signal = options?.signal
     if (!engine.requests.held) return engine.requests.track(writeActive(engine, offset, source, signal))
-    return this.#held(offset, source.length, () => writeActive(engine, offset, source, signal))
+    return this.#held(offset, source.length, () => writeActive(engine, offset, source, signal), signal)
   }
 
   protected override onWriteZeroes(offset: number, length: number, options?: WriteZeroesOptions): Promise<void> {
@@ -187,9 +188,10 @@ export class Qcow2Image extends BaseDevice {
   }
 
   /** Runs a request when none is held back any more. The disk may have another size by then. */
-  #held(offset: number, length: number, task: () => Promise<void>): Promise<void> {
+  #held(offset: number, length: number, task: () => Promise<void>, signal?: AbortSignal): Promise<void> {
     return this.#engine.requests.run(async () => {
       checkRange(offset, length, this.size)
+      signal?.throwIfAborted()
       await task()
     })
   }
@@ -281,5 +283,5 @@ function cipherFrom({ passphrase, signal }: Pick<OpenOptions, 'passphrase' | 'si
 }
 
 async function openNested(device: BlockDevice, _path: string, context: ReferenceContext): Promise<BlockDevice> {
-  return Qcow2Image.over(await openEngine(device, { readOnly: true, cacheSize: context.options.cacheSize, context: { ...context, backing: undefined } }))
+  return Qcow2Image.over(await openEngine(device, { readOnly: true, cacheSize: context.options.cacheSize, context: { ...context, backing: undefined }, signal: context.signal }))
 }

@@ -2,7 +2,7 @@
  * Opening an image: reads header, tables and snapshot list, follows references, and refuses what
  * cannot be handled. Everything is checked against the limits before memory is taken for it.
  */
-import type { BlockDevice } from '../block/device.ts'
+import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { MemoryDevice } from '../block/memory.ts'
 import { pad } from '../block/pad.ts'
 import { allocateAligned } from '../block/slab.ts'
@@ -20,7 +20,7 @@ import { repairImage } from './repair.ts'
 import { readSnapshotTable } from './snapshot-list.ts'
 
 /** How an engine is opened on a device. */
-export interface OpenEngineOptions {
+export interface OpenEngineOptions extends CallOptions {
   readonly readOnly: boolean
   /** Bytes of the metadata caches; default 32 MiB. */
   readonly cacheSize?: number | undefined
@@ -41,14 +41,14 @@ export function hostFile(device: BlockDevice): HostFile {
 }
 
 /** Reads and decodes cluster 0. */
-export async function readHeaderCluster(host: HostFile): Promise<HeaderCluster> {
+export async function readHeaderCluster(host: HostFile, { signal }: CallOptions = {}): Promise<HeaderCluster> {
   const first = host.allocate(Math.min(firstRead, host.size))
-  await host.readInto(0, first)
+  await host.readInto(0, first, signal)
   const content = decodeHeaderCluster(first)
   const clusterSize = 2 ** content.header.clusterBits
   if (clusterSize <= first.length || host.size <= first.length) return content
   const whole = host.allocate(clusterSize)
-  await host.readInto(0, whole)
+  await host.readInto(0, whole, signal)
   return decodeHeaderCluster(whole)
 }
 
@@ -56,7 +56,7 @@ export async function readHeaderCluster(host: HostFile): Promise<HeaderCluster> 
 export async function openEngine(device: BlockDevice, options: OpenEngineOptions): Promise<Engine> {
   const { readOnly } = options
   const host = hostFile(device)
-  const content = await readHeaderCluster(host)
+  const content = await readHeaderCluster(host, options)
   const { header } = content
   refuseRawWithoutDataFile(header)
   refuseState(content, options)
@@ -65,7 +65,9 @@ export async function openEngine(device: BlockDevice, options: OpenEngineOptions
     return openEngine(device, options)
   }
   const cipher = header.cryptMethod === 'none' ? undefined : await options.openCipher?.(content, host)
-  return assembleEngine(host, await readState(host, content, readOnly), options, cipher)
+  const state = await readState(host, content, readOnly, options)
+  options.signal?.throwIfAborted()
+  return assembleEngine(host, state, options, cipher)
 }
 
 /** Opens an engine for its tables and counters alone: it has neither a backing file nor a key, and may not be asked for guest data. */
@@ -83,18 +85,19 @@ export async function assembleEngine(
   cipher?: DataCipher,
 ): Promise<Engine> {
   const { readOnly, context } = options
+  // a device that was given stays the caller's if this fails
   const opened: BlockDevice[] = []
   try {
     const dataDevice = await openData(state.content, readOnly, context)
-    if (dataDevice !== undefined) opened.push(dataDevice)
+    if (dataDevice !== undefined && dataDevice !== context.options.dataFile) opened.push(dataDevice)
     const backing = context.backing ?? (await openBackingOf(state.content, context))
-    if (backing !== undefined) opened.push(backing)
+    if (backing !== undefined && backing !== context.options.backing) opened.push(backing)
     return new Engine({
       host,
       dataFile: dataDevice === undefined ? undefined : hostFile(dataDevice),
       ...state,
       backing,
-      reopenBacking: context.options.backing === undefined ? () => openBackingOf(state.content, { ...context, opened: [] }) : undefined,
+      reopenBacking: context.options.backing === undefined ? () => openBackingOf(state.content, { ...context, opened: [], signal: undefined }) : undefined,
       readOnly,
       cacheSize: options.cacheSize ?? defaultCacheSize,
       cipher,
@@ -107,20 +110,20 @@ export async function assembleEngine(
 }
 
 /** Reads the tables a header names; the refcount table only for writing. */
-export async function readState(host: HostFile, content: HeaderCluster, readOnly: boolean): Promise<EngineState> {
+export async function readState(host: HostFile, content: HeaderCluster, readOnly: boolean, { signal }: CallOptions = {}): Promise<EngineState> {
   const { header } = content
   const refcountEntries = readOnly ? 0 : (header.refcountTableClusters * 2 ** header.clusterBits) / 8
   const [l1Table, refcountTable, snapshots] = await Promise.all([
-    PointerTable.read(host, header.l1TableOffset, header.l1Size),
-    PointerTable.read(host, header.refcountTableOffset, refcountEntries),
+    PointerTable.read(host, header.l1TableOffset, header.l1Size, signal),
+    PointerTable.read(host, header.refcountTableOffset, refcountEntries, signal),
     readSnapshotTable(host, header),
   ])
   return { content, l1Table, refcountTable, snapshots: snapshots.records, snapshotTableLength: snapshots.length }
 }
 
 /** Sets right the refcounts that the last writer postponed and did not get to. */
-async function repairDirty(host: HostFile, { onRepair }: OpenEngineOptions): Promise<void> {
-  const report = await repairImage(host.device, { repair: 'all' })
+async function repairDirty(host: HostFile, { onRepair, signal }: OpenEngineOptions): Promise<void> {
+  const report = await repairImage(host.device, { repair: 'all', signal })
   onRepair?.(report)
   if (report.corruptions === 0 && report.checkErrors === 0) return
   throw new FormatError(

@@ -29,9 +29,9 @@ export class PointerTable {
   }
 
   /** Reads a table of `length` entries; check the length against the limits before. */
-  static async read(host: HostFile, offset: number, length: number): Promise<PointerTable> {
+  static async read(host: HostFile, offset: number, length: number, signal?: AbortSignal): Promise<PointerTable> {
     const bytes = tableBytes(length)
-    await host.readInto(offset, bytes.subarray(0, length * 8))
+    await host.readInto(offset, bytes.subarray(0, length * 8), signal)
     return new PointerTable(offset, length, bytes)
   }
 

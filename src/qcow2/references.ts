@@ -84,6 +84,8 @@ export interface ReferenceContext {
   readonly isNew?: boolean | undefined
   /** The backing file, where it is open already: that of a new overlay is, before anything is written. */
   readonly backing?: BlockDevice | undefined
+  /** Ends opening; not for what is opened later. */
+  readonly signal?: AbortSignal | undefined
   /** Functions that let others write to the files which this image does; for whoever closes it. */
   readonly held: (() => void)[]
   /** Opens a qcow2 image of the backing chain, read-only. */

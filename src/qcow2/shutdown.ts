@@ -19,7 +19,8 @@ export async function settle(engine: Engine): Promise<void> {
 export async function closeEngine(engine: Engine): Promise<void> {
   await engine.marked()
   const ending = new InFlight()
-  if (!engine.readOnly) {
+  if (engine.readOnly) await engine.requests.drained()
+  else {
     const settled = engine.requests.exclusive(() => settleSound(engine))
     ending.add(settled)
     await settled.catch(() => undefined) // the files are closed all the same

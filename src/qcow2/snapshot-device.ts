@@ -1,5 +1,5 @@
 /** An internal snapshot as read-only devices: the disk as it was, and the VM state behind it. */
-import type { BlockDevice, Extent, MapOptions } from '../block/device.ts'
+import type { BlockDevice, CallOptions, Extent, MapOptions } from '../block/device.ts'
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import type { Engine, Layer } from './engine.ts'
 import { mapLayer } from './map.ts'
@@ -24,9 +24,9 @@ class LayerDevice extends ReadOnlyDevice {
     return this.#engine.below
   }
 
-  protected onRead(offset: number, target: Uint8Array): Promise<void> {
+  protected onRead(offset: number, target: Uint8Array, options?: CallOptions): Promise<void> {
     const engine = this.#engine
-    const read = (): Promise<void> => readLayer(engine, this.#layer, this.#base + offset, target)
+    const read = (): Promise<void> => readLayer(engine, this.#layer, this.#base + offset, target, options?.signal)
     return engine.readOnly ? read() : engine.requests.run(read)
   }
 

@@ -55,6 +55,41 @@ const steps = fc.array(
 )
 
 describe('ReadAheadPrefetcher', () => {
+  test('closing waits for the reads that look for the good part of a failed chunk, and no bytes come after it', async () => {
+    let running = 0
+    const device = fault(new MemoryDevice(64 << 10), ({ length, index }) => {
+      if (index === 0) return { kind: 'fail' }
+      running++
+      const until = wait(5).then(() => {
+        running--
+        if (length > 4096) throw new Error('bad')
+      })
+      return { kind: 'delay', until }
+    })
+    const ahead = new ReadAheadPrefetcher(device, { chunkSize: 32 << 10, window: 0 })
+    const next = ahead.next().then(() => 'bytes', (error: unknown) => (error as { code?: string }).code)
+    await wait(8)
+    expect(running).toBe(1)
+    await ahead.close()
+    expect(running).toBe(0)
+    expect(await next).toBe('ERR_CLOSED')
+  })
+
+  test('closing ends a call that waits', async () => {
+    const ahead = new ReadAheadPrefetcher(slow(new MemoryDevice(64 << 10), [3]), { chunkSize: 4096 })
+    const calls = [ahead.next(), ahead.close()]
+    await expect(calls[0]).rejects.toMatchObject({ code: 'ERR_CLOSED' })
+    await calls[1]
+  })
+
+  test('a device that grows after its last, partial sector was read is read on at sectors', async () => {
+    const host = new MemoryDevice(6144, { growable: true, limits: { requestAlignment: 4096, memoryAlignment: 1 } })
+    await using ahead = new ReadAheadPrefetcher(host, { chunkSize: 4096, window: 3 })
+    expect(await ahead.read(100)).toHaveLength(100)
+    await host.resize(12_288)
+    expect(await ahead.read(20_000)).toHaveLength(12_188)
+  })
+
   test('any pattern of reads equals the bytes of the device; requests are aligned, bounded and in sequence', async () => {
     await fc.assert(
       fc.asyncProperty(shapes, steps, async (shape, pattern_) => {

@@ -3,6 +3,7 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import type { BlockDevice } from '../../src/block/device.ts'
 import { join } from '../../src/block/join.ts'
+import { fault } from '../../src/block/fault.ts'
 import { MemoryDevice } from '../../src/block/memory.ts'
 import { NullDevice } from '../../src/block/null.ts'
 import { trace, type TracedRequest } from '../../src/block/trace.ts'
@@ -12,8 +13,10 @@ import { ClusterCounters } from '../../src/qcow2/check-counters.ts'
 import { checkImage } from '../../src/qcow2/check.ts'
 import { geometryOf } from '../../src/qcow2/geometry.ts'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
+import { snapshotTableReason } from '../../src/cli/image/snapshot-table-reason.ts'
 import { MetadataMap } from '../../src/qcow2/metadata-map.ts'
 import { refcountLayout } from '../../src/qcow2/refcount-layout.ts'
+import { keepOpen } from '../../src/testing/build-image.ts'
 
 const MiB = 1 << 20
 
@@ -123,6 +126,25 @@ describe('a file that claims to be huge', () => {
   test('checking it does not go through every cluster it might have', async () => {
     const report = await checkImage(new Claiming({ size: 2 ** 53 - 512, entries: 32, readOnly: true }))
     expect(report.corruptions).toBeGreaterThan(0)
+  })
+
+  test('the words for a snapshot table past its limits do not go through the image', async () => {
+    const host = new MemoryDevice(0, { growable: true })
+    const image = await Qcow2Image.create(keepOpen(host), { size: 64 * MiB, clusterSize: 512 })
+    for (let at = 0; at < 64 * MiB; at += MiB) await image.write(at, new Uint8Array(512))
+    await image.snapshots.create({ name: 'a' })
+    await image.close()
+    const bytes = host.bytes.slice(0, host.size)
+    const view = new DataView(bytes.buffer)
+    view.setUint32(Number(view.getBigUint64(64)) + 36, 5000) // extra_data_size of the first snapshot
+    let requests = 0
+    const counted = fault(new MemoryDevice(bytes), () => {
+      requests++
+      return undefined
+    })
+    const error = await Qcow2Image.open(counted).catch((reason: unknown) => reason)
+    expect(await snapshotTableReason(counted, error)).toMatchObject({ message: expect.stringContaining('Too much extra metadata') as string })
+    expect(requests).toBeLessThan(40)
   })
 
   test('checking it costs no memory for what is between its tables', async () => {

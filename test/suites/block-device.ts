@@ -100,9 +100,7 @@ function readingTests({ create, size, numRuns }: Context): void {
         const target = allocateAligned(length).fill(0xee)
         await device.readInto(offset, target)
         expectBytes(target, content.subarray(offset, offset + length))
-        if (device.limits.memoryAlignment === 1) {
-          expectBytes(await device.read(offset, length), content.subarray(offset, offset + length))
-        }
+        expectBytes(await device.read(offset, length), content.subarray(offset, offset + length))
       }),
       { numRuns },
     )
@@ -261,6 +259,25 @@ function resizingTests({ create, size, resizable }: Context): void {
 }
 
 function refusalTests({ create, size }: Context): void {
+  test('takes requests of any length at any offset, or says what it demands', async () => {
+    const content = pattern(size)
+    await using device = await create(content)
+    const any = device.limits.requestAlignment === 1
+    if (device.limits.memoryAlignment > 1) return
+    for (const [offset, length] of [[1, 1], [511, 2], [1000, 5001], [size - 7, 7]] as const) {
+      const reading = device.read(offset, length)
+      if (any) expectBytes(await reading, content.subarray(offset, offset + length))
+      else if (offset % device.limits.requestAlignment !== 0) expect(await failure(reading)).toMatchObject({ code: 'ERR_ALIGNMENT' })
+      if (device.readOnly || !any) continue
+      const bytes = pattern(length, offset)
+      content.set(bytes, offset)
+      await device.write(offset, bytes)
+      content.fill(0, offset + 1, Math.min(size, offset + 1 + length))
+      await device.writeZeroes(offset + 1, Math.min(size, offset + 1 + length) - offset - 1)
+    }
+    if (any) expectBytes(await readAll(device), content)
+  })
+
   test('refuses ranges that are no part of it', async () => {
     await using device = await create(pattern(size))
     const unit = allocateAligned(4096)
@@ -364,9 +381,37 @@ function lifecycleTests({ create, size }: Context): void {
   test('close waits for requests in flight', async () => {
     const content = pattern(size)
     const device = await create(content)
-    const target = allocateAligned(size)
-    const reading = device.readInto(0, target)
-    await Promise.all([device.close(), reading])
-    expectBytes(target, content)
+    const unit = device.limits.requestAlignment
+    const skip = unit > 1 ? unit : 3
+    const whole = device.read(0, size)
+    const others = Array.from({ length: 8 }, (_, index) => device.read(index * skip, size - 16 * skip))
+    const zeroes = device.readOnly ? [] : [device.writeZeroes(size - 4096, 4096), device.write(size - 8192, aligned(pattern(4096, 9)), { fua: true })]
+    const [bytes] = await Promise.all([whole, device.close(), ...zeroes])
+    const untouched = device.readOnly ? size : size - 8192
+    expectBytes(bytes.subarray(0, untouched), content.subarray(0, untouched))
+    for (const [index, other] of others.entries()) {
+      const end = Math.min(untouched, size - 16 * skip + index * skip)
+      expectBytes((await other).subarray(0, end - index * skip), content.subarray(index * skip, end))
+    }
+  })
+
+  test('a read that is aborted rejects with its reason, or is done, and touches its memory no more', async () => {
+    const content = pattern(size)
+    await using device = await create(content)
+    const reason = new Error('stop')
+    for (const turns of [0, 1, 2, 5]) {
+      const stop = new AbortController()
+      const target = allocateAligned(size)
+      const reading = device.readInto(0, target, { signal: stop.signal }).then(() => 'done', (error: unknown) => error)
+      for (let i = 0; i < turns; i++) await Promise.resolve()
+      stop.abort(reason)
+      const outcome = await reading
+      if (outcome === 'done') expectBytes(target, content)
+      else expect(outcome).toBe(reason)
+      const now = target.slice()
+      await new Promise((resolve) => setImmediate(resolve))
+      expectBytes(target, now)
+    }
+    expectBytes(await readAll(device), content)
   })
 }

@@ -77,7 +77,7 @@ async function readEntry({ settings }: Opener, { spec, file, snapshot }: NamedFi
     if (info.bitmapsInvalid) settings.warn(bitmapsWarning(file.filename))
     return await qcow2Entry(file, nameOf(spec), info, snapshot)
   } catch (error) {
-    throw couldNotOpen(spec.given ?? spec.shown, await snapshotTableReason(file.host, error))
+    throw couldNotOpen(spec.given ?? spec.shown, await snapshotTableReason(file.host, error, { signal: settings.signal }))
   } finally {
     await file.host.close()
   }

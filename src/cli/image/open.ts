@@ -317,7 +317,7 @@ export class Opener {
     const onRepair = (report: CheckReport): unknown => (repaired = report)
     const image = await Qcow2Image.open(host, { readOnly: how.readOnly, locking, references, signal, dataFile, onRepair, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
       await dataFile?.close()
-      throw await snapshotTableReason(host, error)
+      throw await snapshotTableReason(host, error, { signal })
     })
     if (image.bitmaps.invalid) this.settings.warn(bitmapsWarning(spec.shown))
     if (repaired !== undefined) this.settings.told?.(findingLines(repaired, image.engine.geometry.clusterSize))

@@ -3,7 +3,7 @@ import { beforeAll, describe, expect, test } from 'vitest'
 import { createLuks, openLuks } from '../../../src/codec/crypto/luks.ts'
 
 describe('a LUKS header', () => {
-  let sound = new Uint8Array(0)
+  let sound: Uint8Array = new Uint8Array(0)
   beforeAll(async () => {
     sound = (await createLuks('abc', { iterations: 1000 })).area
   })
