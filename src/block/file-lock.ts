@@ -10,7 +10,8 @@ import type { FileHandle } from 'node:fs/promises'
 import { Qcow2Error } from '../core/errors.ts'
 import { writtenHere } from './file-claim.ts'
 import { fileIdentity } from './file-identity.ts'
-import { mountDevice } from './file-mount.ts'
+import { loopDevices } from './file-loop.ts'
+import { deviceNumbers, mountDevice } from './file-mount.ts'
 import { processFiles } from './file-registry.ts'
 import { systemPath } from './file-path.ts'
 
@@ -39,8 +40,19 @@ type OpenOrNamed = string | URL | FileHandle | number
  * list locks (other systems than Linux).
  */
 export async function readImageLocks(file: string | URL | FileHandle | number): Promise<ImageLocks> {
-  const list = await readFile('/proc/locks', 'utf8').catch(() => '')
-  const { dev, ino } = await statOf(file)
+  const [list, stat] = await Promise.all([readFile('/proc/locks', 'utf8').catch(() => ''), statOf(file)])
+  const locks = await locksIn(list, file, stat)
+  if (!/ (?:OFDLCK|POSIX) /.test(list)) return locks
+  // a QEMU on a loop device locks the device, one on its file the file
+  const identity = fileIdentity(stat)
+  const others = loopDevices().filter((loop) => fileIdentity(loop.file) === identity).flatMap(({ path, filePath }) => [path, filePath])
+  const all = await Promise.all(others.map(async (path) => locksIn(list, path, await statOf(path))))
+  const union = (which: keyof ImageLocks): Set<LockPermission> => new Set([locks, ...all].flatMap((each) => [...each[which]]))
+  return others.length === 0 ? locks : { held: union('held'), unshared: union('unshared') }
+}
+
+/** The locks in the system's list on one file, without its other names. */
+async function locksIn(list: string, file: OpenOrNamed, { dev, ino }: BigIntStats): Promise<ImageLocks> {
   const locks = parseLocks(list, dev, ino)
   if (locks.held.size + locks.unshared.size > 0 || !list.includes(`:${ino} `)) return locks
   // the list has the device of the file system, `stat` perhaps that of a part of it
@@ -52,7 +64,7 @@ async function mountDeviceOf(file: OpenOrNamed): Promise<bigint | undefined> {
   if (typeof file === 'number') return mountDevice(file)
   if (typeof file !== 'string' && !(file instanceof URL)) return mountDevice(file.fd)
   // whatever it is by now, opening it waits for nobody
-  const handle = await open(file, constants.O_RDONLY | constants.O_NONBLOCK)
+  const handle = await open(typeof file === 'string' ? systemPath(file) : file, constants.O_RDONLY | constants.O_NONBLOCK)
   try {
     return await mountDevice(handle.fd)
   } finally {
@@ -98,11 +110,12 @@ export async function checkImageLocks(file: string | URL | FileHandle | number, 
 export function parseLocks(list: string, dev: bigint, ino: bigint): ImageLocks {
   const held = new Set<LockPermission>()
   const unshared = new Set<LockPermission>()
+  const device = deviceNumbers(dev)
   for (const line of list.split('\n')) {
     const match = /^\d+: (?:OFDLCK|POSIX) +ADVISORY +(?:READ|WRITE) +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) (\d+) (\d+|EOF)$/.exec(line.trim())
     if (match === null) continue
     const [major, minor] = [BigInt(`0x${match[1]!}`), BigInt(`0x${match[2]!}`)]
-    if (BigInt(match[3]!) !== ino || major !== majorOf(dev) || minor !== minorOf(dev)) continue
+    if (BigInt(match[3]!) !== ino || major !== device.major || minor !== device.minor) continue
     const first = Number(match[4])
     const last = match[5] === 'EOF' ? Number.POSITIVE_INFINITY : Number(match[5])
     for (const [index, permission] of lockPermissions.entries()) {
@@ -111,12 +124,4 @@ export function parseLocks(list: string, dev: bigint, ino: bigint): ImageLocks {
     }
   }
   return { held, unshared }
-}
-
-function majorOf(dev: bigint): bigint {
-  return ((dev >> 8n) & 0xfffn) | ((dev >> 32n) & ~0xfffn)
-}
-
-function minorOf(dev: bigint): bigint {
-  return (dev & 0xffn) | ((dev >> 12n) & 0xffff_ff00n)
 }

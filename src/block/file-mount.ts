@@ -33,6 +33,14 @@ export function mountPoints(mountinfo: string): string[] {
   })
 }
 
+/** The two numbers of a device that `stat` packs into one. */
+export function deviceNumbers(device: bigint): { readonly major: bigint; readonly minor: bigint } {
+  return {
+    major: ((device >> 8n) & 0xfffn) | ((device >> 32n) & ~0xfffn),
+    minor: (device & 0xffn) | ((device >> 12n) & 0xffff_ff00n),
+  }
+}
+
 function packDevice(major: bigint, minor: bigint): bigint {
   return (minor & 0xffn) | ((major & 0xfffn) << 8n) | ((minor & ~0xffn) << 12n) | ((major & ~0xfffn) << 32n)
 }

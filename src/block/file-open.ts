@@ -12,6 +12,7 @@ import { probeAlignment, type DirectAlignment } from './file-direct.ts'
 import { fileError, openError, systemCode } from './file-error.ts'
 import { claimTarget } from './file-gate.ts'
 import { fileIdentity } from './file-identity.ts'
+import { deviceNumbers } from './file-mount.ts'
 import { systemPath } from './file-path.ts'
 
 /** Options of `openFile`. */
@@ -147,13 +148,12 @@ export function measure(fd: number, path: string | undefined): { size: number; i
   if (stat.isFile()) return { size: Number(stat.size), isBlockDevice: false, identity }
   const name = path ?? 'FileHandle'
   if (!stat.isBlockDevice()) throw notAFile(name, stat)
-  return { size: hostDeviceSize(Number(stat.rdev), name), isBlockDevice: true, identity }
+  return { size: hostDeviceSize(stat.rdev, name), isBlockDevice: true, identity }
 }
 
 /** Linux shows the size of a block device in /sys, in sectors of 512 bytes; `stat` says 0. */
-function hostDeviceSize(rdev: number, name: string): number {
-  const major = Math.floor(rdev / 256) % 4096
-  const minor = (rdev % 256) + Math.floor(rdev / 0x10_0000) * 256
+function hostDeviceSize(rdev: bigint, name: string): number {
+  const { major, minor } = deviceNumbers(rdev)
   try {
     return Number(fs.readFileSync(`/sys/dev/block/${major}:${minor}/size`, 'utf8')) * 512
   } catch (cause) {

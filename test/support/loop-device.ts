@@ -8,6 +8,8 @@ import { tempFolder } from './temp.ts'
 /** A loop device. */
 export interface LoopDevice {
   readonly path: string
+  /** The file whose bytes it shows. */
+  readonly file: string
   /** Makes the device larger while it is in use. */
   readonly grow: (size: number) => void
 }
@@ -17,9 +19,14 @@ export function loopDevice(size: number, skip: (why: string) => never): LoopDevi
   const file = join(tempFolder(), 'loop')
   writeFileSync(file, '')
   truncateSync(file, size)
+  return loopOver(file, [], skip)
+}
+
+/** A device over a file that is there. */
+export function loopOver(file: string, options: readonly string[], skip: (why: string) => never): LoopDevice {
   let path: string
   try {
-    path = execFileSync('losetup', ['--find', '--show', file], { encoding: 'utf8', stdio: 'pipe' }).trim()
+    path = execFileSync('losetup', ['--find', '--show', ...options, file], { encoding: 'utf8', stdio: 'pipe' }).trim()
   } catch (error) {
     console.warn(`\n*** A BLOCK DEVICE WAS NOT TESTED: ${(error as Error).message.trim()}. It takes root and losetup. ***\n`)
     return skip('needs a loop device')
@@ -27,6 +34,7 @@ export function loopDevice(size: number, skip: (why: string) => never): LoopDevi
   onTestFinished(() => void execFileSync('losetup', ['--detach', path]))
   return {
     path,
+    file,
     grow: (larger) => {
       truncateSync(file, larger)
       execFileSync('losetup', ['--set-capacity', path])
