@@ -175,7 +175,7 @@ describe('failures', () => {
     const error = fileError('write', cause, { offset: 4096, length: 1, name: 'disk.qcow2' })
     expect(error).toBeInstanceOf(IoError)
     expect(error).toMatchObject({ code: 'ERR_NO_SPACE', operation: 'write', offset: 4096, length: 1, cause })
-    expect(error.message).toBe('disk.qcow2: write of 1 bytes at offset 4096 failed: ENOSPC: no space left on device')
+    expect(error.message).toBe('disk.qcow2: write of 1 byte at offset 4096 failed: ENOSPC: no space left on device')
   })
 
   test.each([0, 1 << 20])('a file truncated under the device (syncLimit %i)', async (syncLimit) => {
