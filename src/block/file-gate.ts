@@ -42,8 +42,10 @@ export function assertNotOpenHere(identity: string, name: string): void {
 export async function assertVacant(path: string): Promise<void> {
   const stat = await statAt(path)
   if (stat === undefined) return
-  const letGo = await claimTarget(path, fileIdentity(stat), path)
-  letGo()
-  if (stat.isFile() && stat.size === 0n) return
+  if (stat.isFile() && stat.size === 0n) {
+    const letGo = await claimTarget(path, fileIdentity(stat), path)
+    letGo()
+    return
+  }
   throw new Qcow2Error('ERR_EXISTS', `${path}: exists already${stat.isFile() ? ' and is not empty' : ''}: it would be overwritten; choose another name, or remove it first`)
 }

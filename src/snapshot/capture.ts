@@ -18,6 +18,11 @@ export interface CaptureOptions extends CallOptions {
   readonly onFirstPages?: (() => void | Promise<void>) | undefined
   /** Bytes received so far; how many will come is not known. */
   readonly onProgress?: ((progress: { readonly done: number }) => void) | undefined
+  /**
+   * The run state that the saved VM is to tell instead of its own, as `query-status` names it: what a guest did before it was
+   * stopped only to be saved.
+   */
+  readonly runState?: string | undefined
   /** Asked when the stream was whole, before it is kept: throw to reject it. */
   readonly accept?: ((summary: StreamSummary) => Promise<void>) | undefined
 }
@@ -30,12 +35,12 @@ export interface CaptureOptions extends CallOptions {
  *   abort, as it is for every other failure.
  */
 export async function capture(source: ByteSource, sink: SaveSink, options: CaptureOptions = {}): Promise<StreamSummary> {
-  const check = new StreamCheck(sink.record === undefined ? undefined : (record) => sink.record?.(record))
+  const check = new StreamCheck(sink.record === undefined ? undefined : (record) => sink.record?.(record), options.runState)
   try {
     let started = false
     for await (const chunk of borrowedChunks(source, options)) {
-      check.push(chunk)
-      const writing = sink.write?.(chunk)
+      const now = check.push(chunk)
+      const writing = sink.write?.(now)
       writing?.catch(() => undefined) // reported where it is awaited
       if (!started && check.partSeen) {
         started = true
@@ -48,6 +53,8 @@ export async function capture(source: ByteSource, sink: SaveSink, options: Captu
     }
     options.signal?.throwIfAborted()
     const summary = check.end({ vmDescription: options.vmDescription ?? 'required' })
+    await sink.write?.(check.heldBack())
+    await sink.settle?.()
     await options.accept?.(summary)
     await sink.finish(summary)
     return summary

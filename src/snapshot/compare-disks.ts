@@ -55,8 +55,10 @@ async function compareDisk(disk: SavedDisk, here: readonly VmDisk[], place: Save
   const other = (text: string): Comparison => ({ differences: [`${name}: ${text}`], remarks: [] })
   if (found === undefined) {
     const there = here.find(({ qdev, device, node }) => qdev === disk.qdev || (device !== undefined && device === disk.device) || node === disk.node) ?? here[0]
+    const instead = `saved with ${disk.file}, here ${there?.file ?? 'none'}`
+    if (disk.frozen === false) return { differences: [], remarks: [`${name}: it was not frozen; ${instead}: the guest must find there what its own held when the memory was saved`] }
     const create = `qemu-img create -f qcow2 -b ${disk.file} -F ${disk.format === '' ? 'FORMAT' : disk.format} OVERLAY`
-    return other(`saved with ${disk.file}, here ${there?.file ?? 'none'} (start QEMU with that file, or with a new overlay on it: ${create})`)
+    return other(`${instead} (start QEMU with that file, or with a new overlay on it: ${create})`)
   }
   if (disk.frozen === false) return notFrozen(name, found, place)
   const differences = await problemsOf(disk.frozen, found, place)

@@ -27,6 +27,17 @@ export async function ownPath(path: string): Promise<string> {
   }
 }
 
+/**
+ * The name that files beside a saved memory get theirs from; undefined where there is nothing beside, as at a device. Names like
+ * `/dev/stdout` or `/proc/self/fd/1` stand for another file, and it counts.
+ */
+export async function placeOf(path: string): Promise<string | undefined> {
+  const own = await ownPath(path)
+  const found = await stat(own).catch(() => undefined)
+  if (found !== undefined && !found.isFile()) return undefined
+  return /^\/(dev|proc)\//.test(resolve(path)) ? own : path
+}
+
 /** `name` as seen from the folder of `file`. */
 export function pathBeside(file: string, name: string): string {
   return resolve(dirname(file), name)

@@ -7,7 +7,7 @@ import { openFile } from '../block/file.ts'
 import { pathOf } from '../block/source.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { parseFaultOrder, type FaultOrder } from './fault-order.ts'
-import { readTextFile, writeTextFile } from './host-files.ts'
+import { placeOf, readTextFile, writeTextFile } from './host-files.ts'
 import { temporaryFile } from './host-spool.ts'
 import type { Manifest } from './manifest.ts'
 import { openSaved } from './open-saved.ts'
@@ -52,7 +52,8 @@ export function revertFileEagerly(memory: string | URL, options: RevertOptions):
 /** Reverts an open saved VM with what is beside the file at `memory`; without a path, with nothing. */
 export async function revertBeside(saved: PageSource, memory: string | undefined, options: RevertOptions): Promise<RevertReport> {
   const { manifest, warnings } = await manifestFor(saved, memory, options)
-  const hints = memory === undefined ? undefined : faultOrderPath(memory, saved.snapshot)
+  const place = memory === undefined ? undefined : await placeOf(memory)
+  const hints = place === undefined ? undefined : faultOrderPath(place, saved.snapshot)
   const faultOrder = options.faultOrder ?? (hints === undefined ? undefined : await readHints(hints, warnings))
   const report = await revert(saved, { ...options, memory, manifest, faultOrder })
   // of what was sent whole nothing was learned

@@ -110,6 +110,8 @@ export class RunningSave {
       signal,
       onProgress,
       vmDescription: this.#task.vmDescription,
+      // QEMU tells `paused` of a guest that was stopped for this save alone: what it did is to run
+      runState: this.#stopped ? 'running' : undefined,
       onFirstPages: () => (this.#mode === 'background' ? this.#resume() : undefined),
       accept: async (whole) => {
         await this.#confirm(whole)

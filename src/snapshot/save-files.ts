@@ -3,7 +3,7 @@
  * of the files that an earlier save left there.
  */
 import type { Qmp } from '../qmp/client.ts'
-import { folderOf, removeFile, writeTextFile } from './host-files.ts'
+import { folderOf, placeOf, removeFile, writeTextFile } from './host-files.ts'
 import { openMemoryTarget, type MemoryTarget, type MemoryTargetOptions } from './memory-target.ts'
 import { faultOrderPath, manifestPath } from './saved-names.ts'
 import type { SaveReport, SaveToOptions } from './save-task.ts'
@@ -12,7 +12,7 @@ import { saveTo } from './save.ts'
 /** Options of {@link save}. */
 export interface SaveOptions extends Omit<SaveToOptions, 'memory'>, Omit<MemoryTargetOptions, 'signal'> {
   readonly memory: MemoryTarget
-  /** Where the manifest goes; default beside the memory, see {@link manifestPath}; `false`: nowhere. */
+  /** Where the manifest goes; default beside the memory, see {@link manifestPath}, of a device nowhere; `false`: nowhere. */
   readonly manifest?: string | false | undefined
 }
 
@@ -33,8 +33,9 @@ export async function save(qmp: Qmp, options: SaveOptions): Promise<SaveReport> 
   try {
     const report = await saveTo(qmp, target.sink, { scratch: target.path === undefined ? undefined : folderOf(target.path), ...rest, memory: target.described })
     const { snapshot } = target.described
-    const path = where === false ? undefined : (where ?? (target.path === undefined ? undefined : manifestPath(target.path, snapshot)))
-    if (target.path !== undefined) await removeFile(faultOrderPath(target.path, snapshot))
+    const place = target.path === undefined ? undefined : await placeOf(target.path)
+    const path = where === false ? undefined : (where ?? (place === undefined ? undefined : manifestPath(place, snapshot)))
+    if (place !== undefined) await removeFile(faultOrderPath(place, snapshot))
     if (path !== undefined) await writeTextFile(path, `${JSON.stringify(report.manifest, undefined, 2)}\n`)
     return report
   } finally {

@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { Resource } from '../core/resource.ts'
+import { socketPathProblem } from '../core/socket-path.ts'
 import type { Qmp } from '../qmp/client.ts'
 import type { DuplexStream } from '../qmp/duplex.ts'
 import { giveTo } from './host-scratch.ts'
@@ -50,7 +51,7 @@ export class MigrationListener extends Resource {
 
   /**
    * Listens at `path`; without one, in a new folder of mode 0700.
-   * @throws Qcow2Error `ERR_EXISTS` if something has the name, `ERR_IO` if the socket cannot be made.
+   * @throws Qcow2Error `ERR_EXISTS` if something has the name, `ERR_IO` if the socket cannot be made (its path is too long, say).
    */
   static async open(options: MigrationListenerOptions | string = {}): Promise<MigrationListener> {
     const { path, folder, mode = 0o600, single = false, qmp }: MigrationListenerOptions = typeof options === 'string' ? { path: options } : options
@@ -58,6 +59,8 @@ export class MigrationListener extends Resource {
     const where = path === undefined ? join(own!, 'migration') : resolve(path)
     const server = createServer({ allowHalfOpen: true, pauseOnConnect: true })
     try {
+      const problem = socketPathProblem(where)
+      if (problem !== undefined) throw new Qcow2Error('ERR_IO', `no socket for QEMU can be made at ${where}: ${problem}`)
       await made(() => listening(server, where), where)
       await chmod(where, mode)
       // who may write to the socket has to come to it

@@ -10,6 +10,7 @@ import { ramFlag } from '../migration/format.ts'
 import { MigrationParser } from '../migration/parser.ts'
 import type { MigrationRecord } from '../migration/records.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription } from '../migration/vm-description.ts'
+import { withRunState } from './saved-state.ts'
 
 /** What a complete stream holds. */
 export interface StreamSummary {
@@ -66,15 +67,20 @@ export class StreamCheck {
   #vmClock: bigint | undefined
   /** Names of the RAM blocks of which a page has arrived. */
   readonly #filled = new Set<string>()
+  readonly #runState: string | undefined
   /** The VM has devices that take memory away from it. */
   #unplugs = false
   /** The first bytes. */
   #head: Uint8Array = new Uint8Array(0)
 
-  /** `onRecord` sees each record; it is valid during the call. */
-  constructor(onRecord?: (record: MigrationRecord) => void) {
+  /**
+   * `onRecord` sees each record; it is valid during the call. With `runState` device sections are held back until the end,
+   * as they are to tell this state and not their own, see {@link StreamCheck.heldBack}.
+   */
+  constructor(onRecord?: (record: MigrationRecord) => void, runState?: string) {
     this.#parser = new MigrationParser()
     this.#onRecord = onRecord
+    this.#runState = runState
   }
 
   /** True once the first RAM PART section has begun: of a background snapshot, memory is write-protected by then. */
@@ -87,8 +93,9 @@ export class StreamCheck {
     return this.#length
   }
 
-  /** @throws FormatError (`ERR_STREAM`) as soon as the stream is malformed. */
-  push(chunk: Uint8Array): void {
+  /** Gives what is not held back of the chunk. @throws FormatError (`ERR_STREAM`) as soon as the stream is malformed. */
+  push(chunk: Uint8Array): Uint8Array {
+    const start = this.#length
     if (this.#head.length < headLength) {
       this.#head = concat([this.#head, chunk.subarray(0, headLength - this.#head.length)])
       refuseOtherProtocols(this.#head)
@@ -96,8 +103,21 @@ export class StreamCheck {
     this.#length += chunk.length
     for (const record of this.#parser.push(chunk)) {
       this.#watch(record)
-      this.#onRecord?.(record)
+      if (!this.#isHeldBack(record)) this.#onRecord?.(record)
     }
+    return this.#runState === undefined || this.#tailLength === 0 ? chunk : chunk.subarray(0, Math.max(0, this.#tailOffset - start))
+  }
+
+  /** What was held back, when all has come; `onRecord` sees it, too. */
+  heldBack(): Uint8Array {
+    if (this.#runState === undefined) return new Uint8Array(0)
+    const bytes = withRunState(concat(this.#tail), this.#runState)
+    this.#onRecord?.({ kind: 'bytes', of: 'tail', offset: this.#tailOffset, length: bytes.length, bytes })
+    return bytes
+  }
+
+  #isHeldBack(record: MigrationRecord): boolean {
+    return this.#runState !== undefined && record.kind === 'bytes' && record.of === 'tail'
   }
 
   /**

@@ -125,7 +125,7 @@ test('what this process has open is neither replaced nor emptied, by no name', a
     for (const name of [path, join(folder, 'hard'), join(folder, 'soft'), `/proc/self/fd/${fd}`, relative(process.cwd(), path), join(folder, '.', 'a')]) {
       expect(await codeOf(newFile(name)), name).toBe('ERR_BUSY')
       expect(await codeOf(openFile(name, { create: 'w' })), name).toBe('ERR_BUSY')
-      expect(await codeOf(assertVacant(name)), name).toBe('ERR_BUSY')
+      expect(await codeOf(assertVacant(name)), name).toBe('ERR_EXISTS')
     }
     expect(readFileSync(path, 'utf8')).toBe('input')
     await (await openFile(path, { create: 'w', locking: false })).close()
@@ -217,7 +217,8 @@ describeWithQemu('a file that a QEMU holds', (qemu) => {
       await once(holder.stdout, 'data')
       expect(await codeOf(meanwhile.keep())).toBe('ERR_BUSY')
       await meanwhile.discard()
-      for (const task of [() => newFile(link), () => openFile(link, { create: 'w' }), () => assertVacant(link)]) expect(await codeOf(task())).toBe('ERR_BUSY')
+      for (const task of [() => newFile(link), () => openFile(link, { create: 'w' })]) expect(await codeOf(task())).toBe('ERR_BUSY')
+      expect(await codeOf(assertVacant(link))).toBe('ERR_EXISTS')
       expect(statSync(path).size).toBe(1 << 20)
     } finally {
       holder.stdin.end('quit\n')

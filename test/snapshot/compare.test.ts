@@ -116,6 +116,18 @@ describeWithQemu('comparing', (qemu) => {
     expect((await refusals(qemu, join(now, 'warm.qcow2'), { disks: [other] })).join()).toMatch(/saved with .*frozen.qcow2, here .*other.qcow2/)
   })
 
+  test('of a disk that was not frozen its owner took care: a copy of it is a warning', async () => {
+    const folder = tempFolder()
+    const [disk, copy] = [join(folder, 'disk.qcow2'), join(folder, 'copy.qcow2')]
+    await qemu.imgOk('create', '-f', 'qcow2', disk, '4M')
+    const memory = await saved(qemu, folder, { disks: [disk] }, { disks: 'none' })
+    copyFileSync(disk, copy)
+    const guest = await Guest.boot(qemu, { disks: [copy], incoming: 'defer' })
+    const { warnings } = await revertFile(memory, { qmp: guest.qmp, incoming: join(guest.folder, 'incoming') })
+    expect(warnings).toEqual([expect.stringMatching(/disk disk0: it was not frozen; saved with .*disk.qcow2, here .*copy.qcow2/)])
+    await guest.expectGoesOn((await memoryOf(memory)).tick)
+  })
+
   test('a disk frozen by an internal snapshot is set back to it', async () => {
     const folder = tempFolder()
     const disk = join(folder, 'disk.qcow2')

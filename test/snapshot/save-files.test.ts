@@ -1,18 +1,45 @@
 /** Saving into files and reverting from them, with the manifest and the fault order beside the memory. */
-import { existsSync, lstatSync, readdirSync, symlinkSync } from 'node:fs'
+import { closeSync, existsSync, lstatSync, mkdirSync, openSync, readdirSync, statSync, symlinkSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { expect, test } from 'vitest'
 import { Qcow2Image } from '../../src/qcow2/image.ts'
 import { faultsOf, parseFaultOrder } from '../../src/snapshot/fault-order.ts'
-import { readTextFile } from '../../src/snapshot/host-files.ts'
+import { placeOf, readTextFile } from '../../src/snapshot/host-files.ts'
 import type { MemoryTarget } from '../../src/snapshot/memory-target.ts'
 import { readManifest, revertFile } from '../../src/snapshot/revert-file.ts'
-import { save } from '../../src/snapshot/save-files.ts'
+import { revert, revertEagerly } from '../../src/snapshot/revert.ts'
+import { save, type SaveOptions } from '../../src/snapshot/save-files.ts'
 import { faultOrderPath, manifestPath } from '../../src/snapshot/saved-names.ts'
+import { MigrationListener } from '../../src/snapshot/socket.ts'
 import { Guest } from '../support/guest.ts'
 import { describeWithQemu } from '../support/qemu.ts'
 import { memoryOf } from '../support/saves.ts'
 import { tempFolder } from '../support/temp.ts'
+
+test('what is beside a saved memory: nothing beside a device, and beside the file that a descriptor stands for', async () => {
+  const folder = tempFolder()
+  const [file, link] = [join(folder, 'warm'), join(folder, 'link')]
+  const fd = openSync(file, 'w')
+  try {
+    symlinkSync(file, link)
+    expect(await placeOf(file)).toBe(file)
+    expect(await placeOf(link)).toBe(link)
+    expect(await placeOf(join(folder, 'new'))).toBe(join(folder, 'new'))
+    for (const name of [`/proc/self/fd/${fd}`, `/dev/fd/${fd}`]) expect(await placeOf(name), name).toBe(file)
+    for (const device of ['/dev/null', '/dev/zero']) expect(await placeOf(device), device).toBe(undefined)
+  } finally {
+    closeSync(fd)
+  }
+})
+
+test('a socket whose path is too long', async () => {
+  const folder = join(tempFolder(), 'd'.repeat(100))
+  mkdirSync(folder)
+  const problem = { code: 'ERR_IO', message: expect.stringMatching(/a socket path has at most 107 bytes, this one has \d+/) as string }
+  await expect(MigrationListener.open({ folder })).rejects.toMatchObject(problem)
+  await expect(MigrationListener.open(join(folder, 'socket'))).rejects.toMatchObject(problem)
+  expect(readdirSync(folder)).toEqual([])
+})
 
 describeWithQemu('files', (qemu) => {
   const revertTwice = async (file: string, snapshot?: string): Promise<void> => {
@@ -55,6 +82,32 @@ describeWithQemu('files', (qemu) => {
       expect(await qemu.imgOk('snapshot', '-l', file)).toContain('warm')
     }
     await revertTwice(file, report.manifest.memory.snapshot)
+  })
+
+  test.each<[string, (folder: string) => MemoryTarget]>([
+    ['RAM image', (folder) => join(folder, 'warm')],
+    ['stream', (folder) => ({ stream: join(folder, 'warm') })],
+    ['snapshot', (folder) => ({ image: join(folder, 'warm'), snapshot: 'warm' })],
+  ])('%s: the memory alone tells that the guest ran, though it stood still for the save', async (kind, target) => {
+    const folder = tempFolder()
+    const [file, disk] = [join(folder, 'warm'), join(folder, 'disk.qcow2')]
+    if (kind === 'snapshot') await (await Qcow2Image.create(file, { size: 1 << 20 })).close()
+    await qemu.imgOk('create', '-f', 'qcow2', disk, '1M')
+    const guest = await Guest.boot(qemu, { disks: [disk] })
+    await guest.run(3)
+    const how: Partial<SaveOptions> = kind === 'stream' ? { mode: 'stop', disks: 'none' } : { disks: 'all' }
+    const { summary } = await save(guest.qmp, { memory: target(folder), manifest: false, ...how })
+    await guest.kill()
+    if (kind === 'stream') expect(statSync(file).size).toBe(summary.length)
+    const { tick } = await memoryOf(file)
+    for (const bring of [revert, revertEagerly]) {
+      const again = join(tempFolder(), 'again.qcow2')
+      await qemu.imgOk('create', '-f', 'qcow2', '-b', disk, '-F', 'qcow2', again)
+      const next = await Guest.boot(qemu, { disks: [again], incoming: 'defer' })
+      expect(await bring(file, { qmp: next.qmp, incoming: join(next.folder, 'incoming') })).toMatchObject({ state: 'running' })
+      await next.expectGoesOn(tick)
+      await next.kill()
+    }
   })
 
   test('on top of an earlier RAM image, only what changed is stored', async () => {

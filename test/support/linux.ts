@@ -13,17 +13,20 @@ import { describeWithQemu, type Qemu } from './qemu.ts'
 const folder = process.env['QCOW2_LINUX_GUEST'] ?? '/opt/qcow2-linux-guest'
 const init = resolve(import.meta.dirname, '../fixtures/guest/linux-init.sh')
 
-/** MiB of memory the guest has. */
-const memory = 256
-/** Pieces of 1 MiB that the guest fills with random data. */
-const pieces = 170
+/** How much memory the guest has, in MiB, and how many pieces of 1 MiB it fills with random data. */
+export interface LinuxSize {
+  readonly memory: number
+  readonly pieces: number
+}
+
+const usual: LinuxSize = { memory: 256, pieces: 170 }
 /** Rounds after which the guest has certainly checked every piece. */
 export const roundsForAll = 9
 /** How long a slow machine may take for some rounds, in milliseconds; a test does that several times. */
 export const roundsTimeout = 180_000
 
 /** Options of a Linux guest; undefined where the kernel or busybox is missing. */
-export function linuxGuest(): GuestOptions | undefined {
+export function linuxGuest({ memory, pieces }: LinuxSize = usual): GuestOptions | undefined {
   const kernel = find('boot', /^vmlinuz-/)
   const modules = findModules()
   const busybox = join(folder, 'bin/busybox')
@@ -44,9 +47,9 @@ export function linuxGuest(): GuestOptions | undefined {
 }
 
 /** The suite for each QEMU, with the options of the guest. Says loudly what is missing, and fails in CI. */
-export function describeWithLinux(name: string, suite: (qemu: Qemu, linux: GuestOptions) => void): void {
+export function describeWithLinux(name: string, suite: (qemu: Qemu, linux: GuestOptions) => void, size?: LinuxSize): void {
   describeWithQemu(name, (qemu) => {
-    const linux = linuxGuest()
+    const linux = linuxGuest(size)
     if (linux !== undefined) {
       suite(qemu, linux)
       return

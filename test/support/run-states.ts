@@ -72,15 +72,37 @@ const ways: Readonly<Record<StandingState, Way>> = {
 /** All of them. */
 export const standingStates = Object.keys(ways) as StandingState[]
 
+/** What brings a guest into states in which it stands still, and out of them. */
+export interface WaysInto {
+  /** Options of QEMU. */
+  readonly args: readonly string[]
+  readonly enter: (guest: Guest, state: StandingState) => Promise<void>
+  /** Makes it go on, as a user would. */
+  readonly leave: (guest: Guest, state: StandingState) => Promise<unknown>
+}
+
+/** The ways into each of `states`, for one QEMU. */
+export async function waysInto(qemu: Qemu, states: readonly StandingState[]): Promise<WaysInto> {
+  const folder = tempFolder()
+  const args: string[] = []
+  for (const state of states) args.push(...((await ways[state].args?.(folder, qemu)) ?? []))
+  return {
+    args,
+    enter: async (guest, state) => {
+      await ways[state].enter(guest, folder)
+      await expect.poll(() => stateOf(guest), { timeout: 20_000, interval: 10 }).toBe(state)
+    },
+    leave: (guest, state) => ways[state].leave(guest),
+  }
+}
+
 /** A guest that has run some rounds and now stands still. */
 export async function guestIn(qemu: Qemu, state: StandingState, options: GuestOptions = {}): Promise<{ guest: Guest; leave: () => Promise<unknown> }> {
-  const way = ways[state]
-  const folder = tempFolder()
-  const guest = await Guest.boot(qemu, { ...options, args: [...((await way.args?.(folder, qemu)) ?? []), ...(options.args ?? [])] })
+  const { args, enter, leave } = await waysInto(qemu, [state])
+  const guest = await Guest.boot(qemu, { ...options, args: [...args, ...(options.args ?? [])] })
   if (state !== 'prelaunch') await guest.run(2)
-  await way.enter(guest, folder)
-  await expect.poll(() => stateOf(guest), { timeout: 20_000, interval: 10 }).toBe(state)
-  return { guest, leave: () => way.leave(guest) }
+  await enter(guest, state)
+  return { guest, leave: () => leave(guest, state) }
 }
 
 /** The run state. */
