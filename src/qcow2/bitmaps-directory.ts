@@ -11,6 +11,7 @@
  *
  *   table entry:  63..56 reserved  |  55..9 host cluster offset  |  8..1 reserved  |  0: all ones, if offset is 0
  */
+import { decodeName, encodeName } from '../bytes/file-name.ts'
 import { readU64, writeU64 } from '../bytes/u64.ts'
 import { viewOf } from '../bytes/view.ts'
 import { FormatError } from '../core/errors.ts'
@@ -85,7 +86,7 @@ export function decodeBitmapDirectory(directory: Uint8Array, extension: BitmapsE
     const tableSize = view.getUint32(at + 8)
     const mostEntries = Math.min(bitmapLimits.tableEntries, bitmapLimits.bitmapBytes / clusterSize)
     if (tableSize > mostEntries) throw fail(`is ${tableSize}, at most ${mostEntries}`, 'bitmap_table_size')
-    const name = new TextDecoder('utf-8', { ignoreBOM: true }).decode(directory.subarray(end - nameLength, end))
+    const name = decodeName(directory.subarray(end - nameLength, end))
     if (names.has(name)) throw fail(`${JSON.stringify(name)} occurs twice`, 'name')
     names.add(name)
     records.push({ name, tableOffset, tableSize, inUse: (flags & inUseFlag) !== 0, auto: (flags & autoFlag) !== 0, granularityBits })
@@ -113,7 +114,7 @@ export function refuseMissingTables(records: readonly BitmapRecord[]): void {
 
 /** Encodes a directory. */
 export function encodeBitmapDirectory(records: readonly BitmapRecord[]): Uint8Array {
-  const names = records.map((record) => new TextEncoder().encode(record.name))
+  const names = records.map((record) => encodeName(record.name))
   const lengths = names.map((name) => Math.ceil((fixedLength + name.length) / 8) * 8)
   const directory = new Uint8Array(lengths.reduce((sum, length) => sum + length, 0))
   const view = viewOf(directory)

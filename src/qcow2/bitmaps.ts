@@ -6,6 +6,7 @@
  * are freed. A crash leaves the old bitmaps or the new ones, and perhaps leaked clusters.
  */
 import type { CallOptions } from '../block/device.ts'
+import { encodeName } from '../bytes/file-name.ts'
 import { FormatError, Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import { dirtyRanges, setBits, spaceOf, writeBits, writeNew, type DirtyRange, type Space } from './bitmaps-bits.ts'
 import { bitmapBytes, bitmapLimits, bitmapTableSize, encodeBitmapDirectory, type BitmapRecord } from './bitmaps-directory.ts'
@@ -69,7 +70,8 @@ export class Bitmaps {
     if (!Number.isInteger(granularityBits) || granularityBits < minGranularityBits || granularityBits > maxGranularityBits) {
       throw new RangeError(`granularity must be a power of two from 512 to 2147483648, not ${options.granularity}`)
     }
-    const nameLength = new TextEncoder().encode(options.name).length
+    const nameLength = encodeName(options.name).length
+    if (options.name.includes('\0')) throw new RangeError('a bitmap name has no NUL')
     if (nameLength < 1 || nameLength > bitmapLimits.nameBytes) throw new RangeError(`a bitmap name has 1 to ${bitmapLimits.nameBytes} bytes, not ${nameLength}`)
     const { header, geometry } = this.#engine
     if (header.size === 0) throw new RangeError('a disk of 0 bytes can have no bitmap: its table would be empty, which nothing opens')

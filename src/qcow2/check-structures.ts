@@ -2,6 +2,7 @@
  * The smaller structures a check counts: snapshot table, bitmaps and LUKS header. What is wrong with
  * the tables themselves is reported here; what they refer to is walked elsewhere.
  */
+import { decodeName } from '../bytes/file-name.ts'
 import { viewOf } from '../bytes/view.ts'
 import { maxLuksArea } from '../codec/crypto/luks-header.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
@@ -88,7 +89,7 @@ function rawRecord(table: Uint8Array, at: number, clusterSize: number): RawRecor
   const extraDataLength = view.getUint32(at + 36)
   const idAt = at + 40 + extraDataLength
   return {
-    id: new TextDecoder().decode(table.subarray(idAt, idAt + view.getUint16(at + 12))),
+    id: decodeName(table.subarray(idAt, idAt + view.getUint16(at + 12))),
     l1TableOffset: view.getUint32(at) * 0x1_0000_0000 + view.getUint32(at + 4),
     isAligned: view.getUint32(at + 4) % clusterSize === 0,
     l1Size: view.getUint32(at + 8),

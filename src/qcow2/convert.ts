@@ -12,7 +12,7 @@ import { allocatorFor, lanes, pieceSize, runLanes, type Job, type LaneOptions } 
 import { defaultSparseSize, type ConvertPiece } from './convert-plan.ts'
 import { countedPieces, DataProgress, type ConvertProgress } from './convert-progress.ts'
 import type { LayoutOptions } from './create.ts'
-import { assertNotBelow, backingPath } from './chain-files.ts'
+import { assertNotBelow } from './chain-files.ts'
 import { hasMagic } from './header.ts'
 import type { HostFile } from './host-file.ts'
 import { ImageWriter } from './image-writer.ts'
@@ -86,7 +86,7 @@ function withDisk<T>(source: Source, { signal }: CallOptions, task: (disk: Block
 async function refuseOwnSource(disk: BlockDevice, target: Source, { backing }: ConvertToQcow2Options): Promise<void> {
   if (isBlockDevice(target)) assertApart(disk, target)
   const path = pathOf(target)
-  if (backing !== undefined && path !== undefined) await assertNotBelow(path, backingPath(path, backing.file))
+  if (backing !== undefined && path !== undefined) await assertNotBelow(path, path, backing)
 }
 
 /** The options that all conversions to qcow2 take. */

@@ -3,6 +3,7 @@
  * asking a source which of its clusters hold data.
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
+import { encodeName } from '../bytes/file-name.ts'
 import { bitmapTableSize } from './bitmaps-directory.ts'
 import { geometryOf, maxDiskSize, refcountClusters, tooLarge, type Geometry } from './geometry.ts'
 import type { BitmapInfo } from './info.ts'
@@ -93,7 +94,7 @@ function bitmapsBytes(size: number, bitmaps: readonly BitmapInfo[], clusterSize:
   for (const { name, granularity } of bitmaps) {
     const clusters = bitmapTableSize(size, Math.log2(granularity), clusterSize)
     bytes += clusters * clusterSize + roundUp(clusters * 8, clusterSize)
-    directory += roundUp(24 + new TextEncoder().encode(name).length, 8)
+    directory += roundUp(24 + encodeName(name).length, 8)
   }
   return bytes + roundUp(directory, clusterSize)
 }

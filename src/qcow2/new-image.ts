@@ -10,7 +10,7 @@ import { isBlockDevice, openTarget, pathOf, type Source, type Target } from '../
 import { zeroContent } from '../block/zero-content.ts'
 import { IoError } from '../core/errors.ts'
 import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
-import { assertNotBelow, backingPath, plainName } from './chain-files.ts'
+import { assertNotBelow } from './chain-files.ts'
 import { checkNewBacking, freshState, layoutEnd, makeBlank, planLayout, writeLayout, type Layout, type LayoutOptions } from './create.ts'
 import type { EncryptionOptions } from './encryption.ts'
 import type { Engine } from './engine.ts'
@@ -122,9 +122,8 @@ async function createSized(given: Source, options: CreateOptions & LayoutOptions
 /** Before anything is touched: what would replace, or overwrite, the image that it is to stand on. */
 async function refuseOwnBase(path: string | undefined, { backing, dataFile }: CreateOptions): Promise<void> {
   if (backing === undefined || path === undefined) return
-  const base = backingPath(path, backing.file)
-  await assertNotBelow(path, base)
-  if (dataFile !== undefined) await assertNotBelow(plainName(dataFile), base)
+  await assertNotBelow(path, path, backing)
+  if (dataFile !== undefined) await assertNotBelow(dataFile, path, backing)
 }
 
 /** A place of fixed size is refused before it is touched. */

@@ -11,6 +11,7 @@
  *
  *   extra data:  0 u64 VM state size   8 u64 disk size   16 u64 icount   24 unknown, kept
  */
+import { decodeName, encodeName } from '../bytes/file-name.ts'
 import { FormatError } from '../core/errors.ts'
 import { readU64, writeU64 } from '../bytes/u64.ts'
 import { viewOf } from '../bytes/view.ts'
@@ -35,8 +36,6 @@ export interface SnapshotRecord {
   readonly icount: bigint | undefined
   /** Extra data from byte 24 on, kept as it is. */
   readonly unknownExtraData: Uint8Array
-  /** The bytes of id and name where they are not UTF-8, so that rewriting the table keeps them. */
-  readonly rawText?: { readonly id: Uint8Array; readonly name: Uint8Array }
   /** Length of the extra data as stored; version 3 demands at least 16. Encoding writes 24 or more. */
   readonly extraDataLength: number
 }
@@ -70,11 +69,9 @@ export function decodeSnapshot(table: Uint8Array, at: number, tableOffset: numbe
   const size32 = view.getUint32(at + 32)
   const size64 = extraDataLength >= 8 ? readU64(extra, 0, { ...location, field: 'vm_state_size' }) : size32
   const icount = extraDataLength >= 24 ? extra.getBigUint64(16) : noIcount
-  const rawText = { id: table.slice(strings, strings + idLength), name: table.slice(strings + idLength, end) }
   const record: SnapshotRecord = {
-    id: decodeText(rawText.id),
-    name: decodeText(rawText.name),
-    ...(isText(rawText.id) && isText(rawText.name) ? {} : { rawText }),
+    id: decodeName(table.subarray(strings, strings + idLength)),
+    name: decodeName(table.subarray(strings + idLength, end)),
     l1TableOffset: readU64(view, at, { ...location, field: 'l1_table_offset' }),
     l1Size: view.getUint32(at + 8),
     dateSeconds: view.getUint32(at + 16),
@@ -130,9 +127,7 @@ export function hasSoundL1({ l1TableOffset, l1Size }: SnapshotRecord, clusterSiz
  * @throws RangeError if an id or name is longer than 65535 bytes or the table longer than 64 MiB.
  */
 export function encodeSnapshotTable(records: readonly SnapshotRecord[]): Uint8Array {
-  const texts = records.map(
-    (record) => record.rawText ?? { id: encodeText(record.id, 'id'), name: encodeText(record.name, 'name') },
-  )
+  const texts = records.map(({ id, name }) => ({ id: encodeText(id, 'id'), name: encodeText(name, 'name') }))
   const lengths = records.map((record, index) => {
     const { id, name } = texts[index]!
     return Math.ceil((fixedLength + 24 + record.unknownExtraData.length + id.length + name.length) / 8) * 8
@@ -171,21 +166,8 @@ function encodeRecord(target: Uint8Array, record: SnapshotRecord, text: { id: Ui
   target.set(text.name, fixedLength + extraDataLength + text.id.length)
 }
 
-function decodeText(bytes: Uint8Array): string {
-  return new TextDecoder('utf-8', { ignoreBOM: true }).decode(bytes)
-}
-
-function isText(bytes: Uint8Array): boolean {
-  try {
-    new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes)
-    return true
-  } catch {
-    return false
-  }
-}
-
 function encodeText(text: string, what: string): Uint8Array {
-  const bytes = new TextEncoder().encode(text)
+  const bytes = encodeName(text)
   if (bytes.length > 0xffff) throw new RangeError(`snapshot ${what} is ${bytes.length} bytes, at most 65535`)
   return bytes
 }

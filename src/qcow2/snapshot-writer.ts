@@ -46,7 +46,7 @@ export function detailsOf(name: string, options: FinishOptions): SnapshotDetails
 
 /** The format allows a snapshot without a name; nobody could then ask for it by one. */
 export function assertSnapshotName(name: string): void {
-  if (typeof name !== 'string' || name === '') throw new TypeError('a snapshot needs a name')
+  if (typeof name !== 'string' || name === '' || name.includes('\0')) throw new TypeError('a snapshot needs a name: a string that is not empty and has no NUL')
 }
 
 /** Writes the VM state of one snapshot. Made by `Snapshots.begin`; `close` without `finish` gives up. */

@@ -152,8 +152,7 @@ export class Snapshots implements Iterable<SnapshotInfo> {
       assertSnapshotsPossible(engine)
       const record = this.#get(idOrName)
       if (engine.unchanged) await engine.change()
-      const { rawText: _, ...rest } = record
-      const renamed = { ...rest, name }
+      const renamed = { ...record, name }
       await replaceSnapshots(engine, engine.snapshots.map((each) => (each === record ? renamed : each)))
     })
   }

@@ -5,7 +5,7 @@
 import type { CallOptions } from '../block/device.ts'
 import { newFile, type NewFile } from '../block/file-new.ts'
 import { preferDirect } from '../block/prefer-direct.ts'
-import { assertNotBelow, backingPath } from '../qcow2/chain-files.ts'
+import { assertNotBelow } from '../qcow2/chain-files.ts'
 import { Qcow2Image, type OpenOptions } from '../qcow2/image.ts'
 import type { MigrationRecord } from '../migration/records.ts'
 import { ownPath, secretMode } from './host-files.ts'
@@ -63,7 +63,7 @@ export async function openMemoryTarget(memory: MemoryTarget, options: MemoryTarg
 async function ramImageTarget(path: string, backing: string | undefined, options: MemoryTargetOptions): Promise<OpenMemoryTarget> {
   const { signal, direct, references } = options
   const own = await ownPath(path)
-  if (backing !== undefined) await assertNotBelow(own, backingPath(own, backing))
+  if (backing !== undefined) await assertNotBelow(own, own, { file: backing, format: 'qcow2' })
   const below = backing === undefined ? {} : { backing: { file: backing, format: 'qcow2' } }
   const begin = (chosen: boolean): Promise<NewFile> => newFile(own, { mode: secretMode, direct: chosen, syncLimit: chosen ? 0 : syncLimitOf(backing), signal })
   const file = await preferDirect(direct ?? (backing === undefined ? undefined : false), begin)

@@ -211,6 +211,12 @@ describe('SIGUSR1', () => {
     expect(stderr).not.toContain('Debugger')
   })
 
+  test('is taken before anything is loaded, in the program as it is built', () => {
+    const built = join(import.meta.dirname, '../../dist/cli.cjs')
+    const script = `require(${JSON.stringify(built)}); process.stdout.write(String(process.listenerCount('SIGUSR1'))); process.exit()`
+    expect(execFileSync(process.execPath, ['-e', script], { encoding: 'utf8' })).toBe('1')
+  })
+
   test('does nothing where there is nothing to show', async () => {
     expect(await asked(['serve', '--socket', join(tempFolder(), 'nbd'), disk])).toBe('')
   })

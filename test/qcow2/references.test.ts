@@ -295,7 +295,9 @@ describe('loops are refused when a name is written', () => {
   test('setBackingFile and rebaseImage, by any name, to the image itself or what stands on it; nothing changes', async () => {
     const { at, bytes } = await chain()
     const before = bytes()
-    for (const name of ['a', 'b', 'c', 'soft', 'hard', at('b'), './a']) {
+    const nodes = { driver: 'qcow2', file: { driver: 'file', filename: at('c') } }
+    const protocols = [`file:${at('b')}`, `json:${JSON.stringify(nodes)}`, `json:${JSON.stringify({ 'driver': 'qcow2', 'file.filename': at('hard') })}`]
+    for (const name of ['a', 'b', 'c', 'soft', 'hard', at('b'), './a', ...protocols]) {
       const backing = { file: name, format: 'qcow2' }
       await expect(setBackingFile(at('a'), backing)).rejects.toMatchObject({ code: 'ERR_FORMAT' })
       await using image = await Qcow2Image.open(at('a'))
