@@ -68,22 +68,34 @@ export function writtenHere(name: string): Qcow2Error {
 let unavailable = false
 let tried = false
 
+/**
+ * How often a name that is taken is tried again, and milliseconds between. The number of a file that was removed is soon that of
+ * a new one, while the process that had claimed the old one is about to let it go.
+ */
+const [retries, pause] = [5, 20]
+
 /** The function that ends the claim; undefined where there can be none. */
 async function bind(key: string, name: string): Promise<(() => void) | undefined> {
   if (process.platform !== 'linux' || unavailable) return undefined
   // loaded only by who writes: reading starts without it
   const { createServer } = await import('node:net')
-  const server = createServer((socket) => socket.destroy())
-  const code = await new Promise<string | undefined>((settle) => {
-    server.once('error', (error: NodeJS.ErrnoException) => settle(error.code ?? 'unknown'))
-    server.listen({ path: socketName(key), exclusive: true }, () => settle(undefined))
-    server.unref()
-  })
-  if (code === 'EADDRINUSE' && (await isListed(key))) throw writtenElsewhere(name)
-  if (code !== undefined) return undefined
-  if (!tried) unavailable = !(await isListed(key))
-  tried = true
-  return () => void server.close()
+  for (let attempt = 0; ; attempt++) {
+    const server = createServer((socket) => socket.destroy())
+    const code = await new Promise<string | undefined>((settle) => {
+      server.once('error', (error: NodeJS.ErrnoException) => settle(error.code ?? 'unknown'))
+      server.listen({ path: socketName(key), exclusive: true }, () => settle(undefined))
+      server.unref()
+    })
+    if (code === undefined) {
+      if (!tried) unavailable = !(await isListed(key))
+      tried = true
+      return () => void server.close()
+    }
+    if (code !== 'EADDRINUSE') return undefined
+    if (attempt < retries) await new Promise((resolve) => setTimeout(resolve, pause))
+    else if (await isListed(key)) throw writtenElsewhere(name)
+    else return undefined
+  }
 }
 
 /** Old versions of Node bind another name than the one given, the same for all. */

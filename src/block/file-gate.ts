@@ -1,5 +1,5 @@
 /**
- * The gate before a file that is to be emptied, replaced or formatted: by this library, or by a program it asks to. Owns who
+ * The gate before a file that is to be written, emptied, replaced or formatted: by this library, or by a program it asks to. Owns who
  * may be in the way; everything that makes a result under a name passes here before the first byte changes.
  */
 import { Qcow2Error } from '../core/errors.ts'
@@ -17,8 +17,26 @@ import { processFiles } from './file-registry.ts'
  */
 export async function claimTarget(file: string | number, identity: string, name: string): Promise<() => void> {
   assertNotOpenHere(identity, name)
+  const letGo = await claimForWriting(file, identity, name)
+  try {
+    await assertNotHeld(file, name)
+    return letGo
+  } catch (error) {
+    letGo()
+    throw error
+  }
+}
+
+/**
+ * Claims a file that is to be written where it is, until the function returned is called. Other devices of this process may be
+ * open on it, but no image that is written to.
+ * @param file its path or descriptor
+ * @param name of it, for errors
+ * @throws Qcow2Error `ERR_BUSY` if an image of this process writes to it, another process of this library has it open for
+ *   writing, or a running QEMU uses it and wants no writer beside it
+ */
+export async function claimForWriting(file: string | number, identity: string, name: string): Promise<() => void> {
   await checkImageLocks(file, 'write', name)
-  await assertNotHeld(file, name)
   return claim(identity, name)
 }
 

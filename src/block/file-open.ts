@@ -10,7 +10,7 @@ import type { OptionNames } from '../core/options.ts'
 import type { CallOptions } from './device.ts'
 import { probeAlignment, type DirectAlignment } from './file-direct.ts'
 import { fileError, openError, systemCode } from './file-error.ts'
-import { claimTarget } from './file-gate.ts'
+import { claimForWriting, claimTarget } from './file-gate.ts'
 import { fileIdentity } from './file-identity.ts'
 import { deviceNumbers } from './file-mount.ts'
 import { systemPath } from './file-path.ts'
@@ -33,7 +33,12 @@ export interface FileOptions extends CallOptions {
   readonly create?: 'wx' | 'w' | undefined
   /** Permissions of a file that is created, less the process's umask. Default 0o666. */
   readonly mode?: number | undefined
-  /** False: with `create`, empty a file whoever else uses it. Default true. */
+  /**
+   * False: open it for writing, or empty it, whoever else uses it. Default true: a file is not opened for writing (`ERR_BUSY`)
+   * while a running QEMU uses it and wants no writer beside it, while an image of this process writes to it, or while another
+   * process of this library has it open for writing. Reading is never refused: `openSource` is for whoever wants to know that
+   * a QEMU is changing what is read.
+   */
   readonly locking?: boolean | undefined
   /**
    * Requests of at most this many bytes are made synchronously: about five times faster when the page
@@ -55,7 +60,7 @@ export interface OpenedFile {
   readonly isBlockDevice: boolean
   readonly identity: string
   readonly alignment: DirectAlignment
-  /** Ends the claim on a file that was opened to be written anew. */
+  /** Ends the claim on a file that was opened for writing. */
   readonly letGo: () => void
 }
 
@@ -66,7 +71,10 @@ export async function openDescriptor(file: string | URL | FileHandle, options: F
   let letGo = nothing
   try {
     const { isBlockDevice, identity } = measure(fd, path)
-    if (options.create !== undefined && options.locking !== false) letGo = await claimTarget(fd, identity, path ?? 'FileHandle')
+    if (options.readOnly !== true && options.locking !== false) {
+      const claim = options.create === undefined ? claimForWriting : claimTarget
+      letGo = await claim(fd, identity, path ?? 'FileHandle')
+    }
     if (options.create === 'w' && !isBlockDevice) fs.ftruncateSync(fd, 0)
     const { size } = measure(fd, path)
     const alignment = options.direct === true ? await probeAlignment(fd, size, path ?? 'FileHandle') : { request: 1, memory: 1 }

@@ -33,9 +33,10 @@ const syncStretch = 32 << 20
 const syncRequest = 16 << 10
 
 /**
- * Opens a file or a host block device.
+ * Opens a file or a host block device: its bytes, whatever they mean. For writing it is the only one but for other devices of
+ * this process: see `locking`.
  * @param file a path, a `file:` URL, or an open `FileHandle`, which the device takes over and closes
- * @throws Qcow2Error `ERR_NOT_FOUND`, `ERR_EXISTS` (with `create: 'wx'`), `ERR_UNSUPPORTED` (direct I/O
+ * @throws Qcow2Error `ERR_NOT_FOUND`, `ERR_EXISTS` (with `create: 'wx'`), `ERR_BUSY` (for writing; see `locking`), `ERR_UNSUPPORTED` (direct I/O
  *   refused; neither a file nor a block device), `ERR_IO`
  */
 export function openFile(file: string | URL | FileHandle, options: FileOptions = {}): Promise<FileDevice> {

@@ -7,7 +7,6 @@ import { refuseUnknownOptions, type OptionNames } from '../core/options.ts'
 import { BlobDevice } from './blob.ts'
 import type { BlockDevice, CallOptions } from './device.ts'
 import { checkImageLocks } from './file-lock.ts'
-import { claim } from './file-claim.ts'
 import { newFile } from './file-new.ts'
 import { openFile, type FileHandle } from './file.ts'
 import { openHttp } from './http.ts'
@@ -119,11 +118,10 @@ async function withDevice<T>(given: Source, open: () => Promise<BlockDevice>, ta
 const nothing = (): Promise<void> => Promise.resolve()
 
 async function openLocal(file: string | URL | FileHandle, readOnly: boolean, options: SourceOptions): Promise<BlockDevice> {
-  const { direct, syncLimit, signal } = options
-  const device = await openFile(file, { readOnly, direct, syncLimit, signal })
+  const { direct, syncLimit, signal, locking } = options
+  const device = await openFile(file, { readOnly, direct, syncLimit, signal, locking })
   try {
-    if (options.locking !== false && (!readOnly || options.forceShare !== true)) await checkImageLocks(file, readOnly ? 'read' : 'write')
-    if (options.locking !== false && !readOnly) device.onceClosed(await claim(device.identity, device.path ?? 'file'))
+    if (readOnly && locking !== false && options.forceShare !== true) await checkImageLocks(file, 'read')
     return pad(device)
   } catch (error) {
     await device.close()

@@ -189,6 +189,12 @@ test.skipIf(process.platform !== 'linux')('a claim holds for this process and ag
   child.kill('SIGKILL')
   await once(child, 'exit')
   ;(await claim(key, 'a'))()
+  // one that is about to end is waited for
+  const leaving = start(key, 'stay')
+  expect(await answer(leaving)).toBe('claimed\n')
+  const waiting = claim(key, 'a')
+  leaving.kill('SIGKILL')
+  ;(await waiting)()
   // a claim alone keeps no process alive
   const ending = start(key, 'end')
   await once(ending, 'exit')

@@ -42,7 +42,8 @@ describe('a loop device and its file', () => {
       await expect(Qcow2Image.open(to)).rejects.toMatchObject({ code: 'ERR_BUSY' })
       await expect(Qcow2Image.create(to, { size: MiB })).rejects.toMatchObject({ code: 'ERR_BUSY' })
       await expect(openFile(to, { create: 'w' })).rejects.toMatchObject({ code: 'ERR_BUSY' })
-      await using target = await openFile(to)
+      await expect(openFile(to)).rejects.toMatchObject({ code: 'ERR_BUSY' })
+      await using target = await openFile(to, { locking: false })
       await expect(copyDevice(image, target)).rejects.toMatchObject({ code: 'ERR_BUSY' })
     }
     expect(readFileSync(file).equals(before)).toBe(true)
@@ -74,6 +75,7 @@ describe('a loop device and its file', () => {
           holder.stdin.write('length\n')
           await once(holder.stdout, 'data')
           await expect(checkImageLocks(other, 'write')).rejects.toMatchObject({ code: 'ERR_BUSY' })
+          await expect(openFile(other)).rejects.toMatchObject({ code: 'ERR_BUSY' })
           await expect(Qcow2Image.open(other)).rejects.toMatchObject({ code: 'ERR_BUSY' })
           await expect(Qcow2Image.create(other, { size: MiB })).rejects.toMatchObject({ code: 'ERR_BUSY' })
           expect((await run(`resize -f raw ${other} 4M`)).code).toBe(1)

@@ -342,12 +342,13 @@ describe('one file', () => {
     symlinkSync(path, other)
     expect(await codeOf(Qcow2Image.open(other))).toBe('ERR_BUSY')
     expect(await codeOf(Qcow2Image.create(path, { size: MiB }))).toBe('ERR_BUSY')
+    for (const file of [other, pathToFileURL(path), await open(path, 'r+')]) expect(await codeOf(openFile(file))).toBe('ERR_BUSY')
     const sources: Exclude<Source, string>[] = [
       pathToFileURL(path),
       await open(path, 'r+'),
-      await openFile(path),
-      await openFile(await open(path, 'r+')),
-      trace(fault(await openFile(other, { direct: true }).catch(() => openFile(other)), () => undefined), []),
+      await openFile(path, { locking: false }),
+      await openFile(await open(path, 'r+'), { locking: false }),
+      trace(fault(await openFile(other, { direct: true, locking: false }).catch(() => openFile(other, { locking: false })), () => undefined), []),
     ]
     for (const [index, source] of sources.entries()) {
       expect([index, await codeOf(Qcow2Image.open(source))]).toEqual([index, 'ERR_BUSY'])
