@@ -12,6 +12,8 @@ export interface LoopDevice {
   readonly file: string
   /** Makes the device larger while it is in use. */
   readonly grow: (size: number) => void
+  /** Ends it before the test ends. */
+  readonly detach: () => void
 }
 
 /** A device of so many bytes, gone when the running test ends. Skips the test, loudly, where none may be made. */
@@ -31,10 +33,16 @@ export function loopOver(file: string, options: readonly string[], skip: (why: s
     console.warn(`\n*** A BLOCK DEVICE WAS NOT TESTED: ${(error as Error).message.trim()}. It takes root and losetup. ***\n`)
     return skip('needs a loop device')
   }
-  onTestFinished(() => void execFileSync('losetup', ['--detach', path]))
+  let attached = true
+  const detach = (): void => {
+    if (attached) execFileSync('losetup', ['--detach', path])
+    attached = false
+  }
+  onTestFinished(detach)
   return {
     path,
     file,
+    detach,
     grow: (larger) => {
       truncateSync(file, larger)
       execFileSync('losetup', ['--set-capacity', path])
