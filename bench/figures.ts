@@ -14,9 +14,9 @@ function toneOf(id: string): Tone {
 export function groupFigure(group: GroupResult): Figure {
   const bars = group.variants.map((variant): Bar => {
     const { median } = variant.seconds
-    const text = `${digits(median)} s · ${digits(rate(group.bytes, median))} MB/s`
+    const text = group.bytes === 0 ? `${digits(median)} s` : `${digits(median)} s · ${digits(rate(group.bytes, median))} MB/s`
     return { label: variant.title, value: median, text, tone: toneOf(variant.id), runs: variant.runs.map((each) => each.seconds) }
   })
-  const title = `${group.title}: ${digits(group.bytes / 1e6)} MB`
+  const title = group.bytes === 0 ? group.title : `${group.title}: ${digits(group.bytes / 1e6)} MB`
   return { name: group.id, title, svg: barChart({ title, axis: 'seconds, less is better; bar: median, dots: runs', bars }) }
 }

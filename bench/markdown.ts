@@ -1,6 +1,6 @@
 /** Stored results as a page of the documentation: first every goal, then every table. Owns presentation; computes nothing. */
 import type { GroupResult, Machine, RatioResult } from './harness.ts'
-import { ratioCells, variantCells } from './report.ts'
+import { ratioCells, variantCells, withoutRates } from './report.ts'
 import type { Report } from './scenario.ts'
 
 /** The page `docs/results.md`. */
@@ -59,6 +59,7 @@ function groupSection(group: GroupResult): string[] {
     const [title = '', median = '', quartiles = '', rate = '', cpu = ''] = variantCells(group, variant)
     return [title, spread(median, quartiles), rate, cpu]
   })
+  const [head, ...rows] = withoutRates(group, [['variant', group.clock === 'virtual' ? 'virtual time' : 'time', 'MB/s', 'processor'], ...variants])
   const ratios = group.ratios.map((ratio) => {
     const [what = '', median = '', quartiles = ''] = ratioCells(group, ratio)
     return [what, spread(median, quartiles)]
@@ -67,7 +68,7 @@ function groupSection(group: GroupResult): string[] {
     `### ${group.title}`,
     '',
     ...(group.note === undefined ? [] : [group.note, '']),
-    ...markdownTable(['variant', group.clock === 'virtual' ? 'virtual time' : 'time', 'MB/s', 'processor'], variants, 1),
+    ...markdownTable(head!, rows, 1),
     ...(ratios.length === 0 ? [] : ['', ...markdownTable(['times faster', 'ratio'], ratios, 1)]),
   ]
 }

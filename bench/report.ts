@@ -36,13 +36,25 @@ export function variantCells(group: GroupResult, variant: VariantResult): string
     variant.title,
     `${digits(variant.seconds.median)} s`,
     single ? '' : range(variant.seconds, digits),
-    perSecond(variant.seconds.median),
+    group.bytes === 0 ? '' : perSecond(variant.seconds.median),
     variant.cpuSeconds === undefined || group.clock === 'virtual' ? '' : `${digits(variant.cpuSeconds.median)} s`,
     String(variant.runs.length),
   ]
 }
 
 const variantHead = ['variant', 'median', 'quartiles', 'MB/s', 'CPU', 'runs']
+
+/** A table of variants without the rates, where nothing was moved. */
+export function withoutRates(group: GroupResult, rows: readonly (readonly string[])[]): (readonly string[])[] {
+  if (group.bytes > 0) return [...rows]
+  const column = rows[0]!.indexOf('MB/s')
+  return rows.map((row) => row.filter((_, index) => index !== column))
+}
+
+/** What is said after the title of a group: how much was moved, and whose clock it was. */
+export function groupFacts(group: GroupResult): string {
+  return [...(group.bytes === 0 ? [] : [`${digits(group.bytes / 1e6)} MB`]), ...(group.clock === 'virtual' ? ['virtual time'] : [])].join(', ')
+}
 
 /** What, median, quartiles, goal. */
 export function ratioCells(group: GroupResult, ratio: RatioResult): string[] {
@@ -56,8 +68,9 @@ export function textReport(report: Report): string {
   const lines = [`\n${report.title}`, '='.repeat(report.title.length)]
   if (report.quick) lines.push('Quick mode: a check that everything runs. The figures mean nothing.')
   for (const group of report.groups) {
-    lines.push('', `${group.title} (${digits(group.bytes / 1e6)} MB${group.clock === 'virtual' ? ', virtual time' : ''})`)
-    lines.push(...table([variantHead, ...group.variants.map((variant) => variantCells(group, variant))]))
+    const facts = groupFacts(group)
+    lines.push('', facts === '' ? group.title : `${group.title} (${facts})`)
+    lines.push(...table(withoutRates(group, [variantHead, ...group.variants.map((variant) => variantCells(group, variant))])))
     for (const ratio of group.ratios) {
       const [what, median, quartiles, goal] = ratioCells(group, ratio)
       lines.push(`  ${[what, median, quartiles, report.quick ? '' : goal].filter((cell) => cell !== '').join('  ')}`)
@@ -117,13 +130,12 @@ function goals(report: Report): string {
 }
 
 function groupSection(group: GroupResult): string {
-  const clock = group.clock === 'virtual' ? ', virtual time' : ''
   const note = group.note === undefined ? '' : `<p class="note">${escape(group.note)}</p>`
-  const columns = group.clock === 'virtual' ? ['variant', 'time', 'MB/s'] : ['variant', 'median', 'MB/s', 'CPU']
+  const columns = ['variant', ...(group.clock === 'virtual' ? ['time'] : ['median']), ...(group.bytes === 0 ? [] : ['MB/s']), ...(group.clock === 'virtual' ? [] : ['CPU'])]
   const rows = group.variants.map((variant) => {
     const [title = '', median = '', quartiles = '', rateText = '', cpu = ''] = variantCells(group, variant)
     const time = `${escape(median)}${quartiles === '' ? '' : `<br><small>${escape(quartiles)}</small>`}`
-    const cells = [time, escape(rateText), ...(group.clock === 'virtual' ? [] : [escape(cpu)])]
+    const cells = [time, ...(group.bytes === 0 ? [] : [escape(rateText)]), ...(group.clock === 'virtual' ? [] : [escape(cpu)])]
     return `<tr><td>${escape(title)}</td>${cells.map((cell) => `<td class="number">${cell}</td>`).join('')}</tr>`
   })
   const ratios = group.ratios.map((ratio) => {
@@ -131,7 +143,7 @@ function groupSection(group: GroupResult): string {
     return `<tr><td>${escape(what)}</td><td class="number"><b>${median}</b>${quartiles === '' ? '' : `<br><small>${quartiles}</small>`}</td></tr>`
   })
   const ratioTable = ratios.length === 0 ? '' : `<div class="scroll"><table><thead>${headRow(['times faster', 'median'])}</thead><tbody>${ratios.join('')}</tbody></table></div>`
-  return `<h3>${escape(group.title)} <small>${digits(group.bytes / 1e6)} MB${clock}</small></h3>${note}
+  return `<h3>${escape(group.title)} <small>${groupFacts(group)}</small></h3>${note}
 <div class="scroll"><table><thead>${headRow(columns)}</thead><tbody>${rows.join('')}</tbody></table></div>${ratioTable}${everyRun(group)}`
 }
 
