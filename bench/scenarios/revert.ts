@@ -80,7 +80,7 @@ async function prepare(context: ScenarioContext, qemu: QemuInstallation, memory:
   let mapped: string | undefined
   try {
     await works(vm)
-    await save(vm.qmp, { memory: files.ram, manifest: false })
+    await save(vm.qmp, { memory: files.ram, disks: 'none', manifest: false })
     await vm.monitor('savevm snap')
     if (Number(major) >= 10) await writeMappedRam(vm, (mapped = join(context.folder, 'mapped.mig')))
   } finally {

@@ -102,7 +102,7 @@ function ours(
       ;({ vm } = await boot(setup))
     },
     async run() {
-      const disks = disk ? [{ node: 'd0', overlay: join(setup.context.folder, 'overlay.qcow2') }] : []
+      const disks = disk ? [{ node: 'd0', overlay: join(setup.context.folder, 'overlay.qcow2') }] : 'none' as const
       return momentsOf(await save(vm.qmp, { memory, mode, disks, direct, manifest: false }))
     },
     finish: () => ended(vm),

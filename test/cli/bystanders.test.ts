@@ -78,7 +78,7 @@ const command: fc.Arbitrary<Command> = fc.oneof(
   fc.tuple(fc.constantFrom('b', 'c'), fc.constantFrom(...images)).map(([bitmap, name]) => ({ call: ['bitmap', '--add', `@${name}`, bitmap], changes: [name] })),
   fc.tuple(fc.constantFrom('300k', '100k'), target).map(([bytes, name]) => ({ call: ['resize', '-q', '--shrink', '-f', 'raw', `@${name}`, bytes], changes: [name] })),
   fc.tuple(fc.constantFrom('stream', 'plain', 'elf', 'lime'), fc.constantFrom('saved', 'plain.raw'), target).map(([form, from, name]) => ({ call: ['vmstate', 'export', '-q', `--form=${form}`, `@${from}`, `@${name}`], makes: [name] })),
-  fc.tuple(fc.constantFrom(['pc.ram', '--length=64k'], ['cpu', '--device']), target).map(([[part, ...how], name]) => ({ call: ['vmstate', 'extract', '-q', '@saved', part!, `@${name}`, ...how], makes: [name] })),
+  fc.tuple(fc.constantFrom(['pc.ram', '--length=64k'], ['cpu', '--device']), target).map(([[part, ...how], name]) => ({ call: ['vmstate', 'extract', '-q', '@saved', part, `@${name}`, ...how], makes: [name] })),
   fc.tuple(fc.constantFrom('stream', 'ram', 'snapshot'), target).map(([as, name]) => ({ call: ['capture', '-q', `--as=${as}`, ...(as === 'stream' ? [] : ['--name=a']), '@saved', `@${name}`], ...(as === 'snapshot' ? { changes: [name] } : { makes: [name] }) })),
   fc.constantFrom(...images).map((name) => ({ call: ['resize', '-q', `@${name}`, '512k'], changes: [name] })),
   target.map((name) => ({ call: (at: (name: string) => string) => Qcow2Image.create(at(name), { size }).then((image) => image.close()), makes: [name] })),
