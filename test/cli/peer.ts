@@ -3,7 +3,7 @@ import { execFile } from 'node:child_process'
 import { readdirSync, readFileSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect } from 'vitest'
-import { qemus } from '../support/qemu.ts'
+import { qemus, untilMeasured } from '../support/qemu.ts'
 import { run } from './run.ts'
 
 export const qemu = qemus.find(({ major }) => major >= 10)
@@ -19,12 +19,14 @@ export function words(line: string): string[] {
 }
 
 export function real(folder: string, tool: 'qemu-img' | 'qemu-io', args: readonly string[]): Promise<Outcome> {
-  return new Promise((resolve) => {
-    const options = { cwd: folder, timeout: 60_000, maxBuffer: 1 << 28, killSignal: 'SIGKILL' as const }
-    execFile(qemu!.path(tool), args, options, (error, stdout, stderr) => {
-      resolve({ code: error === null ? 0 : typeof error.code === 'number' ? error.code : -1, stdout, stderr })
+  const options = { cwd: folder, timeout: 60_000, maxBuffer: 1 << 28, killSignal: 'SIGKILL' as const }
+  const program = (): Promise<Outcome> =>
+    new Promise((resolve) => {
+      execFile(qemu!.path(tool), args, options, (error, stdout, stderr) => {
+        resolve({ code: error === null ? 0 : typeof error.code === 'number' ? error.code : -1, stdout, stderr })
+      })
     })
-  })
+  return untilMeasured(program)
 }
 
 export async function ours(folder: string, args: readonly string[]): Promise<Outcome> {
