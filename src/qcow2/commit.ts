@@ -6,7 +6,7 @@ import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import type { Engine } from './engine.ts'
-import type { Qcow2Image } from './image.ts'
+import { Qcow2Image } from './image.ts'
 
 /** Options of {@link commitImage}. */
 export interface CommitOptions extends CallOptions {
@@ -79,7 +79,7 @@ async function copyDown(overlay: Qcow2Image, target: BlockDevice, depth: number,
 
 function isInChain(overlay: Qcow2Image, target: BlockDevice): boolean {
   let below = overlay.engine.backing
-  while (below !== undefined && below !== target) below = 'engine' in below ? (below as Qcow2Image).engine.backing : undefined
+  while (below !== undefined && below !== target) below = Qcow2Image.is(below) ? below.engine.backing : undefined
   return below !== undefined
 }
 

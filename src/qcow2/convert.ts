@@ -123,7 +123,7 @@ export function deviceContent(
 
 /** Bytes of the backing file of a source. */
 function sizeBelow(source: BlockDevice): number {
-  return source instanceof Qcow2Image ? (source.engine.backing?.size ?? Infinity) : Infinity
+  return Qcow2Image.is(source) ? (source.engine.backing?.size ?? Infinity) : Infinity
 }
 
 /** Options of {@link writeImage}: of a conversion, and of the writer. */

@@ -41,7 +41,7 @@ export interface CopyOptions extends CallOptions {
  */
 export async function copyDevice(source: BlockDevice, target: BlockDevice, options: CopyOptions = {}): Promise<void> {
   const { sparseSize = defaultSparseSize, skipBacking = false, compressed = false, signal } = options
-  if (compressed && !(target instanceof Qcow2Image)) throw new TypeError('copyDevice: only a Qcow2Image takes compressed clusters')
+  if (compressed && !Qcow2Image.is(target)) throw new TypeError('copyDevice: only a Qcow2Image takes compressed clusters')
   assertApart(source, target)
   const progress = new DataProgress(options.onProgress)
   const fresh = target.growable && target.size === 0
@@ -49,12 +49,12 @@ export async function copyDevice(source: BlockDevice, target: BlockDevice, optio
   const { size } = source
   if (target.growable && target.size < size) await target.resize(size)
   if (target.size < size) throw new RangeError(`the target has ${target.size} bytes, the source ${size}; resize the target first`)
-  const image = compressed && target instanceof Qcow2Image ? target : undefined
+  const image = compressed && Qcow2Image.is(target) ? target : undefined
   const boundary = image?.engine.geometry.clusterSize ?? 4096
   const grain = image === undefined || sparseSize === 0 ? sparseSize : boundary
   const copy: Copy = { source: pad(source), target: pad(target), image, grain, blank, signal }
   const length = pieceSize(source, target, boundary)
-  const below = target instanceof Qcow2Image ? (target.engine.backing?.size ?? 0) : Infinity
+  const below = Qcow2Image.is(target) ? (target.engine.backing?.size ?? 0) : Infinity
   const pieces = countedPieces(source, { boundary, pieceSize: length, skipZeroes: blank, skipBacking: skipBacking ? below : false, signal }, progress)
   const allocate = allocatorFor(source, target)
   const lane: LaneOptions = { lanes, allocate: () => allocate(length), onPiece: (piece) => progress.add(piece), signal }

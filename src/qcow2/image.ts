@@ -67,6 +67,8 @@ const openOptions: OptionNames<OpenOptions> = {
   signal: true,
 }
 
+const mark = Symbol.for('qcow2.image')
+
 /**
  * An open qcow2 image: the guest's view of the disk. Requests may be of any size, at any offset, any
  * number at once.
@@ -90,6 +92,7 @@ export class Qcow2Image extends BaseDevice {
     super()
     this.#engine = engine
     this.#release = release
+    Object.defineProperty(this, mark, { value: true })
     this.snapshots = new Snapshots(engine)
     this.bitmaps = new Bitmaps(engine)
     this.limits = {
@@ -128,6 +131,11 @@ export class Qcow2Image extends BaseDevice {
       await closeUnlessGiven(device, source)
       throw error
     }
+  }
+
+  /** True for an open image of this library, of either build: the ESM and the CommonJS build have different classes. A filter over one is none. */
+  static is(value: unknown): value is Qcow2Image {
+    return typeof value === 'object' && value !== null && mark in value
   }
 
   /** @internal The image over an engine. */

@@ -13,7 +13,7 @@ import { assertCompressible } from './compressed.ts'
 import { checkNewBacking } from './create.ts'
 import type { Engine } from './engine.ts'
 import { extensionType, withExtension } from './extensions.ts'
-import type { Qcow2Image } from './image.ts'
+import { Qcow2Image } from './image.ts'
 import { openMetadata } from './open.ts'
 import { settle } from './shutdown.ts'
 import { zeroActive } from './zero.ts'
@@ -88,17 +88,12 @@ export async function rebaseImage(
  *   UnsupportedError with a raw data file.
  */
 export async function setBackingFile(target: Qcow2Image | Source, backing: NewBacking | undefined): Promise<void> {
-  if (isImage(target)) return setBackingName(target.engine, backing)
+  if (Qcow2Image.is(target)) return setBackingName(target.engine, backing)
   await withSource(target, {}, async (device) => {
     const engine = await openMetadata(device)
     await setBackingName(engine, backing)
     await settle(engine)
   })
-}
-
-/** By what it has: images of the ESM and of the CommonJS build have different classes. */
-function isImage(target: Qcow2Image | Source): target is Qcow2Image {
-  return typeof target === 'object' && 'engine' in target
 }
 
 async function setBackingName(engine: Engine, backing: NewBacking | undefined): Promise<void> {

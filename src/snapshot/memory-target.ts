@@ -82,7 +82,7 @@ async function snapshotTarget(
   { image: given, snapshot }: Extract<MemoryTarget, { image: unknown }>,
   { signal, direct, references }: MemoryTargetOptions,
 ): Promise<OpenMemoryTarget> {
-  const open = given instanceof Qcow2Image
+  const open = Qcow2Image.is(given)
   const image = open ? given : await preferDirect(direct, (chosen) => Qcow2Image.open(given, { signal, references, direct: chosen }))
   try {
     const sink = await snapshotSink(image, { name: snapshot, signal })

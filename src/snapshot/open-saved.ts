@@ -41,7 +41,7 @@ export interface OpenSavedOptions extends CallOptions {
  */
 export async function openSaved(source: Source | Qcow2Image, options: OpenSavedOptions = {}): Promise<PageSource> {
   const { signal, syncLimit = 0, spool } = options
-  if (source instanceof Qcow2Image) return openWhole(source, options)
+  if (Qcow2Image.is(source)) return openWhole(source, options)
   const device = UncachedReads.over(await openSource(source, { readOnly: true, forceShare: true, signal, syncLimit: options.syncLimit }), syncLimit)
   const isImage = await beginsWith(device, [0x51, 0x46, 0x49, 0xfb], options).catch(async (error: unknown) => {
     await device.close()

@@ -65,7 +65,7 @@ export class RamImage extends SavedVm<RamImageBlockContent> {
    */
   static async open(source: Source, options: OpenRamImageOptions = {}): Promise<RamImage> {
     const { snapshot: _, ...how } = options
-    const given = source instanceof Qcow2Image
+    const given = Qcow2Image.is(source)
     const image = given ? source : await Qcow2Image.open(source, { readOnly: true, ...how })
     const owned: AsyncDisposable[] = given ? [] : [image]
     try {
