@@ -70,7 +70,8 @@ export class DiskSnapshots {
     return Promise.all(
       all.map(async ({ path: _path, chain: _chain, ...disk }) => {
         const how = this.#frozen ? chosen.find((candidate) => candidate.disk.node === disk.node) : undefined
-        return { ...disk, frozen: how === undefined ? false : await described(how) }
+        const activeNode = how !== undefined && 'overlay' in how ? how.activeNode : disk.node
+        return { ...disk, activeNode, frozen: how === undefined ? false : await described(how) }
       }),
     )
   }
@@ -85,7 +86,7 @@ export function notSetBack(cause: unknown, failures: readonly unknown[]): Qcow2E
 async function described(how: ChosenDisk): Promise<DiskFreeze> {
   if ('internal' in how) return { internal: how.internal }
   const modified = await modificationTime(how.disk.file)
-  return { overlay: how.overlay, node: how.activeNode, ...(modified !== undefined && { modified }) }
+  return { overlay: how.overlay, ...(modified !== undefined && { modified }) }
 }
 
 function freezeAction(disk: ChosenDisk): { type: string; data: Record<string, unknown> } {

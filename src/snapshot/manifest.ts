@@ -10,6 +10,8 @@ import type { StreamSummary } from './stream-check.ts'
 export interface SavedDisk {
   /** Node name of the layer that the guest wrote to until the save. */
   readonly node: string
+  /** Node name of the layer that the guest writes to since: the overlay's, or the same. The next save may call the disk by it. */
+  readonly activeNode: string
   /** Name of the drive (`-drive id=`), where it has one. */
   readonly device?: string
   /** The guest's device: its `id=`, or its QOM path where it has none. */
@@ -34,7 +36,7 @@ export type DiskFreeze =
    * The guest went on in this new file, on top of the frozen one. `modified`: when the frozen file changed last, ISO 8601, as
    * its file system told after the save: one that was written to since tells another time. Left out where it was not seen.
    */
-  | { readonly overlay: string; readonly node: string; readonly modified?: string }
+  | { readonly overlay: string; readonly modified?: string }
   /** An internal snapshot in the file itself. */
   | { readonly internal: string }
 

@@ -59,18 +59,20 @@ function memoryOf(memory: Fields): Manifest['memory'] {
 function diskOf(disk: Fields): SavedDisk {
   const frozen = disk.isFalse('frozen') ? false : freezeOf(disk.object('frozen'))
   const size = disk.where('size', () => ({ size: disk.number('size') }))
-  return { node: disk.text('node'), ...disk.texts('device', 'qdev'), file: disk.text('file'), format: disk.text('format'), ...size, frozen }
+  const node = disk.text('node')
+  return { node, activeNode: disk.optional('activeNode', () => disk.text('activeNode')) ?? node, ...disk.texts('device', 'qdev'), file: disk.text('file'), format: disk.text('format'), ...size, frozen }
 }
 
 function freezeOf(freeze: Fields): DiskFreeze {
   if (freeze.has('internal')) return { internal: freeze.text('internal') }
-  return { overlay: freeze.text('overlay'), node: freeze.text('node'), ...freeze.texts('modified') }
+  return { overlay: freeze.text('overlay'), ...freeze.texts('modified') }
 }
 
 /** Version 1 listed the frozen disks only, each with the node that the guest went on with. */
 function diskOfVersion1(disk: Fields): SavedDisk {
-  const frozen = disk.has('internal') ? { internal: disk.text('internal') } : { overlay: disk.text('overlay'), node: disk.text('activeNode') }
-  return { node: disk.text('node'), file: disk.text('file'), format: '', frozen }
+  const frozen = disk.has('internal') ? { internal: disk.text('internal') } : { overlay: disk.text('overlay') }
+  const node = disk.text('node')
+  return { node, activeNode: 'internal' in frozen ? node : disk.text('activeNode'), file: disk.text('file'), format: '', frozen }
 }
 
 function textOf(value: unknown, index: number): string {

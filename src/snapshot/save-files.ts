@@ -31,9 +31,10 @@ export async function save(qmp: Qmp, options: SaveOptions): Promise<SaveReport> 
   const { memory, manifest: where, ...rest } = options
   const target = await openMemoryTarget(memory, options)
   try {
+    // now: /dev/stdout, say, means nothing any more once its file was replaced
+    const place = target.path === undefined ? undefined : await placeOf(target.path)
     const report = await saveTo(qmp, target.sink, { scratch: target.path === undefined ? undefined : folderOf(target.path), ...rest, memory: target.described })
     const { snapshot } = target.described
-    const place = target.path === undefined ? undefined : await placeOf(target.path)
     const path = where === false ? undefined : (where ?? (place === undefined ? undefined : manifestPath(place, snapshot)))
     if (place !== undefined) await removeFile(faultOrderPath(place, snapshot))
     if (path !== undefined) await writeTextFile(path, `${JSON.stringify(report.manifest, undefined, 2)}\n`)

@@ -5,7 +5,7 @@ import { absolutePath, qemuFolder } from './host-qemu.ts'
 import type { SavedDisk } from './manifest.ts'
 
 /** A writable disk of a VM. */
-export interface VmDisk extends Omit<SavedDisk, 'frozen'> {
+export interface VmDisk extends Omit<SavedDisk, 'activeNode' | 'frozen'> {
   readonly size: number
   /** QOM path of the guest's device. */
   readonly path: string

@@ -66,9 +66,9 @@ test('a manifest', async () => {
     status: 'io-error', cpus: { count: 2, type: 'qemu64-x86_64-cpu' }, devices: ['PCI 0:2.0 1af4:1001', 'virtio-blk-pci'],
     memory: { kind: 'RAM image', file: 'vm.qcow2' }, pageSize: 4096, ramBlocks: [{ name: 'pc.ram', length: 4 << 20 }],
     disks: [
-      { node: 'd0', device: 'a', qdev: 'b', file: '/vm/a', format: 'raw', size: 512, frozen: false },
-      { node: 'd1', file: '/vm/b', format: 'qcow2', size: 0, frozen: { overlay: '/vm/b-1', node: 'd1-1', modified: '2026-01-01T00:00:00.000Z' } },
-      { node: 'd2', file: '/vm/c', format: 'qcow2', size: 1, frozen: { internal: 'moment' } },
+      { node: 'd0', activeNode: 'd0', device: 'a', qdev: 'b', file: '/vm/a', format: 'raw', size: 512, frozen: false },
+      { node: 'd1', activeNode: 'd1-1', file: '/vm/b', format: 'qcow2', size: 0, frozen: { overlay: '/vm/b-1', modified: '2026-01-01T00:00:00.000Z' } },
+      { node: 'd2', activeNode: 'd2', file: '/vm/c', format: 'qcow2', size: 1, frozen: { internal: 'moment' } },
     ],
   }
   const text = JSON.stringify(manifest)
@@ -100,8 +100,8 @@ test('a manifest of version 1', () => {
     version: 2,
     status: 'paused',
     disks: [
-      { node: 'd0', file: 'd.qcow2', format: '', frozen: { overlay: 'o.qcow2', node: 'd0-1' } },
-      { node: 'd1', file: '/vm/d', format: '', frozen: { internal: 'moment' } },
+      { node: 'd0', activeNode: 'd0-1', file: 'd.qcow2', format: '', frozen: { overlay: 'o.qcow2' } },
+      { node: 'd1', activeNode: 'd1', file: '/vm/d', format: '', frozen: { internal: 'moment' } },
     ],
   })
 })

@@ -84,6 +84,19 @@ describeWithQemu('files', (qemu) => {
     await revertTwice(file, report.manifest.memory.snapshot)
   })
 
+  test('a descriptor: the manifest is beside its file, though that is replaced', async () => {
+    const folder = tempFolder()
+    const fd = openSync(join(folder, 'warm.mig'), 'w')
+    try {
+      const guest = await Guest.boot(qemu)
+      await guest.run(1)
+      await save(guest.qmp, { memory: { stream: `/proc/self/fd/${fd}` } })
+      expect(readdirSync(folder).sort()).toEqual(['warm.mig', 'warm.mig.json'])
+    } finally {
+      closeSync(fd)
+    }
+  })
+
   test.each<[string, (folder: string) => MemoryTarget]>([
     ['RAM image', (folder) => join(folder, 'warm')],
     ['stream', (folder) => ({ stream: join(folder, 'warm') })],
@@ -96,8 +109,9 @@ describeWithQemu('files', (qemu) => {
     const guest = await Guest.boot(qemu, { disks: [disk] })
     await guest.run(3)
     const how: Partial<SaveOptions> = kind === 'stream' ? { mode: 'stop', disks: 'none' } : { disks: 'all' }
-    const { summary } = await save(guest.qmp, { memory: target(folder), manifest: false, ...how })
+    const { summary, manifest } = await save(guest.qmp, { memory: target(folder), manifest: false, ...how })
     await guest.kill()
+    expect(manifest.disks.map(({ node, activeNode }) => [node, activeNode])).toEqual([['d0', kind === 'stream' ? 'd0' : 'd0-1']])
     if (kind === 'stream') expect(statSync(file).size).toBe(summary.length)
     const { tick } = await memoryOf(file)
     for (const bring of [revert, revertEagerly]) {

@@ -150,7 +150,7 @@ describeWithQemu('save', (qemu) => {
     await guest.run(3)
     const overlay = join(guest.folder, 'overlay.qcow2')
     const { manifest } = await saveTo(guest.qmp, deviceStreamSink(memory()), { mode, disks: [{ node: 'd0', overlay }] })
-    expect(manifest.disks).toMatchObject([{ node: 'd0', qdev: 'disk0', file: image, format: 'qcow2', size: 8 << 20, frozen: { overlay, node: 'd0-1' } }])
+    expect(manifest.disks).toMatchObject([{ node: 'd0', activeNode: 'd0-1', qdev: 'disk0', file: image, format: 'qcow2', size: 8 << 20, frozen: { overlay } }])
     expect(await activeFiles(guest.qmp)).toEqual([overlay])
     await expectUnharmed(guest)
   })

@@ -22,7 +22,7 @@ export const captureCommand = command({
   summary: 'Store a migration stream that QEMU sends',
   description: [
     "SOURCE is '-' for stdin, a stream file, or 'listen' (or listen:PATH): then the address for QEMU's migrate command is printed, and the first connection is taken.",
-    'The stream is checked; what was not whole is not kept.',
+    'The stream is checked; what was not whole is not kept. An image that is opened for it may have its backing file anywhere.',
   ],
   options: { ...memoryTargetOptions, 'receiver-mode': receiverOptions['receiver-mode'], ...outputOption, ...progressOption, ...quietOption },
   arguments: [

@@ -16,6 +16,7 @@ export const revertCommand = command({
     "Start QEMU as the VM was started, with '-incoming defer', and give its monitor here. Pages that the guest touches are sent first, the rest follows.",
     'If this command dies while the guest runs, the guest pauses; --recover goes on from the same saved VM.',
     'The guest does afterwards what it did when it was saved: it runs, or it waits (paused, suspended, ...).',
+    'An image may have its backing file anywhere: revert only from images that you trust.',
     'The manifest beside FILE is compared with QEMU and its disks first. A QEMU that does not like what it is given ends, and says why on its standard error.',
   ],
   options: {

@@ -20,7 +20,7 @@ export const saveCommand = command({
   description: [
     'QEMU is told through its monitor to send its memory and its devices, which are stored durably. The saved VM exists only when everything arrived; otherwise the VM is as it was.',
     'A VM that does not run, for whatever reason, is saved as it stands and stays in its state.',
-    'A manifest beside the memory (FILE.json, for a snapshot FILE@NAME.json) tells what the VM needs, and which disks were frozen.',
+    'A manifest beside the memory (FILE.json, for a snapshot FILE@NAME.json) tells what the VM needs, and which disks were frozen. An image that is made or opened here may have its backing file anywhere.',
   ],
   options: {
     ...memoryTargetOptions,
