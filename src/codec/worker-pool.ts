@@ -78,8 +78,8 @@ class CodecThread {
     this.#worker = new Worker(source, { eval: true, name: 'qcow2 codec', execArgv: [], workerData: { clusterSize, type } })
     this.#worker.unref()
     this.#worker.on('message', (reply: Reply) => this.#settle()?.resolve(reply))
-    this.#worker.on('error', (error) => this.#fail(error instanceof Error ? error : new Error(String(error))))
-    this.#worker.on('exit', (code) => this.#fail(new Error(`a codec thread ended with code ${code}`)))
+    this.#worker.on('error', (error) => this.#fail(codecError(error instanceof Error ? error.message : String(error), error)))
+    this.#worker.on('exit', (code) => this.#fail(codecError(`its exit code is ${code}`)))
   }
 
   compress(memory: SharedArrayBuffer, count: number): Promise<Reply> {
@@ -108,6 +108,10 @@ class CodecThread {
     this.#failure ??= error
     for (const pending of this.#pending.splice(0)) pending.reject(this.#failure)
   }
+}
+
+function codecError(why: string, cause?: unknown): Qcow2Error {
+  return new Qcow2Error('ERR_IO', `a codec thread ended: ${why}`, cause === undefined ? undefined : { cause })
 }
 
 /** Memory for one batch: the clusters, then what they compress to. Bound to one thread. */

@@ -93,6 +93,8 @@ export const limits = {
   allValues: 4_194_304,
   /** Deltas of XBZRLE, one on the other, of one page. */
   deltas: 65_536,
+  /** Bytes of device state behind the pages, the VM description included: far more than machines have (some MiB). */
+  behindPages: 268_435_456,
   pageSizeMin: 256,
   pageSizeMax: 1_048_576,
 } as const

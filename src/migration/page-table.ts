@@ -13,7 +13,8 @@ export class PageTable {
   /** Pages of the block. */
   readonly pages: number
   readonly #segments: (Float64Array | undefined)[] = []
-  #background = 0
+  /** What the pages without a segment have: from a multiple of 1024 pages on, in ascending order. */
+  #runs: { readonly from: number; readonly entry: number }[] = [{ from: 0, entry: 0 }]
   #count = 0
 
   constructor(pages: number) {
@@ -28,7 +29,7 @@ export class PageTable {
   /** The entry of a page. */
   get(page: number): number {
     const segment = this.#segments[Math.floor(page / segmentPages)]
-    return segment === undefined ? this.#background : segment[page % segmentPages]!
+    return segment === undefined ? this.#common(page) : segment[page % segmentPages]!
   }
 
   /** Sets the entry of a page of the block. */
@@ -38,7 +39,7 @@ export class PageTable {
 
   /** Sets the entries of all pages; before any other is set. */
   fill(entry: number): void {
-    this.#background = entry
+    this.#runs = [{ from: 0, entry }]
     this.#segments.length = 0
     this.#count = 0
   }
@@ -50,8 +51,41 @@ export class PageTable {
     if (known !== undefined) return known
     this.#count++
     const segment = new Float64Array(segmentPages)
-    if (this.#background !== 0) segment.fill(this.#background)
+    const common = this.#common(page)
+    if (common !== 0) segment.fill(common)
     return (this.#segments[index] = segment)
+  }
+
+  /** Sets the entries of the pages from `from` up to `to` to one entry; ascending ranges take no memory for what is between their ends. */
+  fillRange(from: number, to: number, entry: number): void {
+    const first = Math.ceil(from / segmentPages) * segmentPages
+    const last = to === this.pages ? to : Math.floor(to / segmentPages) * segmentPages
+    if (first >= last || first < this.#runs.at(-1)!.from) {
+      for (let page = from; page < to; page++) this.set(page, entry)
+      return
+    }
+    for (let page = from; page < first; page++) this.set(page, entry)
+    const { entry: before } = this.#runs.at(-1)!
+    if (this.#runs.at(-1)!.from === first) this.#runs.pop()
+    this.#runs.push({ from: first, entry })
+    if (last < this.pages) this.#runs.push({ from: last, entry: before })
+    for (let index = first / segmentPages; index < Math.min(last / segmentPages, this.#segments.length); index++) {
+      if (this.#segments[index] === undefined) continue
+      this.#segments[index] = undefined
+      this.#count--
+    }
+    for (let page = last; page < to; page++) this.set(page, entry)
+  }
+
+  /** The entry of a page without a segment. */
+  #common(page: number): number {
+    let [low, high] = [0, this.#runs.length - 1]
+    while (low < high) {
+      const middle = Math.ceil((low + high) / 2)
+      if (this.#runs[middle]!.from <= page) low = middle
+      else high = middle - 1
+    }
+    return this.#runs[low]!.entry
   }
 
   /** One past the last page from `page` on that is known to have the entry of all, without looking at each; `page` itself if unknown. */

@@ -6,6 +6,7 @@
  * Entry of a page: 0 absent, 1 zero, greater: file offset of the raw page (none begins before byte
  * 8), negative: -(1 + number in the side table).
  */
+import { UnsupportedError } from '../core/errors.ts'
 import { streamError, ramFlag } from './format.ts'
 import { PageTable, segmentLength, segmentPages } from './page-table.ts'
 import type { RamBlock, RamPagesRecord } from './records.ts'
@@ -142,9 +143,13 @@ export class RamIndex {
         entries.fill(content === 'zero' ? zeroPage : absentPage)
         continue
       }
-      for (let page = Math.floor(offset / this.pageSize); page < end; page++) {
-        const position = typeof content === 'number' ? base + content - offset + page * this.pageSize : content === 'zero' ? zeroPage : absentPage
-        entries.set(page, position)
+      const first = Math.floor(offset / this.pageSize)
+      const before = entries.segments
+      if (typeof content === 'number') for (let page = first; page < end; page++) entries.set(page, base + content - offset + page * this.pageSize)
+      else entries.fillRange(first, end, content === 'zero' ? zeroPage : absentPage)
+      this.#segments += entries.segments - before
+      if (this.#segments * segmentLength > mostMemory) {
+        throw new UnsupportedError(`the pages of this VM are scattered over more memory than is indexed: their tables would take more than ${mostMemory} bytes`, ['index of pages'])
       }
     }
     for (const entries of this.entries) {
@@ -190,6 +195,8 @@ export class RamIndex {
 /** Bytes of the tables that any stream may take, and those for each byte of a stream: whole pages take two. */
 const leastMemory = 32 << 20
 const memoryPerByte = 3
+/** Bytes of the tables for pages that lie beside their stream: enough for 512 GiB of memory that is in use. */
+const mostMemory = 2 ** 30
 /** Pages in a piece of the side table. */
 const pieceEntries = 16_384
 

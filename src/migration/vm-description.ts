@@ -4,6 +4,7 @@
  * door in `device-fields.ts`.
  */
 import { viewOf } from '../bytes/view.ts'
+import { parseJson } from '../core/json.ts'
 import { limits, sectionByte, streamError } from './format.ts'
 import type { DeviceLength } from './framing.ts'
 
@@ -83,7 +84,7 @@ export function parseVmDescription(json: Uint8Array, offset = 0): VmDescription 
   }
   let parsed: unknown
   try {
-    parsed = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(json))
+    parsed = parseJson(new TextDecoder('utf-8', { fatal: true }).decode(json))
   } catch (cause) {
     throw streamError(structure, 'JSON', `not valid JSON: ${(cause as Error).message}`, offset)
   }

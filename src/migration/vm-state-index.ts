@@ -5,6 +5,7 @@
  */
 import type { BlockDevice, CallOptions } from '../block/device.ts'
 import { borrowedDeviceChunks } from './byte-source.ts'
+import { AbortPoints } from '../core/abort-points.ts'
 import { limits, streamError } from './format.ts'
 import type { ParserOptions } from './framing.ts'
 import { MigrationParser } from './parser.ts'
@@ -57,7 +58,7 @@ const worthSkipping = 1 << 20
 /** First guess of how far from the end the VM description begins. */
 const firstTail = 256 << 10
 /** Bytes of padding, or of device state, that are looked through for a description. */
-const tailLimit = 256 << 20
+const tailLimit = limits.behindPages
 /** EOF, the mark, the length and the first byte of a description. */
 const headLength = 7
 /** What looks like a description's head that is looked at, at most. */
@@ -105,7 +106,9 @@ async function findDescription(
 /** One past the last byte that is not zero; undefined if it is further from the end than padding is looked through. */
 async function endOfContent(device: BlockDevice, from: number, options: CallOptions): Promise<number | undefined> {
   const stop = Math.max(from, device.size - tailLimit)
+  const points = new AbortPoints(options.signal)
   for (let end = device.size; end > stop; ) {
+    await points.pass()
     const start = Math.max(stop, end - firstTail)
     const piece = await device.read(start, end - start, options)
     let last = piece.length - 1
@@ -119,8 +122,10 @@ async function endOfContent(device: BlockDevice, from: number, options: CallOpti
 /** Looks for a description anywhere behind the start of the device sections: `00 06 be32 length {…}`. */
 async function searchTail(device: BlockDevice, from: number, options: CallOptions): Promise<VmDescription | undefined> {
   const end = Math.min(device.size, from + tailLimit)
+  const points = new AbortPoints(options.signal)
   let tries = mostTries
   for (let start = from; start + headLength < end; start += firstTail - headLength) {
+    await points.pass()
     const piece = await device.read(start, Math.min(firstTail, end - start), options)
     const view = new DataView(piece.buffer, piece.byteOffset, piece.length)
     for (let at = piece.indexOf(6, 1); at !== -1 && at + 5 < piece.length; at = piece.indexOf(6, at + 1)) {

@@ -3,6 +3,7 @@
  * at later ones, it saves the guest most of its waiting: the same state takes nearly the same way.
  */
 import { FormatError } from '../core/errors.ts'
+import { parseJson } from '../core/json.ts'
 
 /** Bytes of the smallest and the largest cluster: a page of any target, and what is still read for one fault. */
 const clusterSizes = { least: 512, most: 2 << 20 }
@@ -82,7 +83,7 @@ export function parseFaultOrder(json: string): FaultOrder {
     new FormatError(detail, { structure: 'fault order' }, 'ERR_FORMAT', cause === undefined ? undefined : { cause })
   let value: unknown
   try {
-    value = JSON.parse(json)
+    value = parseJson(json, 3 * mostFaults)
   } catch (cause) {
     throw fail('not valid JSON', cause)
   }

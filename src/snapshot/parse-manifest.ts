@@ -1,5 +1,6 @@
 /** Reads the text of a manifest, which anybody may have edited: every field is checked. Owns what older versions mean. */
 import { FormatError } from '../core/errors.ts'
+import { parseJson } from '../core/json.ts'
 import type { DiskFreeze, Manifest, SavedDisk } from './manifest.ts'
 
 /**
@@ -9,7 +10,7 @@ import type { DiskFreeze, Manifest, SavedDisk } from './manifest.ts'
 export function parseManifest(text: string): Manifest {
   let value: unknown
   try {
-    value = JSON.parse(text)
+    value = parseJson(text)
   } catch (cause) {
     throw damaged('JSON', 'not valid JSON', cause)
   }

@@ -12,6 +12,7 @@
  * at all are listed as absent.
  */
 import { FormatError } from '../core/errors.ts'
+import { parseJson } from '../core/json.ts'
 import { viewOf } from '../bytes/view.ts'
 
 /** A run of pages, in bytes: offset and length. */
@@ -45,6 +46,9 @@ export interface RamImageLayout {
 const blockAlignment: number = 2 << 20
 /** Bytes of the trailer. */
 export const trailerLength = 16
+
+/** Values in the JSON: some millions of absent ranges, three a range. */
+const mostValues = 8 << 20
 
 const version = 1
 const magic = 'RAMIMAGE'
@@ -86,7 +90,7 @@ export function decodeTrailer(trailer: Uint8Array): number | undefined {
 export function decodeLayout(json: Uint8Array, diskSize: number): RamImageLayout {
   let parsed: unknown
   try {
-    parsed = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(json))
+    parsed = parseJson(new TextDecoder('utf-8', { fatal: true }).decode(json), mostValues)
   } catch (cause) {
     throw new FormatError(`not valid JSON: ${(cause as Error).message}`, { structure }, 'ERR_FORMAT', { cause })
   }

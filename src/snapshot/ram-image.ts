@@ -6,6 +6,7 @@ import { type BlockDevice, type CallOptions, checkRange } from '../block/device.
 import { slice } from '../block/slice.ts'
 import type { Source } from '../block/source.ts'
 import { FormatError, Qcow2Error } from '../core/errors.ts'
+import { limits } from '../migration/format.ts'
 import { isZero, RamPart, ramPartCapacity } from '../migration/ram-part.ts'
 import type { PageRange } from '../migration/ram-index.ts'
 import { VmState } from '../migration/vm-state.ts'
@@ -29,8 +30,8 @@ export interface RamImageBlockContent extends RamImageBlock, SavedRamBlock {}
 const structure = 'RAM image'
 /** Pages in one PART section of the stream put together again. */
 const partPages = 256
-/** Most bytes of rest: device state and VM description. */
-const restLimit = 1 << 30
+/** Most bytes of rest: device state and VM description, and what comes before the pages. */
+const restLimit = limits.behindPages + (64 << 20)
 
 /**
  * A saved VM whose memory is the disk of a qcow2 image.

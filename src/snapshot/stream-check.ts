@@ -6,7 +6,7 @@
 import { concat } from '../bytes/concat.ts'
 import { viewOf } from '../bytes/view.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
-import { ramFlag } from '../migration/format.ts'
+import { limits, ramFlag } from '../migration/format.ts'
 import { MigrationParser } from '../migration/parser.ts'
 import type { MigrationRecord } from '../migration/records.ts'
 import { deviceLengths, locateVmDescription, parseVmDescription } from '../migration/vm-description.ts'
@@ -29,8 +29,8 @@ export interface StreamSummary {
   readonly vmClock: bigint | undefined
 }
 
-/** Device state kept until the end, in bytes; far above what machines have (some MiB). */
-const tailLimit = 1 << 30
+/** Device state kept until the end, in bytes. */
+const tailLimit = limits.behindPages
 
 /** In the body of the section `timer`: be64 CPU ticks, be64 unused, be64 clock in nanoseconds. */
 const timerClock = 16

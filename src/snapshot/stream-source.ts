@@ -6,6 +6,7 @@
 import type { BlockDevice, CallOptions, Extent, MapOptions } from '../block/device.ts'
 import { ReadOnlyDevice } from '../block/read-only.ts'
 import { concat } from '../bytes/concat.ts'
+import { AbortPoints } from '../core/abort-points.ts'
 import { Qcow2Error } from '../core/errors.ts'
 import { MigrationParser } from '../migration/parser.ts'
 import { StreamRest } from '../migration/stream-rest.ts'
@@ -33,7 +34,7 @@ const startRead = 64 << 10
 const startLimit = 64 << 20
 /** First read of the stream's end; more if the VM description begins before. */
 const endRead = 512 << 10
-const endLimit = 256 << 20
+const endLimit = 64 << 20
 
 /** A saved VM in a stored stream. */
 export class StreamSource extends SavedVm<SavedRamBlock> {
@@ -192,7 +193,9 @@ interface End {
 }
 
 async function readEnd(device: BlockDevice, options: CallOptions): Promise<End | undefined> {
+  const points = new AbortPoints(options.signal)
   for (let length = Math.min(endRead, device.size); ; length = Math.min(length * 8, device.size, endLimit)) {
+    await points.pass()
     const tail = await device.read(device.size - length, length, options)
     const found = locateVmDescription(tail)
     if (found !== undefined) {
