@@ -6,7 +6,7 @@ import { assertVacant } from '../block/file-gate.ts'
 import { Qcow2Error, UnsupportedError } from '../core/errors.ts'
 import type { Qmp } from '../qmp/client.ts'
 import { absoluteFile, freeNameBeside } from './host-files.ts'
-import { disksOf, type VmDisk } from './vm-disks.ts'
+import { disksOf, plainPath, type VmDisk } from './vm-disks.ts'
 
 /**
  * A disk to freeze while memory is saved. `node` is any name of the disk: a node name of its chain, the drive's (`-drive id=`),
@@ -94,7 +94,7 @@ function findDisk(disks: readonly VmDisk[], name: string, files: ReadonlyMap<str
   const path = absoluteFile(name)
   const file = files.get(name)
   const now = disks.filter(({ node, device, qdev, path: qom, file: own, chain }) => [node, device, qdev, qom, chain[0]].includes(name) || own === path)
-  const below = disks.filter(({ chain }) => chain.slice(1).some((layer) => layer === file || layer === name || layer === path))
+  const below = disks.filter(({ chain }) => chain.slice(1).some((layer) => layer === file || [name, path].includes(plainPath(layer))))
   const [disk, ...more] = now.length > 0 ? now : below
   if (disk === undefined) {
     throw new Qcow2Error('ERR_NOT_FOUND', `the VM has no writable disk ${JSON.stringify(name)}; ${disks.length === 0 ? 'it has none at all' : `there are ${disks.map(describeDisk).join(', ')}`}`)

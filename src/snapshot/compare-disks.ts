@@ -9,7 +9,7 @@ import { readSnapshotL1 } from '../qcow2/snapshot-list.ts'
 import type { Qmp } from '../qmp/client.ts'
 import { modificationTime, namesOfMoved } from './host-files.ts'
 import type { DiskFreeze, SavedDisk } from './manifest.ts'
-import { disksOf, type VmDisk } from './vm-disks.ts'
+import { disksOf, plainPath, type VmDisk } from './vm-disks.ts'
 
 /** What was found. */
 export interface Comparison {
@@ -149,20 +149,6 @@ function filesOf({ file, chain }: VmDisk): string[] {
   const [active = ''] = chain
   const folder = file.endsWith(active) ? file.slice(0, file.length - active.length) : ''
   return chain.map(plainPath).map((name) => (name.startsWith('/') || name.includes('://') ? name : folder + name))
-}
-
-/** The file that a name of QEMU's means: of `json:{…}`, which it uses where a path does not tell all options, the innermost. */
-function plainPath(name: string): string {
-  if (!name.startsWith('json:')) return name
-  try {
-    for (let node = JSON.parse(name.slice(5)) as { filename?: unknown; file?: unknown } | null; typeof node === 'object' && node !== null;) {
-      if (typeof node.filename === 'string') return node.filename
-      node = node.file as typeof node
-    }
-  } catch {
-    // not JSON
-  }
-  return name
 }
 
 function baseName(path: string): string {

@@ -24,7 +24,7 @@ export async function disksOf(qmp: Qmp): Promise<VmDisk[]> {
     ...(device !== '' && { device }),
     qdev: /^\/machine\/peripheral\/([^/]+)/.exec(qdev!)?.[1] ?? qdev!,
     path: qdev!,
-    file: absolutePath(inserted!.image.filename, folder),
+    file: absolutePath(plainPath(inserted!.image.filename), folder),
     format: inserted!.drv,
     size: inserted!.image['virtual-size'],
     chain: chainOf(inserted!.image),
@@ -41,4 +41,21 @@ async function isFlash(qmp: Qmp, { qdev }: BlockInfo): Promise<boolean> {
   if (qdev?.startsWith('/machine/') !== true) return false
   const type = await qmp.execute('qom-get', { path: qdev, property: 'type' }).catch(() => '')
   return /^cfi\.pflash/.test(String(type))
+}
+
+/**
+ * The file that a name of QEMU's means. It calls a disk by all its options (`json:{…}`) where a path does not tell them, for
+ * example an overlay whose backing file is not opened by the name in it: the innermost file name counts.
+ */
+export function plainPath(name: string): string {
+  if (!name.startsWith('json:')) return name
+  try {
+    for (let node = JSON.parse(name.slice(5)) as { filename?: unknown; file?: unknown } | null; typeof node === 'object' && node !== null;) {
+      if (typeof node.filename === 'string') return node.filename
+      node = node.file as typeof node
+    }
+  } catch {
+    // not JSON
+  }
+  return name
 }

@@ -1,7 +1,7 @@
 /** Which disks of a VM are frozen with its memory, with real QEMUs: names, places, refusals, and what the manifest tells. */
 import { readFileSync, writeFileSync } from 'node:fs'
 import { basename, dirname, join, relative } from 'node:path'
-import { expect, test } from 'vitest'
+import { expect, onTestFinished, test } from 'vitest'
 import { parseManifest } from '../../src/snapshot/parse-manifest.ts'
 import { save } from '../../src/snapshot/save-files.ts'
 import { manifestPath } from '../../src/snapshot/saved-names.ts'
@@ -15,6 +15,10 @@ async function guestWithDisks(qemu: Qemu): Promise<{ guest: Guest; folder: strin
   const file = (name: string): string => join(folder, name)
   for (const name of ['node.qcow2', 'drive.qcow2', 'shared.qcow2']) await qemu.imgOk('create', '-f', 'qcow2', file(name), '1M')
   await qemu.imgOk('create', '-f', 'raw', file('plain.img'), '1M')
+  // a relative name that means another place, or nothing, from the folder of the overlays
+  const before = process.cwd()
+  process.chdir(dirname(folder))
+  onTestFinished(() => process.chdir(before))
   const guest = await Guest.boot(qemu, {
     disks: [file('node.qcow2')],
     args: [
