@@ -2,7 +2,9 @@
 import { fstatSync, readFileSync, statSync } from 'node:fs'
 import { basename } from 'node:path'
 import process from 'node:process'
+import { isatty } from 'node:tty'
 import { decodeName, encodeName, hasEscapedBytes } from '../bytes/file-name.ts'
+import { askSecret } from './ask-secret.ts'
 import { WriteError } from './errors.ts'
 import { onQuery } from './query.ts'
 import type { Sink, Terminal } from './terminal.ts'
@@ -31,6 +33,8 @@ export function processTerminal(): Terminal {
   // qemu-img does not look whether its words arrive
   const mayLoseText = program === 'qemu-img'
   const onBroken = (): void => interrupt.abort(new Interrupted('SIGPIPE'))
+  const stderr = sinkOf(process.stderr, { mayLoseText, onBroken })
+  const { signal } = interrupt
   return {
     get stdin() {
       return process.stdin
@@ -39,9 +43,14 @@ export function processTerminal(): Terminal {
       return stdinIsFile() ? '/dev/stdin' : undefined
     },
     stdout: sinkOf(process.stdout, { mayLoseText, onBroken }),
-    stderr: sinkOf(process.stderr, { mayLoseText, onBroken }),
+    stderr,
+    get askSecret() {
+      if (!isatty(0) || !stderr.isTty) return undefined
+      const interruptSelf = (): void => void process.kill(process.pid, 'SIGINT')
+      return (question: string) => askSecret(question, { input: process.stdin, output: stderr, signal, interrupt: interruptSelf })
+    },
     env: process.env,
-    signal: interrupt.signal,
+    signal,
     onQuery,
     isStdout,
     program,

@@ -24,6 +24,8 @@ export interface Terminal {
   readonly stdinFile?: string | undefined
   readonly stdout: Sink
   readonly stderr: Sink
+  /** Asks whoever sits there for a secret, which is not shown; undefined where nobody does. */
+  readonly askSecret?: ((question: string) => Promise<Uint8Array>) | undefined
   readonly env: Readonly<Record<string, string | undefined>>
   /** Aborted when the user interrupts. */
   readonly signal: AbortSignal

@@ -30,7 +30,7 @@ import { isImageFormat, type ImageFormat } from './formats.ts'
 import { resolveBacking, splitAddress, splitSnapshot, type SnapshotName } from './names.ts'
 import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
-import { couldNotOpen } from './reasons.ts'
+import { couldNotOpen, needsKey } from './reasons.ts'
 import { secretOf, type Secrets } from './secrets.ts'
 import { snapshotTableReason } from './snapshot-table-reason.ts'
 import { parseName, type ImageSpec, type Place } from './spec.ts'
@@ -85,6 +85,8 @@ export interface Below {
 export interface OpenerSettings {
   readonly signal: AbortSignal
   readonly secrets?: Secrets | undefined
+  /** Asks for the passphrase of an encrypted image whose options name none. */
+  readonly askSecret?: ((question: string) => Promise<Uint8Array>) | undefined
   /** Read images that a running QEMU writes to. */
   readonly forceShare?: boolean | undefined
   /** How far names in images are followed; default `tree`. With `any` backing files may be anything that can be named here. */
@@ -138,6 +140,8 @@ export async function openExport({ address, name, context = 'base:allocation' }:
 /** Opens images by name. */
 export class Opener {
   readonly settings: OpenerSettings
+  /** Passphrases that were asked for, by the image's name: an image is opened several times by some commands. */
+  readonly #asked = new Map<string, Promise<Uint8Array>>()
 
   constructor(settings: OpenerSettings) {
     this.settings = settings
@@ -315,7 +319,8 @@ export class Opener {
     if (spec.dataFile?.kind === 'file') dataFilename = spec.dataFile.path
     let repaired: CheckReport | undefined
     const onRepair = (report: CheckReport): unknown => (repaired = report)
-    const image = await Qcow2Image.open(host, { readOnly: how.readOnly, locking, references, signal, dataFile, onRepair, ...this.#passphrase(spec) }).catch(async (error: unknown) => {
+    const opening = { readOnly: how.readOnly, locking, references, signal, dataFile, onRepair }
+    const image = await this.#withPassphrase(spec, (passphrase) => Qcow2Image.open(host, { ...opening, passphrase })).catch(async (error: unknown) => {
       await dataFile?.close()
       throw await snapshotTableReason(host, error, { signal })
     })
@@ -367,13 +372,29 @@ export class Opener {
     return this.settings.references ?? 'tree'
   }
 
-  #passphrase({ keySecret }: ImageSpec): { passphrase?: Uint8Array } {
-    return keySecret === undefined ? {} : { passphrase: secretOf(this.settings.secrets, keySecret) }
+  /** Opens an image with the secret that its options name; if it needs one and they name none, with what the user types. */
+  async #withPassphrase<T>(spec: ImageSpec, open: (passphrase: Uint8Array | undefined) => Promise<T>): Promise<T> {
+    const { secrets, askSecret } = this.settings
+    if (spec.keySecret !== undefined) return open(secretOf(secrets, spec.keySecret))
+    try {
+      return await open(undefined)
+    } catch (error) {
+      if (askSecret === undefined || !needsKey(error)) throw error
+      return open(await this.#ask(spec, askSecret))
+    }
   }
 
-  async #luks({ keySecret }: ImageSpec, host: BlockDevice, readOnly: boolean): Promise<LuksImage> {
-    if (keySecret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', "Parameter 'key-secret' is required for cipher")
-    const passphrase = secretOf(this.settings.secrets, keySecret)
+  #ask({ shown }: ImageSpec, askSecret: (question: string) => Promise<Uint8Array>): Promise<Uint8Array> {
+    const asked = this.#asked.get(shown) ?? askSecret(`Passphrase for ${shown}: `)
+    this.#asked.set(shown, asked)
+    return asked
+  }
+
+  async #luks(spec: ImageSpec, host: BlockDevice, readOnly: boolean): Promise<LuksImage> {
+    const { keySecret } = spec
+    const { secrets, askSecret } = this.settings
+    if (keySecret === undefined && askSecret === undefined) throw new Qcow2Error('ERR_NOT_FOUND', "Parameter 'key-secret' is required for cipher")
+    const passphrase = keySecret === undefined ? await this.#ask(spec, askSecret!) : secretOf(secrets, keySecret)
     return LuksImage.open(host, { passphrase, readOnly, signal: this.settings.signal }).catch((error: unknown) => {
       throw Qcow2Error.is(error, 'ERR_NOT_FOUND') ? new Qcow2Error('ERR_NOT_FOUND', 'Invalid password, cannot unlock any keyslot', { cause: error }) : error
     })

@@ -68,6 +68,8 @@ export function openerFor<O extends OptionDefinitions>(context: Context<O>): Ope
     signal,
     warn,
     secrets: parseSecrets(options.object ?? []),
+    // scripts know that qemu-img fails where the key is not given
+    askSecret: terminal.program === 'qemu-img' ? undefined : terminal.askSecret,
     references: referenceRules.find((rule) => rule === options.references) ?? (terminal.program === 'qemu-img' ? 'any' : 'tree'),
     forceShare: options['force-share'],
     told: (lines) => lines.forEach((line) => void say(terminal, line)),

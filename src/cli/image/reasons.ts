@@ -14,7 +14,12 @@ export function couldNotOpen(name: string, error: unknown, { nameTwice = false, 
 function missingOption(error: unknown): string | undefined {
   if (!(error instanceof UnsupportedError)) return undefined
   if (error.features.includes('external data file')) return "'data-file' is required for this image"
-  return error.features.some((feature) => feature.startsWith('encryption ')) ? "Parameter 'encrypt.key-secret' is required for cipher" : undefined
+  return needsKey(error) ? "Parameter 'encrypt.key-secret' is required for cipher" : undefined
+}
+
+/** True of an encrypted image that was opened without a passphrase. */
+export function needsKey(error: unknown): boolean {
+  return error instanceof UnsupportedError && error.features.some((feature) => feature.startsWith('encryption '))
 }
 
 /** The failure to make `name`. */
