@@ -2,7 +2,7 @@ import { Qcow2Error } from '../../core/errors.ts'
 import type { Bitmaps } from '../../qcow2/bitmaps.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import type { OpenedImage } from '../image/open.ts'
+import type { OpenedImage } from '../image/opened.ts'
 import { formatOption, imageOptsOption, objectOption, openArgument, openerFor } from '../image/options.ts'
 import { parseSize } from '../size.ts'
 

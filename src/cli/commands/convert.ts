@@ -10,7 +10,7 @@ import { asksForHelp, createHelp, layoutOf, preallocationOf } from '../image/cre
 import { warnOfRaw } from '../image/formats.ts'
 import { beginImage, refuseSelf, refuseSelfAt } from '../image/new-image.ts'
 import { resolveBacking } from '../image/names.ts'
-import type { OpenedImage } from '../image/open.ts'
+import type { OpenedImage } from '../image/opened.ts'
 import { isDirect, openerFor } from '../image/options.ts'
 import { openSnapshot, snapshotParameter } from '../image/snapshot-parameter.ts'
 import { salvaged } from '../image/salvage.ts'

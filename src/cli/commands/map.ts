@@ -1,7 +1,7 @@
 import type { Extent } from '../../block/device.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import { chainOf, type OpenedImage } from '../image/open.ts'
+import { chainOf, type OpenedImage } from '../image/opened.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, outputOption } from '../image/options.ts'
 import { mapHeading, mapJson, mapRow } from '../print/map.ts'
 import { parseSize } from '../size.ts'

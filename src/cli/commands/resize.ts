@@ -1,7 +1,7 @@
 import type { BlockDevice } from '../../block/device.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import type { OpenedImage } from '../image/open.ts'
+import type { OpenedImage } from '../image/opened.ts'
 import { formatOption, imageOptsOption, objectOption, openArgument, quietOption } from '../image/options.ts'
 import { reasonOf } from '../image/reasons.ts'
 import { parseSize } from '../size.ts'

@@ -6,7 +6,7 @@ import { NbdServer } from '../../nbd/server.ts'
 import { listen, listenInherited, type NbdAddress, type NbdListener } from '../../nbd/socket.ts'
 import { command } from '../command.ts'
 import { ExitError, UsageError } from '../errors.ts'
-import type { OpenedImage } from '../image/open.ts'
+import type { OpenedImage } from '../image/opened.ts'
 import { splitSnapshot } from '../image/names.ts'
 import { forceShareOption, formatOption, imageOptsOption, objectOption, openArgument, quietOption } from '../image/options.ts'
 

@@ -14,7 +14,7 @@ import { layoutOf, preallocationOf, switchOf, tooLarge, type CreateValues } from
 import type { ImageFormat } from './formats.ts'
 import { nbdUri } from './nbd-name.ts'
 import { newTarget, targetName, targetPlace, type NewTarget, type TargetContext, type TargetPlace } from './new-target.ts'
-import type { OpenedImage } from './open.ts'
+import type { OpenedImage } from './opened.ts'
 import { couldNotCreate } from './reasons.ts'
 import { secretOf, type Secrets } from './secrets.ts'
 import { parseName, parsePlace } from './spec.ts'

@@ -4,131 +4,38 @@
  * library's.
  */
 import { readFile } from 'node:fs/promises'
-import { resolve } from 'node:path'
 import type { BlockDevice } from '../../block/device.ts'
 import { MemoryDevice } from '../../block/memory.ts'
 import { NullDevice } from '../../block/null.ts'
 import { openSource } from '../../block/source.ts'
 import { pad } from '../../block/pad.ts'
 import { slice } from '../../block/slice.ts'
-import { fileKey } from '../../block/file-tree.ts'
 import { IoError, Qcow2Error, UnsupportedError } from '../../core/errors.ts'
 import { redacted } from '../../core/redact.ts'
 import { LuksImage } from '../../luks/luks-image.ts'
 import type { CheckReport } from '../../qcow2/check-report.ts'
 import { Qcow2Image } from '../../qcow2/image.ts'
 import { readImageInfo } from '../../qcow2/info.ts'
-import { maxBackingChain } from '../../qcow2/limits.ts'
 import { foreignFormat } from '../../qcow2/probe.ts'
 import { follow, type Advice, type Reference, type ReferenceRule } from '../../qcow2/references.ts'
-import type { SnapshotDevice } from '../../qcow2/snapshot-device.ts'
 import { ExitError, UsageError } from '../errors.ts'
 import { findingLines } from '../print/findings.ts'
 import { bitmapsWarning } from './bitmap-warning.ts'
 import { blkdebug, rulesOf } from './blkdebug.ts'
 import { isImageFormat, type ImageFormat } from './formats.ts'
 import { resolveBacking, splitAddress, splitSnapshot, type SnapshotName } from './names.ts'
+import { lengthened, type Link } from './open-chain.ts'
+import { syncLimit, type OpenerSettings, type OpenHow } from './open-settings.ts'
+import { openedFlat, type Below, type ImageFile, type NamedFile, type OpenedImage } from './opened.ts'
 import { lockedSize, probe } from './probe.ts'
 import { rawImage } from './raw.ts'
 import { couldNotOpen, needsKey } from './reasons.ts'
-import { secretOf, type Secrets } from './secrets.ts'
+import { secretOf } from './secrets.ts'
 import { snapshotTableReason } from './snapshot-table-reason.ts'
 import { parseName, type ImageSpec, type Place } from './spec.ts'
 
-/** An open image and what lies below it. Closing it closes all. */
-export interface OpenedImage {
-  /** As the user, or the image above, names it. */
-  readonly filename: string
-  readonly format: ImageFormat
-  readonly place: Place
-  /** As it was opened. */
-  readonly spec: ImageSpec
-  /** What the guest sees: of the snapshot, where one was named. */
-  readonly device: BlockDevice
-  /** The bytes of the image file. They belong to the image. */
-  readonly host: BlockDevice
-  readonly image: Qcow2Image | undefined
-  readonly snapshot: SnapshotDevice | undefined
-  /** The backing file, opened read-only; it belongs to the image. */
-  readonly backing: OpenedImage | undefined
-  /** The external data file, as the image or the user names it. */
-  readonly dataFilename?: string | undefined
-  close(): Promise<void>
-}
-
-/** An image file as bytes. */
-export interface ImageFile {
-  readonly filename: string
-  readonly place: Place
-  readonly format: ImageFormat
-  readonly host: BlockDevice
-  /** Bytes of the image: of the part of the file that the options leave. */
-  readonly size: number
-}
-
-/** An image file by its name. */
-export interface NamedFile {
-  readonly spec: ImageSpec
-  readonly file: ImageFile
-  /** The name or id of a snapshot, where the name goes on with one. */
-  readonly snapshot: string | undefined
-}
-
-/** An image that another is made over. */
-export interface Below {
-  readonly format: ImageFormat
-  /** Bytes of the disk. */
-  readonly size: number
-}
-
-/** What all images of a command are opened with. */
-export interface OpenerSettings {
-  readonly signal: AbortSignal
-  readonly secrets?: Secrets | undefined
-  /** Asks for the passphrase of an encrypted image whose options name none. */
-  readonly askSecret?: ((question: string) => Promise<Uint8Array>) | undefined
-  /** Read images that a running QEMU writes to. */
-  readonly forceShare?: boolean | undefined
-  /** How far names in images are followed; default `tree`. With `any` backing files may be anything that can be named here. */
-  readonly references?: ReferenceRule | undefined
-  /** Told what the user should know but need not stop for. */
-  readonly warn: (message: string) => void
-  /** Told what was repaired, a line each, when an image had to be before it could be written. */
-  readonly told?: ((lines: readonly string[]) => void) | undefined
-  /** Put around the bytes of every file, for tracing. */
-  readonly wrap?: ((device: BlockDevice, name: string) => BlockDevice) | undefined
-  /** Speak as qemu-img does, whose lines scripts match: it names a file that cannot be opened for itself and for its driver. */
-  readonly nameTwice?: boolean | undefined
-}
-
-/**
- * Files in the page cache are read and written synchronously in pieces that stay in the processor's cache: nothing
- * else waits for this program's event loop.
- */
-export const syncLimit: number = 128 << 10
-
-/** A file of a chain that is being opened. */
-interface Link {
-  readonly shown: string
-  /** What it is known by, whatever path leads to it. */
-  readonly key: string
-  /** Path of the image, where it is a file. */
-  readonly path: string | undefined
-}
-
 /** What refusals of {@link follow} say there is to do. */
 const advice: Advice = { any: '--references=any follows it', write: '--references=any allows it', protocol: '--references=any follows it' }
-
-/** How one image is opened. */
-export interface OpenHow {
-  readonly readOnly: boolean
-  /** Past the page cache. */
-  readonly direct?: boolean | undefined
-  /** Leave the backing file alone: what it would give reads as zeroes. */
-  readonly withoutBacking?: boolean | undefined
-  /** Largest synchronous request to a file, in bytes; default {@link syncLimit}. */
-  readonly syncLimit?: number | undefined
-}
 
 /** An NBD export as a device that takes any request. */
 export async function openExport({ address, name, context = 'base:allocation' }: Extract<Place, { kind: 'nbd' }>, how: { readonly readOnly: boolean; readonly signal: AbortSignal }): Promise<BlockDevice> {
@@ -290,8 +197,8 @@ export class Opener {
     const host = bytes ?? (await this.bytes(spec.place, { ...how, readOnly }))
     try {
       const format = spec.format ?? (await probe(host))
-      if (format === 'raw') return opened(spec, 'raw', host, rawImage(partOf(host, spec.part)))
-      if (format === 'luks') return opened(spec, 'luks', host, pad(await this.#luks(spec, host, readOnly)))
+      if (format === 'raw') return openedFlat(spec, 'raw', host, rawImage(partOf(host, spec.part)))
+      if (format === 'luks') return openedFlat(spec, 'luks', host, pad(await this.#luks(spec, host, readOnly)))
       return await this.#openQcow2(spec, host, { ...how, readOnly }, chain)
     } catch (error) {
       await host.close()
@@ -408,17 +315,6 @@ function isAbsent(error: unknown): boolean {
   return Qcow2Error.is(cause, 'ERR_NOT_FOUND') || (cause instanceof IoError && cause.operation === 'open')
 }
 
-/** The chain with one more image. @throws Qcow2Error if it loops, or is too long */
-async function lengthened(above: readonly Link[], { place, shown }: ImageSpec): Promise<readonly Link[]> {
-  const path = place.kind === 'file' ? place.path : undefined
-  const link = { shown: path === undefined ? shown : resolve(path), key: path === undefined ? shown : await fileKey(path), path }
-  const chain = [...above, link]
-  if (above.some(({ key }) => key === link.key)) throw new Qcow2Error('ERR_FORMAT', `the backing chain loops: ${chain.map((each) => each.shown).join(' -> ')}`)
-  if (chain.length > maxBackingChain) throw new UnsupportedError(`the backing chain has more than ${maxBackingChain} files`, ['backing chain'])
-  // after images whose tree does not count the first one that has a tree is the root
-  return above.length > 0 && above[0]!.path === undefined && path !== undefined ? [link, ...chain.slice(1)] : chain
-}
-
 function refuseUnknownFormat(format: string | undefined): void {
   const foreign = format === undefined ? undefined : foreignFormat(format)
   if (foreign !== undefined) throw foreign
@@ -447,15 +343,3 @@ async function failing(device: BlockDevice, { rules, configuration }: Extract<Pl
   const configured = configuration === undefined ? [] : rulesOf(await readFile(configuration, 'utf8'))
   return blkdebug(device, [...configured, ...rules], side)
 }
-
-/** An image without tables of its own. */
-function opened(spec: ImageSpec, format: ImageFormat, host: BlockDevice, device: BlockDevice): OpenedImage {
-  const { shown: filename, place } = spec
-  return { filename, format, place, spec, device, host, image: undefined, snapshot: undefined, backing: undefined, close: () => device.close() }
-}
-
-/** The images of a chain, the top first. */
-export function chainOf(image: OpenedImage): OpenedImage[] {
-  return image.backing === undefined ? [image] : [image, ...chainOf(image.backing)]
-}
-

@@ -1,7 +1,7 @@
 /** `-l`: which snapshot of a source is meant, as `NAME`, `ID`, `snapshot.id=ID` or `snapshot.name=NAME`. */
 import { ExitError } from '../errors.ts'
 import { keyValues } from './key-values.ts'
-import type { OpenedImage } from './open.ts'
+import type { OpenedImage } from './opened.ts'
 
 /** A snapshot by id, by name, or by either. */
 export interface SnapshotParameter {
