@@ -45,6 +45,7 @@ export abstract class FilterDevice extends BaseDevice {
     return this.inner.path
   }
 
+  /** The device and inode of that file. */
   get identity(): string | undefined {
     return this.inner.identity
   }
