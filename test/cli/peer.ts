@@ -35,7 +35,7 @@ export async function ours(folder: string, args: readonly string[]): Promise<Out
   try {
     const [command = '', ...rest] = args
     // qemu-img follows any name in an image
-    const { code, stdout, stderr } = await run([command, '--references=any', ...rest])
+    const { code, stdout, stderr } = await run(command.startsWith('-') ? args : [command, '--references=any', ...rest])
     return { code, stdout, stderr }
   } finally {
     process.chdir(before)

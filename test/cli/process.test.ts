@@ -1,6 +1,6 @@
 /** The program as a process of its own: signals, broken pipes, its other name, memory. */
 import { execFile, spawn } from 'node:child_process'
-import { existsSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs'
+import { existsSync, readdirSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect, onTestFinished, test } from 'vitest'
 import { tempFolder } from '../support/temp.ts'
@@ -64,10 +64,12 @@ test('SIGINT in the middle of a copy says what is left, exit code 130', async ()
   onTestFinished(() => void child.kill('SIGKILL'))
   let stderr = ''
   child.stderr.on('data', (data: Buffer) => (stderr += data.toString()))
-  await new Promise((resolve) => child.stdout.once('data', resolve))
+  child.stdout.resume()
+  await expect.poll(() => readdirSync(folder).length, { timeout: 30_000 }).toBe(2)
   // as `timeout` sends it: to the process and to its group
   child.kill('SIGINT')
   child.kill('SIGINT')
   expect(await new Promise((resolve) => child.once('exit', resolve))).toBe(130)
-  expect(stderr).toBe(`qcow2: interrupted; ${target} is incomplete: delete it\n`)
+  expect(stderr).toBe(`qcow2: interrupted; ${target} is as it was\n`)
+  expect(readdirSync(folder)).toEqual(['source'])
 })

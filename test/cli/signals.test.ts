@@ -14,7 +14,10 @@ afterAll(() => rmSync(folder, { recursive: true }))
 const [disk, silent, pipe] = [join(folder, 'disk.qcow2'), join(folder, 'silent'), join(folder, 'pipe')]
 writeFileSync(join(folder, 'raw'), Buffer.alloc(3 << 20, 'some text '))
 await run(['convert', '-f', 'raw', '-O', 'qcow2', join(folder, 'raw'), disk])
+const over = join(folder, 'over.qcow2')
+await run(['create', '-q', '-f', 'qcow2', '-b', join(folder, 'raw'), '-F', 'raw', over])
 execFileSync('mkfifo', [pipe])
+const stream = join(import.meta.dirname, '../fixtures/captures/qemu100-precopy.mig.gz')
 
 /** Accepts everybody and says nothing. */
 function silentServer(): Server {
@@ -44,17 +47,19 @@ async function interrupted(argv: readonly string[], signal: 'SIGINT' | 'SIGTERM'
 describe('a wait for', () => {
   test.each([
     ['an NBD server that says nothing', ['info', `nbd+unix:///?socket=${silent}`]],
-    ['the same, below an overlay', ['map', '--image-opts', `driver=qcow2,file.filename=${disk},backing.driver=raw,backing.file.driver=nbd,backing.file.server.type=unix,backing.file.server.path=${silent}`]],
+    ['the same, below an overlay', ['map', '--image-opts', `driver=qcow2,file.filename=${over},backing.driver=raw,backing.file.driver=nbd,backing.file.server.type=unix,backing.file.server.path=${silent}`]],
     ['a web server that says nothing', ['convert', `http://127.0.0.1:${port}/disk.qcow2`, join(folder, 'copy')]],
     ['a monitor that says nothing', ['save', silent, join(folder, 'saved.qcow2')]],
-    ['a monitor, for a revert', ['revert', disk, '--monitor', silent, '--incoming', join(folder, 'in')]],
+    ['a monitor, for a revert', ['revert', stream, '--monitor', silent, '--incoming', join(folder, 'in')]],
     ['the bytes of stdin', ['capture', '-', join(folder, 'captured')]],
     ['a QEMU that connects', ['capture', 'listen', join(folder, 'captured')]],
     ['a reader of stdout', ['convert', disk, '-']],
     ['a reader of a named pipe', ['dd', '-O', 'raw', `if=${disk}`, `of=${pipe}`]],
     ['a writer to a named pipe', ['capture', pipe, join(folder, 'captured')]],
   ])('%s', { timeout: 30_000 }, async (_what, argv) => {
-    const [a, b] = await Promise.all([interrupted(argv, 'SIGINT'), interrupted(argv, 'SIGTERM')])
+    // each makes a file for itself: two that make one refuse each other
+    const making = (to: string): string[] => argv.map((word) => word.replace(/captured$/, `captured-${to}`))
+    const [a, b] = await Promise.all([interrupted(making('a'), 'SIGINT'), interrupted(making('b'), 'SIGTERM')])
     expect([a.code, b.code]).toEqual([130, 143])
     expect(a.stderr).toMatch(/^qcow2: interrupted(;.*)?\n$/m)
     expect(Math.max(a.took, b.took)).toBeLessThan(5000)
