@@ -5,12 +5,13 @@
 import type { BlockDevice } from '../block/device.ts'
 import { withSource, type Source } from '../block/source.ts'
 import { viewOf } from '../bytes/view.ts'
-import { Qcow2Error } from '../core/errors.ts'
+import { FormatError, Qcow2Error } from '../core/errors.ts'
 import { owner } from './check-counters.ts'
 import type { CheckContext } from './check-context.ts'
 import type { EntryList } from './check-mapping.ts'
 import { isCounter, type CheckFinding, type CheckReport } from './check-report.ts'
 import { runCheck, type CheckOptions, type CheckState } from './check.ts'
+import { extensionType, findExtension } from './extensions.ts'
 import { keptAutoclear } from './features.ts'
 import { maxSnapshotExtraData } from './limits.ts'
 import { NamedClusters } from './named-clusters.ts'
@@ -30,7 +31,8 @@ export interface RepairOptions extends CheckOptions {
  * Not every corruption can be repaired: damaged entries stay as they are, and so do counts that do not
  * fit the refcount width. `leaks` changes nothing (one `checkErrors`) if the refcount structures would
  * have to be built anew, or not every snapshot can be gone through: then nothing tells a leak from what is in use.
- * @throws Qcow2Error `ERR_READ_ONLY` if the device cannot be written; what {@link checkImage} throws.
+ * @throws Qcow2Error `ERR_READ_ONLY` if the device cannot be written; FormatError if the image says that its data is in
+ * another file and names none; what {@link checkImage} throws.
  */
 export function repairImage(source: Source, options: RepairOptions): Promise<CheckReport> {
   return withSource(source, { signal: options.signal }, (host) => repairHost(host, options))
@@ -40,6 +42,7 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   checkRepair(options.repair)
   if (host.readOnly) throw new Qcow2Error('ERR_READ_ONLY', 'repair: the device is open read-only; open it for writing')
   const before = await runCheck(host, options)
+  refuseLostDataFile(before.context)
   const fixed = options.repair === 'leaks' ? await repairLeaks(before) : await repairAll(host, before, options)
   if (fixed === undefined) return { ...before.report, checkErrors: before.report.checkErrors + 1 }
   let after = await runCheck(host, options)
@@ -57,6 +60,13 @@ async function repairHost(host: BlockDevice, options: RepairOptions): Promise<Ch
   if (after.report.corruptions === 0 && after.report.checkErrors === 0) await clearStateBits(after.context)
   const { corruptions: corruptionsFixed, leaks: leaksFixed, freedRefcountClusters } = fixed
   return { ...after.report, corruptionsFixed, leaksFixed, repaired, ...(freedRefcountClusters === undefined ? {} : { freedRefcountClusters }) }
+}
+
+/** The bit alone may be the damage: the guest's data, in this file after all, would count as leaked and be freed. */
+function refuseLostDataFile({ hasDataFile, cluster0 }: CheckContext): void {
+  if (!hasDataFile || findExtension(cluster0.extensions, extensionType.dataFile) !== undefined) return
+  const detail = 'bit 2 (data file) is set, but the image names none: a repair could free the data of the disk; convert the image with its data file'
+  throw new FormatError(detail, { structure: 'header', field: 'incompatible_features', offset: 72 })
 }
 
 /** @throws TypeError for anything but the two kinds of repair */
