@@ -2,6 +2,7 @@
  * One request to a web server, patiently: redirects, time-outs, and which failures another attempt may mend. Owns where
  * a caller's own headers may go; knows nothing of ranges. Uses `fetch` only, as a browser has it.
  */
+import { pause } from '../core/pause.ts'
 import { redacted } from '../core/redact.ts'
 
 /** How a server is asked. */
@@ -192,18 +193,4 @@ export async function withRetries<T>({ retries, timeout }: HttpSettings, signal:
     const own = 100 * 3 ** attempt * (0.75 + Math.random() / 2)
     await pause(Math.min(maxPause, Math.max(own, failure.after ?? 0)), signal)
   }
-}
-
-function pause(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {
-  return new Promise((resolve, reject) => {
-    const onAbort = (): void => {
-      clearTimeout(timer)
-      reject(signal?.reason as Error)
-    }
-    const timer = setTimeout(() => {
-      signal?.removeEventListener('abort', onAbort)
-      resolve()
-    }, milliseconds)
-    signal?.addEventListener('abort', onAbort, { once: true })
-  })
 }

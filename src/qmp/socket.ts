@@ -2,6 +2,7 @@
 import { stat } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { Qcow2Error } from '../core/errors.ts'
+import { pause } from '../core/pause.ts'
 import { socketPathProblem } from '../core/socket-path.ts'
 import type { DuplexStream } from './duplex.ts'
 import { QmpError } from './error.ts'
@@ -87,19 +88,4 @@ async function reason(address: SocketAddress, code: string, cause: Error): Promi
   const stats = await stat(address).catch(() => undefined)
   if (stats?.isSocket() === false) return `it is no socket (${code})`
   return code === 'ECONNREFUSED' ? 'nothing listens on this socket any more (ECONNREFUSED): the QEMU that made it has ended' : cause.message
-}
-
-function pause(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {
-  return new Promise((resolve, reject) => {
-    const onAbort = (): void => {
-      clearTimeout(timer)
-      reject(signal?.reason as Error)
-    }
-    const timer = setTimeout(() => {
-      signal?.removeEventListener('abort', onAbort)
-      resolve()
-    }, milliseconds)
-    if (signal?.aborted === true) onAbort()
-    else signal?.addEventListener('abort', onAbort, { once: true })
-  })
 }
